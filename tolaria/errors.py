@@ -1,0 +1,31 @@
+"""The exceptions of tolaria, one small tree."""
+
+from __future__ import annotations
+
+
+class TolariaError(RuntimeError):
+    """Root of the errors that tolaria raises for the state of the world (not for a bad argument)."""
+
+
+class BuildMismatchError(TolariaError):
+    """The compiled extension was built for another torch, CUDA or Python than the one that runs."""
+
+
+class ExtensionMissingError(TolariaError):
+    """The compiled extension was asked for but is not built."""
+
+
+class MissingDependencyError(TolariaError):
+    """An optional package is needed for this feature and is not installed."""
+
+
+class SnapshotError(TolariaError):
+    """A snapshot cannot be taken or restored."""
+
+
+class TrainingDivergedError(TolariaError):
+    """Too many rollbacks inside the rollback window: restoring again would not help."""
+
+
+class ConfigError(ValueError):
+    """A configuration is invalid; the message lists every bad field."""
