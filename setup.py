@@ -13,7 +13,19 @@ setup(
             "tolaria._C",
             sources,
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": ["-O3", "-g0", "-ffp-contract=off", "-Wall", "-Wextra"]},
+            extra_compile_args={
+                "cxx": [
+                    "-O3",
+                    "-g0",
+                    "-fopenmp",  # at::parallel_for is serial without it; torch ships the same libgomp.so.1
+                    "-ffp-contract=off",  # one arithmetic for every instruction set and for CUDA
+                    "-fno-math-errno",
+                    "-fno-trapping-math",  # lets selects vectorise; changes no value
+                    "-Wall",
+                    "-Wextra",
+                ]
+            },
+            extra_link_args=["-fopenmp"],
         )
     ],
     cmdclass={"build_ext": BuildExtension},
