@@ -7,6 +7,23 @@
 TORCH_LIBRARY(tolaria, m) {
   m.set_python_module("tolaria.ops._fake");  // a missing fake then names the module to import
 
+  m.def("governor_fields() -> str[]", &tolaria::governor_fields);
+  m.def(
+      "governor_step_(Tensor(a!) state, Tensor config, Tensor loss, Tensor? nonfinite=None, Tensor? active=None, "
+      "Tensor(b!)? mailbox=None) -> ()");
+  m.def(
+      "governor_order_(Tensor(a!) state, Tensor config, int column, int order, int reason, int tensor_index, "
+      "Tensor(b!)? mailbox=None) -> ()");
+  m.def("snapshot_capture_(Tensor(a!) state, int column, Tensor table, int part, Tensor(b!)? mailbox=None) -> ()");
+  m.def(
+      "snapshot_restore_(Tensor(a!) state, int column, Tensor config, Tensor table, Tensor(b!)? mailbox=None) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(tolaria, CPU, m) {
+  m.impl("governor_step_", &tolaria::governor_step_cpu);
+  m.impl("governor_order_", &tolaria::governor_order_cpu);
+  m.impl("snapshot_capture_", &tolaria::snapshot_capture_cpu);
+  m.impl("snapshot_restore_", &tolaria::snapshot_restore_cpu);
 }
 
 // `import tolaria._C` only runs the static registrations above; there is nothing in the module itself.

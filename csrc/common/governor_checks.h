@@ -1,0 +1,87 @@
+// Argument checks of the governor and snapshot ops, shared by the CPU and the CUDA side.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+#include "math/governor.h"
+
+namespace tolaria {
+
+inline int governor_window(const at::Tensor& state) {
+  TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble && state.dim() == 2 && state.is_contiguous(),
+                    "state: expected a contiguous float64 matrix (fields, governors), got ", state.scalar_type(),
+                    " of shape ", state.sizes());
+  const int64_t memories = state.size(0) - math::field::count;
+  const int64_t window = memories / 3 - math::memory::count;
+  TORCH_CHECK_VALUE(memories % 3 == 0 && window >= 1 && window <= math::kMaxWindow, "state: ", state.size(0),
+                    " fields fit no window length; make it with tolaria.ops.governor_state");
+  return static_cast<int>(window);
+}
+
+inline void check_governor_config(const at::Tensor& state, const at::Tensor& config) {
+  TORCH_CHECK_VALUE(config.scalar_type() == at::kDouble && config.dim() == 1 && config.is_contiguous() &&
+                        config.numel() == math::config::count,
+                    "config: expected ", int(math::config::count), " float64 values, got ", config.scalar_type(),
+                    " of shape ", config.sizes());
+  TORCH_CHECK_VALUE(config.device() == state.device(), "config: expected on ", state.device(), " like state, got ",
+                    config.device());
+}
+
+inline int64_t check_mailbox(const at::Tensor& state, const std::optional<at::Tensor>& mailbox) {
+  if (!mailbox.has_value()) return 0;
+  TORCH_CHECK_VALUE(mailbox->scalar_type() == at::kDouble && mailbox->dim() == 2 && mailbox->is_contiguous() &&
+                        mailbox->size(0) == state.size(1) && mailbox->size(1) >= math::status::count &&
+                        (mailbox->size(1) - math::status::count) % math::record::count == 0,
+                    "mailbox: expected a contiguous float64 matrix (governors, ", int(math::status::count), " + k * ",
+                    int(math::record::count), ") for ", state.size(1), " governors, got ", mailbox->scalar_type(),
+                    " of shape ", mailbox->sizes());
+  TORCH_CHECK_VALUE(mailbox->is_cpu() && (state.is_cpu() || mailbox->is_pinned()),
+                    "mailbox: expected in ", state.is_cpu() ? "CPU memory" : "page-locked CPU memory", ", got on ",
+                    mailbox->device());
+  return (mailbox->size(1) - math::status::count) / math::record::count;
+}
+
+// A per-governor argument: one value for each governor, on state's device. Returned contiguous.
+inline at::Tensor check_per_governor(const at::Tensor& state, const at::Tensor& values, const char* name) {
+  TORCH_CHECK_VALUE(values.numel() == state.size(1), name, ": expected one value for each of the ", state.size(1),
+                    " governors, got shape ", values.sizes());
+  TORCH_CHECK_VALUE(values.device() == state.device(), name, ": expected on ", state.device(), " like state, got ",
+                    values.device());
+  return values.contiguous();
+}
+
+inline at::Tensor check_loss(const at::Tensor& state, const at::Tensor& loss) {
+  TORCH_CHECK_TYPE(at::isFloatingType(loss.scalar_type()) && loss.element_size() >= 2,
+                   "loss: expected float64, float32, float16 or bfloat16, got ", loss.scalar_type());
+  return check_per_governor(state, loss, "loss");
+}
+
+inline std::optional<at::Tensor> check_flag(const at::Tensor& state, const std::optional<at::Tensor>& flag,
+                                            const char* name) {
+  if (!flag.has_value()) return std::nullopt;
+  const auto dtype = flag->scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kBool || (at::isFloatingType(dtype) && flag->element_size() >= 2), name,
+                   ": expected bool (or a floating found_inf), got ", dtype);
+  return check_per_governor(state, *flag, name);
+}
+
+inline void check_column(const at::Tensor& state, int64_t column) {
+  TORCH_CHECK_VALUE(column >= 0 && column < state.size(1), "column: expected 0 to ", state.size(1) - 1, ", got ",
+                    column);
+}
+
+// Element i of a tensor of any dtype that the checks above let through, as float64.
+C10_HOST_DEVICE inline double load_as_double(const void* data, at::ScalarType dtype, int64_t i) {
+  switch (dtype) {
+    case at::kDouble: return static_cast<const double*>(data)[i];
+    case at::kFloat: return static_cast<const float*>(data)[i];
+    case at::kHalf: return static_cast<float>(static_cast<const at::Half*>(data)[i]);
+    case at::kBFloat16: return static_cast<float>(static_cast<const at::BFloat16*>(data)[i]);
+    default: return static_cast<const bool*>(data)[i] ? 1.0 : 0.0;
+  }
+}
+
+}  // namespace tolaria

@@ -1,0 +1,136 @@
+// tolaria::snapshot_capture_ and snapshot_restore_ on the CPU: one pass over the bytes of any number of tensors.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "common/governor_checks.h"
+#include "common/multiversion.h"
+#include "common/snapshot_table.h"
+#include "ops.h"
+
+namespace tolaria {
+namespace {
+
+constexpr int64_t kBlockBytes = 1 << 14;  // checked, then copied while it is still in the L1 cache
+constexpr int64_t kAlign = 64;
+constexpr int64_t kTaskBytes = 1 << 18;   // bytes per task: about 30 us of copying, ten times a task hand-over
+
+// Non-finite means every exponent bit set; on integers this vectorises and -0.0, denormals need no care.
+template <typename word_t, word_t kExponent>
+inline __attribute__((always_inline)) bool any_nonfinite_words(const word_t* words, int64_t n) {
+  word_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= static_cast<word_t>((words[i] & kExponent) == kExponent);
+  return bad != 0;
+}
+
+TOLARIA_MULTIVERSION bool any_nonfinite(const void* data, int64_t bytes, int64_t check) {
+  switch (check) {
+    case kCheckFloat: return any_nonfinite_words<uint32_t, 0x7f800000u>(static_cast<const uint32_t*>(data), bytes / 4);
+    case kCheckDouble:
+      return any_nonfinite_words<uint64_t, 0x7ff0000000000000u>(static_cast<const uint64_t*>(data), bytes / 8);
+    case kCheckHalf: return any_nonfinite_words<uint16_t, 0x7c00u>(static_cast<const uint16_t*>(data), bytes / 2);
+    case kCheckBFloat16: return any_nonfinite_words<uint16_t, 0x7f80u>(static_cast<const uint16_t*>(data), bytes / 2);
+    default: return false;
+  }
+}
+
+SnapshotTable table_of(const at::Tensor& table) {
+  const int64_t* data = table.const_data_ptr<int64_t>();
+  const SnapshotTable view{data, reinterpret_cast<const SnapshotRow*>(data + kTableColumns)};
+  TORCH_CHECK_VALUE(0 <= data[0] && data[0] <= data[1] && data[1] < table.size(0), "table: header says ", data[1],
+                    " rows, the matrix holds ", table.size(0) - 1);
+  return view;
+}
+
+// Calls task(row, offset, bytes) over all bytes of rows [begin, end), in pieces of at most kBlockBytes, on all cores.
+template <typename Task>
+void for_each_block(const SnapshotRow* rows, int64_t begin, int64_t end, const Task& task) {
+  // Rows are laid out at multiples of kAlign, so that no cut between tasks falls inside an element.
+  std::vector<int64_t> offsets(end - begin + 1, 0);
+  for (int64_t r = begin; r < end; ++r) {
+    offsets[r - begin + 1] = offsets[r - begin] + (rows[r].bytes + kAlign - 1) / kAlign * kAlign;
+  }
+  const int64_t total = offsets.back();
+  const auto run = [&](int64_t from, int64_t to) {
+    int64_t r = std::upper_bound(offsets.begin(), offsets.end(), from) - offsets.begin() - 1;
+    while (from < to) {
+      const int64_t stop = std::min(to, offsets[r] + rows[begin + r].bytes);
+      for (; from < stop; from += kBlockBytes) {
+        task(rows[begin + r], from - offsets[r], std::min(kBlockBytes, stop - from));
+      }
+      from = std::min(to, offsets[++r]);
+    }
+  };
+  if (total <= kTaskBytes) return run(0, total);
+  const int64_t tasks = (total + kTaskBytes - 1) / kTaskBytes;
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    run(first * kTaskBytes, std::min(total, last * kTaskBytes));
+  });
+}
+
+template <typename T>
+T* address(int64_t base, int64_t offset) {
+  return reinterpret_cast<T*>(base + offset);
+}
+
+math::Governor governor_of(at::Tensor& state, int64_t column, const std::optional<at::Tensor>& mailbox) {
+  const int window = governor_window(state);
+  const int64_t records = check_mailbox(state, mailbox);
+  check_column(state, column);
+  double* row = mailbox.has_value() ? mailbox->mutable_data_ptr<double>() + column * mailbox->size(1) : nullptr;
+  return {state.mutable_data_ptr<double>() + column, state.size(1), window, row, records};
+}
+
+}  // namespace
+
+void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& table, int64_t part,
+                          const std::optional<at::Tensor>& mailbox) {
+  const math::Governor g = governor_of(state, column, mailbox);
+  check_snapshot_table(state, table);
+  TORCH_CHECK_VALUE(part >= 0 && part < math::kCaptureParts, "part: expected 0 or 1, got ", part);
+  const double order = g[math::field::capture_order_0 + static_cast<int>(part)];
+  if (order < 0.0) return;
+  const int slot = static_cast<int>(order);
+  const SnapshotTable t = table_of(table);
+  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> first_bad{kNone};
+  for_each_block(t.rows, t.begin(part), t.end(part), [&](const SnapshotRow& row, int64_t offset, int64_t bytes) {
+    if (row.slot[slot] == 0) return;
+    const char* source = address<const char>(row.live, offset);
+    if (row.check != kCheckNone && any_nonfinite(source, bytes, row.check)) {
+      int64_t seen = first_bad.load(std::memory_order_relaxed);
+      while (row.tensor < seen && !first_bad.compare_exchange_weak(seen, row.tensor)) {
+      }
+    }
+    std::memcpy(address<char>(row.slot[slot], offset), source, bytes);
+  });
+  const int64_t bad = first_bad.load();
+  math::finish_capture_part(g, static_cast<int>(part), bad == kNone ? -1.0 : static_cast<double>(bad));
+}
+
+void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
+                          const std::optional<at::Tensor>& mailbox) {
+  const math::Governor g = governor_of(state, column, mailbox);
+  check_governor_config(state, config);
+  check_snapshot_table(state, table);
+  if (g[math::field::restore_order] == 0.0) return;
+  const int slot = static_cast<int>(g[math::field::last_good]);
+  const SnapshotTable t = table_of(table);
+  for_each_block(t.rows, 0, t.end(1), [&](const SnapshotRow& row, int64_t offset, int64_t bytes) {
+    char* target = address<char>(row.live, offset);
+    if (row.slot[slot] == 0) {
+      std::memset(target, 0, bytes);
+    } else {
+      std::memcpy(target, address<const char>(row.slot[slot], offset), bytes);
+    }
+  });
+  math::commit_rollback(g, config.const_data_ptr<double>());
+  math::write_status(g);
+}
+
+}  // namespace tolaria

@@ -1,0 +1,66 @@
+// The layout of the governor's tensors, as lists of names. The op governor_fields() hands the names to Python, where a
+// test compares them with tolaria/reference/governor_layout.py; no offset is written down anywhere else.
+#pragma once
+
+namespace tolaria::math {
+
+// One governor: a column of the float64 matrix `state`, followed by three memories (live, slot 0, slot 1).
+#define TOLARIA_GOVERNOR_FIELDS(X)                                                                       \
+  /* the last verdict: what a Verdict copies */                                                          \
+  X(step) X(reason) X(rollback) X(loss) X(mean) X(std) X(threshold_absolute) X(threshold_statistical)    \
+  X(threshold_multiplier) X(panics) X(tensor_index) X(reward)                                            \
+  /* orders for the snapshot ops: the slot to write, per capture part (-1: none); 1 if a restore is due */ \
+  X(capture_order_0) X(capture_order_1) X(restore_order)                                                 \
+  /* Welford statistics of all healthy losses; these never go back */                                    \
+  X(life_count) X(life_mean) X(life_m2) X(life_min) X(life_max)                                          \
+  X(cooldown_left) X(rollback_count) X(capture_count) X(promotion_count) X(attached)                     \
+  /* the double buffer: candidate -1 means none; candidate_done is a bit per capture part */             \
+  X(last_good) X(candidate) X(candidate_done) X(candidate_bad) X(candidate_healthy) X(anchor_step)       \
+  X(slot_step_0) X(slot_step_1) X(slot_capture_0) X(slot_capture_1)                                      \
+  X(restored_capture) X(restored_step) X(steps_lost) X(events)
+
+// What belongs to the state that was judged, so goes back with it; followed by `window` losses, oldest first.
+#define TOLARIA_GOVERNOR_MEMORY(X) X(history_size) X(last_healthy) X(consecutive) X(lobotomy_pending)
+
+#define TOLARIA_GOVERNOR_CONFIG(X)                                                                       \
+  X(window) X(min_history) X(absolute_threshold) X(sensitivity) X(multiplier) X(rule_any) X(min_std)     \
+  X(warmup_bound) X(min_panics_before_rollback) X(random_guess_loss) X(lobotomy_healthy_below)           \
+  X(lobotomy_low) X(lobotomy_high) X(lobotomy_patience) X(cooldown) X(snapshot_interval) X(probation)    \
+  X(log_only) X(death_penalty)
+
+// A mailbox row: status words, then a ring of records. The device writes it, the host only reads.
+#define TOLARIA_GOVERNOR_STATUS(X)                                                                       \
+  X(events) X(step) X(reason) X(rollback) X(rollback_count) X(restored_capture) X(restored_step)         \
+  X(last_good_capture) X(last_good_step) X(capture_count) X(promotion_count) X(tensor_index)
+#define TOLARIA_GOVERNOR_RECORD(X)                                                                       \
+  X(kind) X(step) X(reason) X(rollback) X(loss) X(mean) X(std) X(threshold_absolute)                     \
+  X(threshold_statistical) X(threshold_multiplier) X(panics) X(tensor_index) X(capture_id)               \
+  X(capture_step) X(steps_lost) X(rollback_count)
+
+#define TOLARIA_ENTRY(name) name,
+namespace field {
+enum : int { TOLARIA_GOVERNOR_FIELDS(TOLARIA_ENTRY) count };
+}
+namespace memory {
+enum : int { TOLARIA_GOVERNOR_MEMORY(TOLARIA_ENTRY) count };
+}
+namespace config {
+enum : int { TOLARIA_GOVERNOR_CONFIG(TOLARIA_ENTRY) count };
+}
+namespace status {
+enum : int { TOLARIA_GOVERNOR_STATUS(TOLARIA_ENTRY) count };
+}
+namespace record {
+enum : int { TOLARIA_GOVERNOR_RECORD(TOLARIA_ENTRY) count };
+}
+#undef TOLARIA_ENTRY
+
+enum Reason : int { kHealthy = 0, kNonFinite = 1, kLobotomy = 2, kAnomaly = 3, kNonFiniteState = 4, kManual = 5 };
+enum EventKind : int { kVerdictEvent = 0, kCaptureEvent = 1, kPromotionEvent = 2, kRollbackEvent = 3 };
+enum Order : int { kOrderRollback = 0, kOrderCapture = 1, kOrderPromote = 2, kOrderForget = 3 };
+
+constexpr int kMaxWindow = 4096;
+constexpr int kCaptureParts = 2;      // 0: what others mutate, on the current stream; 1: parameters and optimizer state
+constexpr int kAllPartsDone = (1 << kCaptureParts) - 1;
+
+}  // namespace tolaria::math

@@ -1,0 +1,76 @@
+"""Governor ops: judge ``n`` losses at once, give an order from outside the rule.
+
+Source: csrc/math/governor.h · reference: tolaria.reference.governor · bench: bench/ops/bench_governor.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tolaria import _backend
+from tolaria.reference import governor as reference
+from tolaria.reference.governor_layout import Order, PanicReason
+
+
+def governor_step_(
+    state: Tensor,
+    config: Tensor,
+    loss: Tensor,
+    nonfinite: Tensor | None = None,
+    active: Tensor | None = None,
+    mailbox: Tensor | None = None,
+) -> None:
+    """Judge one loss for each of ``n`` governors, in one launch and without reading anything back.
+
+    Rules, statistics and the double buffer's bookkeeping are those of DESIGN section 4; all arithmetic is float64 and
+    the same bit for bit on every backend.
+
+    Args:
+        state: float64 ``(fields, n)`` from :func:`governor_state`; updated in place.
+        config: float64 ``(CONFIG_FIELDS,)`` on ``state``'s device, shared by all governors.
+        loss: ``n`` values, any floating dtype, on ``state``'s device.
+        nonfinite: ``n`` flags (bool, or a floating ``found_inf``): nonzero is judged like a NaN loss.
+        active: ``n`` flags; a row whose flag is 0 is not touched.
+        mailbox: float64 ``(n, status + records)`` in (page-locked) CPU memory, where events and status are written.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: ``loss`` is not floating, or a flag is neither bool nor floating.
+    """
+    if _backend.fused(state):
+        torch.ops.tolaria.governor_step_.default(state, config, loss, nonfinite, active, mailbox)
+    else:
+        reference.check_step_arguments(state, config, loss, nonfinite, active)
+        reference.governor_step_(state, config, loss, nonfinite, active, mailbox)
+
+
+def governor_order_(
+    state: Tensor,
+    config: Tensor,
+    column: int,
+    order: Order,
+    reason: PanicReason = PanicReason.MANUAL,
+    tensor_index: int = -1,
+    mailbox: Tensor | None = None,
+) -> None:
+    """Order a rollback, a capture, a promotion or forgetfulness for governor ``column``, from outside the rule.
+
+    Args:
+        state: float64 ``(fields, n)``; updated in place.
+        config: float64 ``(CONFIG_FIELDS,)``.
+        column: which governor, 0 to ``n - 1``.
+        order: what to do; a rollback that is already pending keeps its reason.
+        reason: why, for ``Order.ROLLBACK``.
+        tensor_index: the tensor to blame, or -1.
+        mailbox: as for :func:`governor_step_`.
+
+    Raises:
+        ValueError: ``column`` is out of range or a tensor does not fit.
+    """
+    if _backend.fused(state):
+        torch.ops.tolaria.governor_order_.default(
+            state, config, column, int(order), int(reason), tensor_index, mailbox
+        )
+    else:
+        reference.governor_order_(state, config, column, order, reason, tensor_index, mailbox)

@@ -1,0 +1,189 @@
+"""Snapshot ops: copy any number of tensors to the ordered slot, or back from the last known good one.
+
+Source: csrc/cpu/snapshot.cpp · reference: tolaria.reference.snapshot · bench: bench/ops/bench_snapshot.py
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tolaria import _backend
+from tolaria.errors import SnapshotError
+from tolaria.reference import snapshot as reference
+
+_CHECK_KIND = {
+    torch.float32: 1,
+    torch.complex64: 1,
+    torch.float64: 2,
+    torch.complex128: 2,
+    torch.float16: 3,
+    torch.bfloat16: 4,
+}
+_COLUMNS = 6
+_MAX_RUNS = 65536
+
+
+def live_view(tensor: Tensor) -> Tensor:
+    """The distinct elements of ``tensor``, detached: dimensions expanded with stride 0 count once."""
+    view = tensor.detach()
+    for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            view = view.narrow(dim, 0, 1)
+    return view
+
+
+def _is_dense(view: Tensor) -> bool:
+    """Whether the elements fill their span of memory without gap or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(view.stride(), view.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def slot_view(arena: Tensor, offset: int, live: Tensor) -> Tensor:
+    """``live``'s place in a slot: same shape and dtype, same strides where ``live`` is dense, else contiguous."""
+    span = arena[offset : offset + live.numel() * live.element_size()].view(live.dtype)
+    if live.numel() and _is_dense(live):
+        return span.as_strided(live.shape, live.stride())
+    return span.view(live.shape)
+
+
+def _runs(live: Tensor) -> Iterator[tuple[int, int, int]]:
+    """``live`` as contiguous runs ``(address, offset in the slot, bytes)``."""
+    item = live.element_size()
+    if live.numel() == 0:
+        return
+    if _is_dense(live):
+        yield live.data_ptr(), 0, live.numel() * item
+        return
+    inner, run = live.dim(), 1
+    while inner > 0 and live.stride(inner - 1) in (run, 0):
+        run *= live.shape[inner - 1]
+        inner -= 1
+    outer = [[i * stride for i in range(size)] for size, stride in zip(live.shape, live.stride(), strict=True)]
+    for number, offsets in enumerate(itertools.product(*outer[:inner])):
+        if number >= _MAX_RUNS:
+            raise SnapshotError(
+                f"a tensor of shape {tuple(live.shape)} with strides {live.stride()} falls into more than {_MAX_RUNS} "
+                "contiguous pieces; make it contiguous before it is captured"
+            )
+        yield live.data_ptr() + sum(offsets) * item, number * run * item, run * item
+
+
+@dataclass(frozen=True)
+class SnapshotEntry:
+    """One captured tensor."""
+
+    live: Tensor
+    """What is copied from and back to; see :func:`live_view`."""
+    slots: tuple[Tensor, Tensor] | None
+    """Where to, in either slot; see :func:`slot_view`. None: never captured, zeroed at a restore."""
+    part: int
+    """0: copied at once, on the current stream; 1: may be copied later, on a side stream."""
+    report_index: int
+    """What a capture reports when it finds a non-finite value here; -1: not looked for."""
+
+
+class SnapshotTable:
+    """Addresses of everything that a capture or a restore touches; owns the tensors it points to.
+
+    Attributes:
+        data: int64 ``(1 + rows, 6)``, what the compiled ops read: a header, then the rows of part 0, then of part 1.
+        entries: the tensors behind the rows.
+    """
+
+    def __init__(self, entries: Sequence[SnapshotEntry], *, device: torch.device | str = "cpu") -> None:
+        self.entries = tuple(sorted(entries, key=lambda entry: entry.part))
+        rows = [row for entry in self.entries for row in self._rows(entry)]
+        first = sum(1 for entry in self.entries if entry.part == 0 for _ in _runs(entry.live))
+        header = [first, len(rows), 0, 0, 0, 0]
+        self.data = torch.tensor([header, *rows], dtype=torch.int64).to(device)
+
+    @staticmethod
+    def _rows(entry: SnapshotEntry) -> Iterator[list[int]]:
+        check = _CHECK_KIND.get(entry.live.dtype, 0) if entry.report_index >= 0 else 0
+        bases = (0, 0) if entry.slots is None else (entry.slots[0].data_ptr(), entry.slots[1].data_ptr())
+        for address, offset, nbytes in _runs(entry.live):
+            places = [base + offset if base else 0 for base in bases]
+            yield [address, *places, nbytes, check, entry.report_index]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one capture writes."""
+        return sum(e.live.numel() * e.live.element_size() for e in self.entries if e.slots is not None)
+
+    def addresses(self) -> list[int]:
+        """Where the live tensors lie, to notice that one was replaced."""
+        return [entry.live.data_ptr() for entry in self.entries]
+
+
+def snapshot_capture_(
+    state: Tensor, column: int, table: SnapshotTable, part: int, mailbox: Tensor | None = None
+) -> None:
+    """Copy one part of ``table`` to the slot that governor ``column`` was ordered to fill; nothing without an order.
+
+    Bytes are copied as they are; floating tensors with a report index are searched for non-finite values in the same
+    pass. The finding and the completion are written to ``state``, where the next judgement reads them.
+
+    Args:
+        state: float64 ``(fields, n)`` of the governors; updated in place.
+        column: whose order counts.
+        table: what to copy.
+        part: 0 or 1.
+        mailbox: where the capture event goes once both parts are done.
+
+    Raises:
+        ValueError: ``part`` or ``column`` is out of range.
+    """
+    if _backend.fused(state):
+        torch.ops.tolaria.snapshot_capture_.default(state, column, table.data, part, mailbox)
+        return
+    kept = [e for e in table.entries if e.part == part and e.slots is not None]
+    reference.snapshot_capture_(
+        state,
+        column,
+        [e.live for e in kept],
+        [e.slots for e in kept if e.slots is not None],
+        [e.report_index if e.live.dtype in _CHECK_KIND else -1 for e in kept],
+        part,
+        mailbox,
+    )
+
+
+def snapshot_restore_(
+    state: Tensor, column: int, config: Tensor, table: SnapshotTable, mailbox: Tensor | None = None
+) -> None:
+    """Carry out a restore that was ordered for governor ``column``; nothing without an order.
+
+    Every tensor of ``table`` gets the bytes of the last known good slot, in place; entries without slots are zeroed.
+    The governor's memory of that slot becomes the live one.
+
+    Args:
+        state: float64 ``(fields, n)`` of the governors; updated in place.
+        column: whose order counts.
+        config: float64 ``(CONFIG_FIELDS,)``.
+        table: what to restore.
+        mailbox: where the rollback event goes.
+    """
+    if _backend.fused(state):
+        torch.ops.tolaria.snapshot_restore_.default(state, column, config, table.data, mailbox)
+        return
+    kept = [e for e in table.entries if e.slots is not None]
+    reference.snapshot_restore_(
+        state,
+        column,
+        config,
+        [e.live for e in kept],
+        [e.slots for e in kept if e.slots is not None],
+        [e.live for e in table.entries if e.slots is None],
+        mailbox,
+    )

@@ -1,0 +1,403 @@
+"""The governor's rule in plain PyTorch: the oracle of ``csrc/math/governor.h``, equal to it bit for bit.
+
+All ``n`` governors are judged at once; a row that is not concerned keeps its bytes by selection (``torch.where``).
+Every float64 operation stands in the same order as in the C++, where no contraction is allowed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tolaria.reference.governor_layout import (
+    ALL_PARTS_DONE,
+    ConfigField,
+    EventKind,
+    MemoryField,
+    Order,
+    PanicReason,
+    RecordField,
+    StateField,
+    StatusField,
+    memory_row,
+    window_of,
+)
+
+_S, _M = StateField, MemoryField
+_Value = Tensor | float
+
+
+class Governors:
+    """The columns of ``state`` by name; writes select the rows they concern."""
+
+    def __init__(self, state: Tensor, config: Tensor | None, mailbox: Tensor | None) -> None:
+        self.state = state
+        self.window = window_of(state)
+        self.settings = config.unbind() if config is not None else ()
+        self.mailbox = mailbox
+
+    def __getitem__(self, field: int) -> Tensor:
+        return self.state[field]
+
+    def put(self, field: int, rows: Tensor, value: _Value) -> None:
+        self.state[field] = torch.where(rows, value, self.state[field])
+
+    def setting(self, field: ConfigField) -> Tensor:
+        return self.settings[field]
+
+    def memory(self, field: MemoryField) -> int:
+        return memory_row(0, self.window, field)
+
+    def live(self, field: MemoryField) -> Tensor:
+        return self.state[self.memory(field)]
+
+    def block(self, which: int) -> Tensor:
+        return self.state[memory_row(which, self.window, 0) : memory_row(which + 1, self.window, 0)]
+
+    def history(self) -> Tensor:
+        return self.block(0)[len(MemoryField) :]
+
+    def by_slot(self, slot: Tensor, field: StateField) -> Tensor:
+        return torch.where(slot == 0, self[field], self[field + 1])
+
+
+def welford(mean: Tensor, m2: Tensor, x: Tensor, count: _Value) -> tuple[Tensor, Tensor]:
+    """One Welford update; ``count`` includes ``x`` (Welford 1962; Knuth, TAOCP 2, 4.2.2)."""
+    delta = x - mean
+    mean = mean + delta / count
+    return mean, m2 + delta * (x - mean)
+
+
+def _exact_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``a * b`` as an unevaluated sum of two float64 (Dekker 1971), for factors of moderate size."""
+
+    def split(v: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = v * 134217729.0  # 2**27 + 1
+        high = scaled - (scaled - v)
+        return high, v - high
+
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def correctly_rounded_sqrt(x: Tensor) -> Tensor:
+    """IEEE square root. ``torch.sqrt`` may be off by an ulp: for float64 on x86 it calls a vector library.
+
+    Tuckerman's test picks among the neighbours of its result: ``r`` is the rounded root iff
+    ``r * pred(r) < x <= r * succ(r)`` (Markstein 1990).
+    """
+    mantissa, exponent = torch.frexp(x)
+    odd = exponent % 2 != 0
+    m = torch.where(odd, mantissa * 2.0, mantissa)
+    r = torch.sqrt(m)
+    up = torch.nextafter(r, torch.full_like(r, torch.inf))
+    down = torch.nextafter(r, torch.zeros_like(r))
+    above, above_low = _exact_product(r, up)
+    below, below_low = _exact_product(r, down)
+    r = torch.where(m - above > above_low, up, torch.where(m - below <= below_low, down, r))
+    root = torch.ldexp(r, (exponent - odd.to(exponent.dtype)) // 2)
+    return torch.where(torch.isfinite(x) & (x > 0), root, torch.sqrt(x))
+
+
+def _window_moments(g: Governors) -> tuple[Tensor, Tensor]:
+    size = g.live(_M.history_size)
+    mean = torch.zeros_like(size)
+    m2 = torch.zeros_like(size)
+    for i, x in enumerate(g.history().unbind()):
+        inside = i < size
+        new_mean, new_m2 = welford(mean, m2, x, i + 1.0)
+        mean = torch.where(inside, new_mean, mean)
+        m2 = torch.where(inside, new_m2, m2)
+    return mean, m2
+
+
+def _emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: _Value, capture_step: _Value) -> None:
+    """Append a record for each of ``rows`` to the rings. (Reads the device: the reference is not sync-free.)"""
+    sequence = g[_S.events].clone()
+    g.put(_S.events, rows, sequence + 1.0)
+    if g.mailbox is None or not bool(rows.any()):
+        return
+    records = (g.mailbox.shape[1] - len(StatusField)) // len(RecordField)
+    filled = {
+        RecordField.kind: torch.full_like(sequence, kind),
+        RecordField.capture_id: torch.as_tensor(capture_id, dtype=sequence.dtype).expand_as(sequence),
+        RecordField.capture_step: torch.as_tensor(capture_step, dtype=sequence.dtype).expand_as(sequence),
+    }
+    columns = [filled[f] if f in filled else g[StateField[f.name]] for f in RecordField]
+    table = torch.stack([column.to(sequence.device) for column in columns], dim=1).to(g.mailbox.device)
+    for row in rows.nonzero().flatten().tolist():
+        count = int(sequence[row])
+        if records:
+            start = len(StatusField) + (count % records) * len(RecordField)
+            g.mailbox[row, start : start + len(RecordField)] = table[row]
+        g.mailbox[row, StatusField.events] = count + 1.0
+
+
+def write_status(g: Governors, rows: Tensor) -> None:
+    if g.mailbox is None:
+        return
+    good = g[_S.last_good]
+    derived = {
+        StatusField.last_good_capture: g.by_slot(good, _S.slot_capture_0),
+        StatusField.last_good_step: g.by_slot(good, _S.slot_step_0),
+    }
+    words = [derived[f] if f in derived else g[StateField[f.name]] for f in list(StatusField)[1:]]
+    table = torch.stack(words, dim=1).to(g.mailbox.device)
+    target = g.mailbox[:, 1 : len(StatusField)]
+    target.copy_(torch.where(rows.to(g.mailbox.device).unsqueeze(1), table, target))
+
+
+def _cancel_candidate(g: Governors, rows: Tensor) -> None:
+    for field in (_S.candidate, _S.candidate_bad, _S.capture_order_0, _S.capture_order_1):
+        g.put(field, rows, -1.0)
+    for field in (_S.candidate_done, _S.candidate_healthy):
+        g.put(field, rows, 0.0)
+
+
+def _order_capture(g: Governors, rows: Tensor) -> None:
+    slot = 1.0 - g[_S.last_good]
+    _cancel_candidate(g, rows)
+    for field in (_S.candidate, _S.capture_order_0, _S.capture_order_1):
+        g.put(field, rows, slot)
+    g.put(_S.capture_count, rows, g[_S.capture_count] + 1.0)
+    live = g.block(0).clone()
+    for s in (0, 1):
+        mine = rows & (slot == s)
+        g.put(_S.slot_step_0 + s, mine, g[_S.step])
+        g.put(_S.slot_capture_0 + s, mine, g[_S.capture_count])
+        g.block(1 + s).copy_(torch.where(mine, live, g.block(1 + s)))
+
+
+def _promote_candidate(g: Governors, rows: Tensor) -> None:
+    slot = g[_S.candidate].clone()
+    capture_step = g.by_slot(slot, _S.slot_step_0)
+    g.put(_S.last_good, rows, slot)
+    g.put(_S.anchor_step, rows, capture_step)
+    g.put(_S.promotion_count, rows, g[_S.promotion_count] + 1.0)
+    _cancel_candidate(g, rows)
+    _emit(g, rows, EventKind.PROMOTION, g.by_slot(slot, _S.slot_capture_0), capture_step)
+
+
+def commit_rollback(g: Governors, rows: Tensor) -> None:
+    """The bookkeeping of a rollback whose tensors are back: the memory of the restored slot judges on from here."""
+    slot = g[_S.last_good]
+    g.put(_S.rollback_count, rows, g[_S.rollback_count] + 1.0)
+    g.put(_S.cooldown_left, rows, g.setting(ConfigField.cooldown))
+    g.put(_S.steps_lost, rows, g[_S.step] - g[_S.anchor_step])
+    g.put(_S.anchor_step, rows, g[_S.step])
+    g.put(_S.restored_capture, rows, g.by_slot(slot, _S.slot_capture_0))
+    g.put(_S.restored_step, rows, g.by_slot(slot, _S.slot_step_0))
+    g.put(_S.restore_order, rows, 0.0)
+    g.put(_S.reward, rows, -g.setting(ConfigField.death_penalty))
+    kept = torch.where(slot == 0, g.block(1), g.block(2))
+    g.block(0).copy_(torch.where(rows, kept, g.block(0)))
+    _cancel_candidate(g, rows)
+    _emit(g, rows, EventKind.ROLLBACK, g[_S.restored_capture], g[_S.restored_step])
+
+
+def _thresholds(g: Governors, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    c = g.setting
+    floor = c(ConfigField.min_std) * mean.abs()
+    absolute = c(ConfigField.absolute_threshold).expand_as(mean)
+    statistical = mean + c(ConfigField.sensitivity) * torch.where(std < floor, floor, std)
+    silent = torch.where(c(ConfigField.rule_any) != 0, torch.inf, -torch.inf).to(mean)
+    return absolute, statistical, torch.where(mean > 0, c(ConfigField.multiplier) * mean, silent)
+
+
+def _is_chance_level(g: Governors, x: Tensor) -> Tensor:
+    c = g.setting
+    guess = c(ConfigField.random_guess_loss)
+    return (
+        (g.live(_M.history_size) >= c(ConfigField.min_history))
+        & (g.live(_M.last_healthy) < c(ConfigField.lobotomy_healthy_below) * guess)
+        & (x >= c(ConfigField.lobotomy_low) * guess)
+        & (x <= c(ConfigField.lobotomy_high) * guess)
+    )
+
+
+def _accept(g: Governors, rows: Tensor, x: Tensor) -> None:
+    """``x`` joins H and the lifetime statistics of ``rows``."""
+    history, size = g.history(), g.live(_M.history_size)
+    full = rows & (size == g.window)
+    history[:-1] = torch.where(full, history[1:], history[:-1])
+    size = torch.where(full, size - 1.0, size)
+    last = size.clamp(max=g.window - 1).long().unsqueeze(0)
+    history.scatter_(0, last, torch.where(rows, x, history.gather(0, last)))
+    g.put(g.memory(_M.history_size), rows, size + 1.0)
+    g.put(g.memory(_M.last_healthy), rows, x)
+    g.put(g.memory(_M.consecutive), rows, 0.0)
+    g.put(g.memory(_M.lobotomy_pending), rows, 0.0)
+
+    count = g[_S.life_count] + 1.0
+    mean, m2 = welford(g[_S.life_mean], g[_S.life_m2], x, count)
+    g.put(_S.life_min, rows & ((count == 1) | (x < g[_S.life_min])), x)
+    g.put(_S.life_max, rows & ((count == 1) | (x > g[_S.life_max])), x)
+    g.put(_S.life_count, rows, count)
+    g.put(_S.life_mean, rows, mean)
+    g.put(_S.life_m2, rows, m2)
+
+
+def _advance_slots(g: Governors, rows: Tensor, healthy: Tensor, paused: Tensor) -> None:
+    pending = rows & (g[_S.candidate] >= 0)
+    lost = pending & (~healthy | (g[_S.candidate_done] != ALL_PARTS_DONE))
+    counted = pending & ~lost & ~paused
+    _cancel_candidate(g, lost)
+    g.put(_S.candidate_healthy, counted, g[_S.candidate_healthy] + 1.0)
+    _promote_candidate(g, counted & (g[_S.candidate_healthy] >= g.setting(ConfigField.probation)))
+    due = g[_S.step] - g[_S.anchor_step] >= g.setting(ConfigField.snapshot_interval)
+    acts = g.setting(ConfigField.log_only) == 0
+    _order_capture(g, rows & healthy & ~paused & due & (g[_S.candidate] < 0) & acts)
+
+
+def governor_step_(
+    state: Tensor,
+    config: Tensor,
+    loss: Tensor,
+    nonfinite: Tensor | None = None,
+    active: Tensor | None = None,
+    mailbox: Tensor | None = None,
+) -> None:
+    """Reference of :func:`tolaria.ops.governor_step_`."""
+    g = Governors(state, config, mailbox)
+    c = g.setting
+    x = loss.detach().reshape(-1).to(torch.float64)
+    rows = torch.ones_like(x, dtype=torch.bool) if active is None else active.reshape(-1) != 0
+    finite = torch.isfinite(x) if nonfinite is None else torch.isfinite(x) & (nonfinite.reshape(-1) == 0)
+    size = g.live(_M.history_size).clone()
+    mean, m2 = _window_moments(g)
+    std = correctly_rounded_sqrt(m2 / size)
+    absolute, statistical, multiplier = _thresholds(g, mean, std)
+
+    over = [x > absolute, x > statistical, x > multiplier]
+    explosion = torch.where(
+        c(ConfigField.rule_any) != 0, over[0] | over[1] | over[2], over[0] & over[1] & over[2]
+    )
+    warm = size < c(ConfigField.min_history)
+    # The rules in their order of precedence; a row falls to the first that holds.
+    poisoned = (g[_S.candidate] >= 0) & (g[_S.candidate_bad] >= 0)
+    nonfinite_loss = ~poisoned & ~finite
+    open_ = ~poisoned & finite
+    paused = open_ & (g[_S.cooldown_left] > 0)
+    lobotomy = open_ & ~paused & _is_chance_level(g, x)
+    open_ = open_ & ~paused & ~lobotomy
+    anomaly = open_ & torch.where(warm, x > c(ConfigField.warmup_bound), explosion)
+    joins = open_ & ~anomaly
+
+    pending, consecutive = g.memory(_M.lobotomy_pending), g.memory(_M.consecutive)
+    g.put(pending, rows & lobotomy, g[pending] + 1.0)
+    g.put(consecutive, rows & anomaly, g[consecutive] + 1.0)
+    rollback = (
+        poisoned
+        | nonfinite_loss
+        | (lobotomy & (g[pending] >= c(ConfigField.lobotomy_patience)))
+        | (anomaly & (g[consecutive] >= c(ConfigField.min_panics_before_rollback)))
+    )
+    reason = torch.zeros_like(x)
+    for held, value in (
+        (poisoned, PanicReason.NON_FINITE_STATE),
+        (nonfinite_loss, PanicReason.NON_FINITE),
+        (lobotomy, PanicReason.LOBOTOMY),
+        (anomaly, PanicReason.ANOMALY),
+    ):
+        reason = torch.where(held, float(value), reason)
+
+    known = size > 0
+    g.put(_S.step, rows, g[_S.step] + 1.0)
+    g.put(_S.reason, rows, reason)
+    g.put(_S.rollback, rows, rollback.to(x))
+    g.put(_S.loss, rows, x)
+    g.put(_S.mean, rows, torch.where(known, mean, torch.nan))
+    g.put(_S.std, rows, torch.where(known, std, torch.nan))
+    g.put(_S.threshold_absolute, rows, absolute)
+    g.put(_S.threshold_statistical, rows, torch.where(known, statistical, torch.nan))
+    g.put(_S.threshold_multiplier, rows, torch.where(known, multiplier, torch.nan))
+    g.put(_S.tensor_index, rows, torch.where(poisoned, g[_S.candidate_bad], -1.0))
+    g.put(_S.reward, rows, 0.0)
+    g.put(_S.cooldown_left, rows & (g[_S.cooldown_left] > 0), g[_S.cooldown_left] - 1.0)
+    _accept(g, rows & joins, x)
+    g.put(_S.panics, rows, g[consecutive])
+
+    acts = rollback & (c(ConfigField.log_only) == 0)
+    attached = g[_S.attached] != 0
+    healthy = reason == PanicReason.HEALTHY
+    g.put(_S.restore_order, rows, (acts & attached).to(x))
+    _emit(g, rows & ~healthy, EventKind.VERDICT, -1.0, -1.0)
+    _advance_slots(g, rows & attached, healthy, paused)
+    commit_rollback(g, rows & acts & ~attached)
+    write_status(g, rows)
+
+
+def governor_order_(
+    state: Tensor,
+    config: Tensor,
+    column: int,
+    order: int,
+    reason: int,
+    tensor_index: int,
+    mailbox: Tensor | None = None,
+) -> None:
+    """Reference of :func:`tolaria.ops.governor_order_`."""
+    g = Governors(state, config, mailbox)
+    row = torch.zeros(state.shape[1], dtype=torch.bool, device=state.device)
+    row[column] = True
+    if order == Order.ROLLBACK:
+        fresh = row & (g[_S.rollback] == 0) if reason != PanicReason.NON_FINITE_STATE else row
+        g.put(_S.reason, fresh, float(reason))
+        g.put(_S.tensor_index, fresh, float(tensor_index))
+        g.put(_S.rollback, fresh, 1.0)
+        _emit(g, fresh, EventKind.VERDICT, -1.0, -1.0)
+        g.put(_S.restore_order, row, g[_S.attached])
+        commit_rollback(g, row & (g[_S.attached] == 0))
+    elif order == Order.CAPTURE:
+        _order_capture(g, row)
+    elif order == Order.PROMOTE:
+        _promote_candidate(g, row & (g[_S.candidate] >= 0))
+    else:
+        g.block(0).copy_(torch.where(row, 0.0, g.block(0)))
+        for field in range(_S.life_count, _S.life_max + 1):
+            g.put(field, row, 0.0)
+        g.put(_S.cooldown_left, row, 0.0)
+    write_status(g, row)
+
+
+def finish_capture_part(state: Tensor, column: int, part: int, bad: int, mailbox: Tensor | None) -> None:
+    """A capture part has been copied; ``bad`` is the index of the first non-finite tensor, or -1."""
+    g = Governors(state, None, mailbox)
+    mine = state[:, column]
+    mine[_S.capture_order_0 + part] = -1.0
+    done = int(mine[_S.candidate_done]) | (1 << part)
+    mine[_S.candidate_done] = float(done)
+    known = float(mine[_S.candidate_bad])
+    if bad >= 0 and (known < 0 or bad < known):
+        mine[_S.candidate_bad] = float(bad)
+    if done == ALL_PARTS_DONE:
+        row = torch.zeros(state.shape[1], dtype=torch.bool, device=state.device)
+        row[column] = True
+        slot = g[_S.candidate]
+        _emit(g, row, EventKind.CAPTURE, g.by_slot(slot, _S.slot_capture_0), g.by_slot(slot, _S.slot_step_0))
+        write_status(g, row)
+
+
+def check_step_arguments(
+    state: Tensor, config: Tensor, loss: Tensor, nonfinite: Tensor | None, active: Tensor | None
+) -> None:
+    """The argument checks of the compiled op, in the same words."""
+    n = state.shape[1]
+    if config.dtype != torch.float64 or config.shape != (len(ConfigField),):
+        raise ValueError(
+            f"config: expected {len(ConfigField)} float64 values, got {config.dtype} of shape {list(config.shape)}"
+        )
+    if not loss.is_floating_point() or loss.element_size() < 2:
+        raise TypeError(f"loss: expected float64, float32, float16 or bfloat16, got {loss.dtype}")
+    for name, values in (("loss", loss), ("nonfinite", nonfinite), ("active", active)):
+        if values is None:
+            continue
+        if values.dtype != torch.bool and not values.is_floating_point():
+            raise TypeError(f"{name}: expected bool (or a floating found_inf), got {values.dtype}")
+        if values.numel() != n:
+            raise ValueError(
+                f"{name}: expected one value for each of the {n} governors, got shape {list(values.shape)}"
+            )
+        if values.device != state.device:
+            raise ValueError(f"{name}: expected on {state.device} like state, got {values.device}")

@@ -1,0 +1,162 @@
+"""Layout of the governor's tensors: which field lies where. The compiled side's names are compared with these.
+
+``state``    float64 ``(STATE_FIELDS + 3 * (MEMORY_FIELDS + window), n)``, one column a governor: the fields, then three
+             memories (live, slot 0, slot 1), each its fields followed by ``window`` healthy losses, oldest first.
+``config``   float64 ``(CONFIG_FIELDS,)``, shared by the ``n`` governors.
+``mailbox``  float64 ``(n, STATUS_FIELDS + records * RECORD_FIELDS)``: status words, then a ring of records.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+StateField = IntEnum(
+    "StateField",
+    [
+        # the last verdict
+        "step", "reason", "rollback", "loss", "mean", "std",
+        "threshold_absolute", "threshold_statistical", "threshold_multiplier",
+        "panics", "tensor_index", "reward",
+        # orders for the snapshot ops
+        "capture_order_0", "capture_order_1", "restore_order",
+        # lifetime statistics and counts: these never go back
+        "life_count", "life_mean", "life_m2", "life_min", "life_max",
+        "cooldown_left", "rollback_count", "capture_count", "promotion_count", "attached",
+        # the double buffer
+        "last_good", "candidate", "candidate_done", "candidate_bad", "candidate_healthy", "anchor_step",
+        "slot_step_0", "slot_step_1", "slot_capture_0", "slot_capture_1",
+        "restored_capture", "restored_step", "steps_lost", "events",
+    ],
+    start=0,
+)  # fmt: skip
+
+MemoryField = IntEnum("MemoryField", ["history_size", "last_healthy", "consecutive", "lobotomy_pending"], start=0)
+
+ConfigField = IntEnum(
+    "ConfigField",
+    [
+        "window", "min_history", "absolute_threshold", "sensitivity", "multiplier", "rule_any", "min_std",
+        "warmup_bound", "min_panics_before_rollback", "random_guess_loss", "lobotomy_healthy_below",
+        "lobotomy_low", "lobotomy_high", "lobotomy_patience", "cooldown", "snapshot_interval", "probation",
+        "log_only", "death_penalty",
+    ],
+    start=0,
+)  # fmt: skip
+
+StatusField = IntEnum(
+    "StatusField",
+    [
+        "events", "step", "reason", "rollback", "rollback_count", "restored_capture", "restored_step",
+        "last_good_capture", "last_good_step", "capture_count", "promotion_count", "tensor_index",
+    ],
+    start=0,
+)  # fmt: skip
+
+RecordField = IntEnum(
+    "RecordField",
+    [
+        "kind", "step", "reason", "rollback", "loss", "mean", "std",
+        "threshold_absolute", "threshold_statistical", "threshold_multiplier", "panics", "tensor_index",
+        "capture_id", "capture_step", "steps_lost", "rollback_count",
+    ],
+    start=0,
+)  # fmt: skip
+
+VERDICT_FIELDS = StateField.reward + 1
+"""The first so many fields of a column are the last verdict."""
+
+
+class PanicReason(IntEnum):
+    """Why a verdict is what it is."""
+
+    HEALTHY = 0
+    """The loss joined the window (or was let through during a cooldown)."""
+    NON_FINITE = 1
+    """The loss was NaN or infinite, or the caller's ``nonfinite`` flag was raised."""
+    LOBOTOMY = 2
+    """A network that had learnt fell back to the loss of random guessing."""
+    ANOMALY = 3
+    """The loss exploded: every threshold of the rule tripped."""
+    NON_FINITE_STATE = 4
+    """A capture found a non-finite value in a tensor that was finite at attach."""
+    MANUAL = 5
+    """The caller asked for the rollback."""
+
+
+class EventKind(IntEnum):
+    """What a record of the mailbox's ring tells."""
+
+    VERDICT = 0
+    CAPTURE = 1
+    PROMOTION = 2
+    ROLLBACK = 3
+
+
+class Order(IntEnum):
+    """What ``governor_order_`` can order."""
+
+    ROLLBACK = 0
+    CAPTURE = 1
+    PROMOTE = 2
+    FORGET = 3
+
+
+ALL_PARTS_DONE = 0b11
+"""Both capture parts have been copied (bit 0: what others mutate; bit 1: parameters and optimizer state)."""
+
+
+def memory_row(which: int, window: int, field: int) -> int:
+    """Row of ``field`` in memory ``which`` (0 live, 1 and 2 the slots'); fields past the last are the losses."""
+    return len(StateField) + which * (len(MemoryField) + window) + field
+
+
+def window_of(state: Tensor) -> int:
+    """The window length that a state was made for."""
+    return (state.shape[0] - len(StateField)) // 3 - len(MemoryField)
+
+
+def governor_state(
+    n: int = 1, *, window: int = 20, attached: bool = True, device: torch.device | str = "cpu"
+) -> Tensor:
+    """State of ``n`` fresh governors.
+
+    Args:
+        n: how many, at least 1.
+        window: healthy losses remembered, 1 to 4096.
+        attached: whether snapshot slots exist; without them a rollback only clears the memory.
+        device: where the governors live.
+
+    Returns:
+        float64 ``(fields, n)``.
+
+    Raises:
+        ValueError: ``n`` or ``window`` out of range.
+    """
+    if n < 1:
+        raise ValueError(f"n: expected at least 1 governor, got {n}")
+    if not 1 <= window <= 4096:
+        raise ValueError(f"window: expected 1 to 4096 losses, got {window}")
+    column = torch.zeros(memory_row(3, window, 0), 1, dtype=torch.float64)
+    for field in (
+        StateField.tensor_index,
+        StateField.capture_order_0,
+        StateField.capture_order_1,
+        StateField.candidate,
+        StateField.candidate_bad,
+        StateField.restored_capture,
+        StateField.restored_step,
+    ):
+        column[field] = -1.0
+    column[StateField.attached] = float(attached)
+    return column.expand(-1, n).contiguous().to(device)
+
+
+def governor_mailbox(n: int = 1, *, records: int = 64, pin_memory: bool = False) -> Tensor:
+    """An empty mailbox for ``n`` governors with a ring of ``records`` events each: float64, in CPU memory."""
+    if records < 1:
+        raise ValueError(f"records: expected at least 1, got {records}")
+    width = len(StatusField) + records * len(RecordField)
+    return torch.zeros(n, width, dtype=torch.float64, pin_memory=pin_memory)

@@ -1,0 +1,66 @@
+"""Snapshot copies in plain PyTorch: the oracle of ``csrc/cpu/snapshot.cpp`` and its fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tolaria.reference.governor import Governors, write_status, commit_rollback, finish_capture_part
+from tolaria.reference.governor_layout import StateField
+
+
+def first_nonfinite(tensors: Sequence[Tensor]) -> int:
+    """Index of the first floating tensor that holds NaN or an infinity, or -1. One reduction a tensor, one transfer."""
+    kept = [(i, t) for i, t in enumerate(tensors) if t.numel() and (t.is_floating_point() or t.is_complex())]
+    if not kept:
+        return -1
+    # The largest magnitude, unlike a sum of squares, cannot overflow where every element is finite.
+    largest = torch._foreach_norm([t for _, t in kept], ord=float("inf"))
+    finite = torch.stack([torch.isfinite(norm).to("cpu") for norm in largest]).tolist()
+    return next((i for (i, _), fine in zip(kept, finite, strict=True) if not fine), -1)
+
+
+def snapshot_capture_(
+    state: Tensor,
+    column: int,
+    live: Sequence[Tensor],
+    slots: Sequence[tuple[Tensor, Tensor]],
+    checked: Sequence[int],
+    part: int,
+    mailbox: Tensor | None = None,
+) -> None:
+    """Reference of :func:`tolaria.ops.snapshot_capture_`: ``checked`` holds a report index, or -1, for each tensor."""
+    slot = int(state[StateField.capture_order_0 + part, column])
+    if slot < 0:
+        return
+    if live:
+        torch._foreach_copy_([pair[slot] for pair in slots], list(live))
+    watched = [(index, pair[slot]) for index, pair in zip(checked, slots, strict=True) if index >= 0]
+    bad = first_nonfinite([t for _, t in watched])
+    finish_capture_part(state, column, part, watched[bad][0] if bad >= 0 else -1, mailbox)
+
+
+def snapshot_restore_(
+    state: Tensor,
+    column: int,
+    config: Tensor,
+    live: Sequence[Tensor],
+    slots: Sequence[tuple[Tensor, Tensor]],
+    zeroed: Sequence[Tensor],
+    mailbox: Tensor | None = None,
+) -> None:
+    """Reference of :func:`tolaria.ops.snapshot_restore_`."""
+    if not bool(state[StateField.restore_order, column]):
+        return
+    slot = int(state[StateField.last_good, column])
+    if live:
+        torch._foreach_copy_(list(live), [pair[slot] for pair in slots])
+    if zeroed:
+        torch._foreach_zero_(list(zeroed))
+    g = Governors(state, config, mailbox)
+    row = torch.zeros(state.shape[1], dtype=torch.bool, device=state.device)
+    row[column] = True
+    commit_rollback(g, row)
+    write_status(g, row)
