@@ -1,9 +1,9 @@
 """The PEP 517 backend: setuptools, building against the torch that is already installed.
 
-Front ends build in an isolated environment, where the installed torch is out of sight and another one would be
-fetched: a different build, a different ABI, gigabytes. This wrapper lets the isolated interpreter see the packages
-of the environment that it installs into (after its own, so the isolated setuptools still wins). Only where that
-environment holds no torch in the supported range does it ask for one.
+Front ends build in an isolated environment, where the installed torch is out of sight and another one would
+be fetched: a different build, a different ABI, gigabytes. This wrapper lets the isolated interpreter see the
+packages of the environment that it installs into (after its own, so the isolated setuptools still wins). Only
+where that environment holds no torch in the supported range does it ask for one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def is_supported(version: str, requirement: str) -> bool:
 
 
 def environment_sites() -> list[str]:
-    """Where the interpreter's environment keeps its packages, whatever build isolation did to ``sys.path``."""
+    """Where the interpreter's environment keeps its packages, whatever isolation did to ``sys.path``."""
     sites = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     if sys.prefix == sys.base_prefix:
         sites.append(site.getusersitepackages())

@@ -1,7 +1,7 @@
-"""Find the CUDA toolkit and decide whether to build for CUDA, by facts: no device is asked for, no torch imported.
+"""Find the CUDA toolkit and decide whether to build for CUDA: by facts, without asking for a device.
 
-``torch.utils.cpp_extension`` takes ``dirname(dirname(nvcc))`` for the toolkit, which is wrong where nvcc is a wrapper
-script. Here nvcc itself is asked, and a folder counts only if what compiling and linking need is in it.
+``torch.utils.cpp_extension`` takes ``dirname(dirname(nvcc))`` for the toolkit, which is wrong where nvcc is a
+wrapper script. Here nvcc itself is asked, and a folder counts only if what compiling and linking need is in it.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def choose(torch_version: str, torch_cuda: str | None, wish: bool | None, search
     version = ".".join(map(str, search.toolkit.version))
     if version.split(".")[0] != major:
         raise BuildError(
-            f"torch {torch_version} is built for CUDA {torch_cuda}, but the toolkit in {search.toolkit.root} is "
-            f"CUDA {version}; point CUDA_HOME at a CUDA {major} toolkit, or set TOLARIA_CUDA=0 for a CPU build"
+            f"torch {torch_version} is built for CUDA {torch_cuda}, but the toolkit in {search.toolkit.root} "
+            f"is CUDA {version}; point CUDA_HOME at a CUDA {major} toolkit, or set TOLARIA_CUDA=0 for a CPU build"
         )
     return True, f"torch {torch_version} and the toolkit {version} in {search.toolkit.root}"
 

@@ -1,17 +1,142 @@
-"""The only importer of the compiled extension ``tolaria._C``."""
+"""The only importer of the compiled extension ``tolaria._C``: check its build info, load it, explain a failure.
+
+The build info is compared before the extension is opened, because a build for another torch fails with an undefined
+symbol at best. Whatever goes wrong becomes one sentence in :data:`LOAD_ERROR`, which ends with the remedy; nothing is
+raised here, so that the reference implementation and ``tolaria doctor`` work without an extension.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-LOAD_ERROR: Exception | None = None
-"""Why the extension could not be loaded (None when it is loaded)."""
+import torch
 
-try:
-    importlib.import_module("tolaria._C")
-except ImportError as error:
-    LOAD_ERROR = error
+from tolaria.errors import BuildMismatchError, ExtensionMissingError, TolariaError
+
+FOLDER = Path(__file__).resolve().parent
+NAME = "tolaria._C"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildInfo:
+    """What a build was made of and for; written by ``build_tools/build_info.py``."""
+
+    extension: bool
+    """False for an installation without the extension (``TOLARIA_BUILD=0``)."""
+    reason: str
+    """Why it is a CPU or a CUDA build."""
+    python: str
+    """The Python version, such as ``3.11``."""
+    sources: str
+    """A hash over csrc."""
+    git: str | None = None
+    """The commit, with ``+`` if the tree had changes."""
+    torch: str | None = None
+    """``torch.__version__``."""
+    cuda: str | None = None
+    """``torch.version.cuda`` if the extension holds CUDA kernels, else None."""
+    toolkit: str | None = None
+    """The version of the CUDA toolkit that compiled the kernels."""
+    archs: tuple[str, ...] = ()
+    """The architectures, as in ``TORCH_CUDA_ARCH_LIST``."""
+    compiler: str | None = None
+    """The C++ compiler."""
+    cxx_flags: tuple[str, ...] = ()
+    """Our flags for the C++ compiler."""
+    nvcc_flags: tuple[str, ...] = ()
+    """Our flags for nvcc."""
+
+
+def read_build_info(folder: Path) -> BuildInfo | None:
+    """The build info in a package folder, or None if there is none or it is not ours."""
+    try:
+        record = json.loads((folder / "_build_info.json").read_text(encoding="utf-8"))
+        known = {field.name for field in fields(BuildInfo)}
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items() if name in known}
+        return BuildInfo(**values)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def rebuild_command(folder: Path) -> str:
+    """How to build the extension anew: in place in a checkout, else by a new installation."""
+    if (folder.parent / "setup.py").is_file() and (folder.parent / "csrc").is_dir():
+        return "`python setup.py build_ext --inplace`"
+    return "`pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of tolaria"
+
+
+def _abi(version: str) -> str:
+    """What has to agree between the torch built for and the torch that runs: X.Y, or all of it for a nightly."""
+    release = re.match(r"\d+\.\d+", version)
+    return version if release is None or re.search(r"dev|a\d|git", version) else release.group()
+
+
+def mismatch(info: BuildInfo, torch_version: str, torch_cuda: str | None, python: str) -> str | None:
+    """How a build differs from what runs, if that matters to the ABI.
+
+    Args:
+        info: what the extension was built for.
+        torch_version: ``torch.__version__`` of the torch that runs.
+        torch_cuda: its ``torch.version.cuda``.
+        python: the version of the Python that runs, such as ``3.11``.
+
+    Returns:
+        ``built for X, found Y``, or None if the extension fits.
+    """
+    if info.python != python:
+        return f"built for Python {info.python}, found {python}"
+    needs_cuda = info.cuda.split(".")[0] if info.cuda else None
+    has_cuda = torch_cuda.split(".")[0] if torch_cuda else None
+    if info.torch and _abi(info.torch) == _abi(torch_version) and needs_cuda in {None, has_cuda}:
+        return None
+    built = f"torch {info.torch or 'unknown'} ({f'CUDA {info.cuda}' if info.cuda else 'CPU'})"
+    return f"built for {built}, found torch {torch_version} ({f'CUDA {torch_cuda}' if torch_cuda else 'CPU'})"
+
+
+def _python() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _check(folder: Path, info: BuildInfo | None, present: bool) -> TolariaError | None:
+    """What stands against loading the extension in ``folder``, before it is opened."""
+    remedy = f"run {rebuild_command(folder)}"
+    if not present:
+        if info is not None and info.extension and info.python != _python():
+            return BuildMismatchError(f"{NAME}: built for Python {info.python}, found {_python()}; {remedy}")
+        why = "installed without it by TOLARIA_BUILD=0" if info and not info.extension else "it was not built"
+        return ExtensionMissingError(f"{NAME}: there is no compiled extension ({why}); to get it, {remedy}")
+    if info is None or not info.extension:
+        return BuildMismatchError(f"{NAME}: expected build info beside the extension, found none; {remedy}")
+    difference = mismatch(info, torch.__version__, torch.version.cuda, _python())
+    return BuildMismatchError(f"{NAME}: {difference}; {remedy}") if difference else None
+
+
+def _load() -> tuple[BuildInfo | None, TolariaError | None]:
+    """Load the extension if it fits; the build info found, and what went wrong."""
+    info = read_build_info(FOLDER)
+    error = _check(FOLDER, info, importlib.util.find_spec(NAME) is not None)
+    if error is None:
+        try:
+            importlib.import_module(NAME)
+        except ImportError as failure:
+            reason = str(failure).strip().split("\n")[0]
+            error = BuildMismatchError(f"{NAME}: cannot be loaded ({reason}); run {rebuild_command(FOLDER)}")
+    return info, error
+
+
+INFO: BuildInfo | None
+"""What the extension was built of and for; None without any record of a build."""
+LOAD_ERROR: TolariaError | None
+"""Why the extension could not be loaded, with the remedy; None when it is loaded."""
+INFO, LOAD_ERROR = _load()
 
 LOADED: bool = LOAD_ERROR is None
-CUDA: bool = False
+"""True when the extension is loaded and its ops are registered."""
+CUDA: bool = LOADED and INFO is not None and INFO.cuda is not None
 """True when the loaded extension holds CUDA kernels."""
