@@ -46,8 +46,7 @@ def sources(with_cuda: bool) -> list[str]:
 
 def facts(**more: str | bool | list[str] | None) -> build_info.Info:
     """The build info common to all kinds of build, and ``more``."""
-    common = {"python": build_info.python_version(), "git": build_info.git_revision(ROOT)}
-    return {**common, "sources": build_info.sources_digest(ROOT), **more}
+    return {"python": build_info.python_version(), "git": build_info.git_revision(ROOT), **more}
 
 
 def pure_options() -> dict[str, object]:

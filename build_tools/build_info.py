@@ -5,7 +5,6 @@ The reader is ``tolaria/_extension.py``; the keys are those of its ``BuildInfo``
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -40,16 +39,6 @@ def git_revision(root: Path) -> str | None:
     if commit is None or top is None or Path(top).resolve() != root.resolve():
         return None
     return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def sources_digest(root: Path) -> str:
-    """A hash over csrc: a build in place whose sources changed since is stale."""
-    digest = hashlib.sha256()
-    for path in sorted((root / "csrc").rglob("*")):
-        if path.suffix in {".cpp", ".cu", ".cuh", ".h"}:
-            digest.update(path.relative_to(root).as_posix().encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def write(folder: Path, info: Info) -> None:

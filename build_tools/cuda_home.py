@@ -1,7 +1,7 @@
 """Find the CUDA toolkit and decide whether to build for CUDA: by facts, without asking for a device.
 
 ``torch.utils.cpp_extension`` takes ``dirname(dirname(nvcc))`` for the toolkit, which is wrong where nvcc is a
-wrapper script. Here nvcc itself is asked, and a folder counts only if what compiling and linking need is in it.
+wrapper script. Here nvcc itself is asked, and a folder counts only if all that a build needs is in it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def choose(torch_version: str, torch_cuda: str | None, wish: bool | None, search
     if version.split(".")[0] != major:
         raise BuildError(
             f"torch {torch_version} is built for CUDA {torch_cuda}, but the toolkit in {search.toolkit.root} "
-            f"is CUDA {version}; point CUDA_HOME at a CUDA {major} toolkit, or set TOLARIA_CUDA=0 for a CPU build"
+            f"is CUDA {version}; point CUDA_HOME at a CUDA {major} toolkit, or set TOLARIA_CUDA=0 to build "
+            "for the CPU alone"
         )
     return True, f"torch {torch_version} and the toolkit {version} in {search.toolkit.root}"
 

@@ -1,7 +1,7 @@
 """Which implementation the ops use: the compiled extension or the pure-PyTorch reference.
 
-One process-wide mode, read by every wrapper in :mod:`tolaria.ops` through :func:`fused`. It is a plain module global
-so that ``torch.compile`` can guard on it.
+One process-wide mode, read by every wrapper in :mod:`tolaria.ops` through :func:`fused`. It is a plain module
+global so that ``torch.compile`` can guard on it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,12 @@ from tolaria.errors import ConfigError, ExtensionMissingError
 
 Mode = Literal["auto", "fused", "reference"]
 
-_HOW_TO_BUILD = (
-    "run `pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout with a C++ compiler; "
-    "`tolaria doctor` shows what was found"
-)
-
 
 def _checked(mode: str, source: str) -> Mode:
     if mode not in get_args(Mode):
         raise ConfigError(f"{source}: expected one of 'auto', 'fused', 'reference', got {mode!r}")
     if mode == "fused" and not _extension.LOADED:
-        raise ExtensionMissingError(
-            f"{source}: 'fused' needs the compiled extension, which is not available ({_extension.LOAD_ERROR}); "
-            f"{_HOW_TO_BUILD}"
-        )
+        raise ExtensionMissingError(f"{source}: 'fused' needs the extension. {_extension.LOAD_ERROR}")
     return mode  # type: ignore[return-value]
 
 
@@ -40,7 +32,7 @@ _warned = False
 
 
 class BackendHandle:
-    """What :func:`backend` returns after a change: a context manager that puts the former mode back on exit."""
+    """What :func:`backend` returns after a change: a context manager that restores it on exit."""
 
     def __init__(self, former: Mode, mode: Mode) -> None:
         self._former = former
@@ -72,8 +64,8 @@ def backend(mode: Mode) -> BackendHandle:
     """Choose the implementation of every tolaria op, for the whole process.
 
     Args:
-        mode: ``"auto"`` uses the compiled extension where it can and the reference elsewhere, ``"fused"`` insists on
-            the extension, ``"reference"`` is pure PyTorch.
+        mode: ``"auto"`` uses the compiled extension where it can and the reference elsewhere, ``"fused"``
+            insists on the extension, ``"reference"`` is pure PyTorch.
 
     Returns:
         A handle; used in a ``with`` statement it restores the former mode at the end.
@@ -96,7 +88,7 @@ def fused(tensor: Tensor) -> bool:
         return True
     if _mode == "fused":
         raise ExtensionMissingError(
-            f"backend 'fused': the extension has no kernels for device {device!r}; {_HOW_TO_BUILD}"
+            f"backend 'fused': the extension has no kernels for device {device!r}; `tolaria doctor` says why"
         )
     if not _extension.LOADED:
         _warn_once()
@@ -108,8 +100,8 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"tolaria runs in pure PyTorch: the compiled extension is not available ({_extension.LOAD_ERROR}); "
-            f"{_HOW_TO_BUILD}, or set TOLARIA_BACKEND=reference to silence this",
+            f"tolaria runs in pure PyTorch. {_extension.LOAD_ERROR} "
+            "(TOLARIA_BACKEND=reference silences this warning)",
             RuntimeWarning,
             stacklevel=4,
         )

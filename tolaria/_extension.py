@@ -1,8 +1,8 @@
-"""The only importer of the compiled extension ``tolaria._C``: check its build info, load it, explain a failure.
+"""The only importer of the compiled extension ``tolaria._C``: check its build info, load it, explain failure.
 
-The build info is compared before the extension is opened, because a build for another torch fails with an undefined
-symbol at best. Whatever goes wrong becomes one sentence in :data:`LOAD_ERROR`, which ends with the remedy; nothing is
-raised here, so that the reference implementation and ``tolaria doctor`` work without an extension.
+The build info is compared before the extension is opened, because a build for another torch fails with an
+undefined symbol at best. Whatever goes wrong becomes one sentence in :data:`LOAD_ERROR`, which ends with the
+remedy; nothing is raised here, so that the reference and ``tolaria doctor`` work without an extension.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,8 +34,6 @@ class BuildInfo:
     """Why it is a CPU or a CUDA build."""
     python: str
     """The Python version, such as ``3.11``."""
-    sources: str
-    """A hash over csrc."""
     git: str | None = None
     """The commit, with ``+`` if the tree had changes."""
     torch: str | None = None
@@ -56,10 +55,10 @@ class BuildInfo:
 def read_build_info(folder: Path) -> BuildInfo | None:
     """The build info in a package folder, or None if there is none or it is not ours."""
     try:
-        record = json.loads((folder / "_build_info.json").read_text(encoding="utf-8"))
-        known = {field.name for field in fields(BuildInfo)}
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items() if name in known}
-        return BuildInfo(**values)
+        record: dict[str, Any] = json.loads((folder / "_build_info.json").read_text(encoding="utf-8"))
+        known = {field.name for field in fields(BuildInfo)} & record.keys()
+        lists = {name: tuple(record[name]) for name in known if isinstance(record[name], list)}
+        return BuildInfo(**{name: record[name] for name in known} | lists)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
@@ -72,7 +71,7 @@ def rebuild_command(folder: Path) -> str:
 
 
 def _abi(version: str) -> str:
-    """What has to agree between the torch built for and the torch that runs: X.Y, or all of it for a nightly."""
+    """What has to agree between the torch built for and the one that runs: X.Y, all of it for a nightly."""
     release = re.match(r"\d+\.\d+", version)
     return version if release is None or re.search(r"dev|a\d|git", version) else release.group()
 

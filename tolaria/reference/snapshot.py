@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tolaria.reference.governor import Governors, write_status, commit_rollback, finish_capture_part
+from tolaria.reference.governor import Governors, commit_rollback, finish_capture_part, write_status
 from tolaria.reference.governor_layout import StateField
 
 

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tolaria
+from tolaria import _extension
+from tolaria.cli import doctor as doctor_module
+from tolaria.cli.doctor import doctor, render
+from tolaria.cli.main import main
+from tolaria.errors import BuildMismatchError, ExtensionMissingError
+
+
+def test_report_names_what_runs():
+    report = doctor()
+    assert report.versions["torch"] == torch.__version__
+    assert report.versions["tolaria"] == tolaria.__version__
+    assert report.extension_loaded == _extension.LOADED
+    assert report.ops["cpu"] == ("fused" if _extension.LOADED else "reference")
+    assert report.devices[0].startswith("cpu: ")
+
+
+def test_reference_mode_shows_in_the_report():
+    with tolaria.backend("reference"):
+        assert set(doctor().ops.values()) == {"reference"}
+
+
+def test_stale_build_is_a_problem(monkeypatch, capsys):
+    monkeypatch.setattr(_extension, "LOAD_ERROR", BuildMismatchError("built for A, found B; run C"))
+    assert main(["doctor"]) == 1
+    assert "PROBLEM: built for A, found B; run C" in capsys.readouterr().out
+
+
+def test_pure_installation_is_healthy_and_says_so(monkeypatch):
+    monkeypatch.setattr(_extension, "LOAD_ERROR", ExtensionMissingError("there is none; run C"))
+    monkeypatch.setattr(doctor_module, "_sources_changed", lambda: False)
+    report = doctor()
+    assert report.is_healthy
+    assert "advice: every op runs in pure PyTorch: there is none; run C" in render(report)
+
+
+def test_changed_sources_are_a_problem(monkeypatch, tmp_path):
+    package = tmp_path / "tolaria"
+    package.mkdir()
+    (tmp_path / "csrc").mkdir()
+    (package / "_C.so").touch()
+    (tmp_path / "csrc" / "new.cpp").touch()
+    monkeypatch.setattr(_extension, "FOLDER", package)
+    monkeypatch.setattr(_extension, "LOAD_ERROR", None)
+    later = (package / "_C.so").stat().st_mtime + 10
+    doctor_module.os.utime(tmp_path / "csrc" / "new.cpp", (later, later))
+    assert any("csrc has changed" in problem for problem in doctor().problems)
+
+
+def test_json_is_the_report(capsys):
+    main(["doctor", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.keys() == {field.name for field in dataclasses.fields(doctor())}
+    assert printed["versions"]["torch"] == torch.__version__
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "tolaria", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"tolaria {tolaria.__version__}"
+
+
+def test_no_command_prints_help(capsys):
+    assert main([]) == 0
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_unknown_command_names_the_known(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["doktor"])
+    assert caught.value.code == 2
+    assert "doctor" in capsys.readouterr().err

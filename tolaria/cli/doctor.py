@@ -1,0 +1,196 @@
+"""``tolaria doctor``: what is installed, what was built, what runs here, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+
+import torch
+
+import tolaria
+from tolaria import _extension
+from tolaria._extension import BuildInfo
+from tolaria.errors import BuildMismatchError, ExtensionMissingError
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": ("rich", "matplotlib", "scikit-learn", "safetensors"),
+    "tensorboard": ("tensorboard",),
+    "test": ("pytest", "hypothesis", "expecttest"),
+    "bench": ("pytest", "pytest-benchmark"),
+}
+"""The optional extras of pyproject.toml and the packages each stands for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorReport:
+    """What :func:`doctor` found."""
+
+    versions: dict[str, str | None]
+    """Versions of tolaria, Python, the platform, torch, its CUDA, numpy."""
+    build: BuildInfo | None
+    """What the extension was built of and for; None if there is no record of a build."""
+    extension_loaded: bool
+    """Whether the compiled extension is loaded."""
+    extension_error: str | None
+    """Why it is not, with the remedy."""
+    backend: str
+    """The mode in force: auto, fused or reference."""
+    ops: dict[str, str]
+    """For each device type, which implementation the ops use there."""
+    devices: tuple[str, ...]
+    """The devices torch sees, in words."""
+    extras: dict[str, tuple[str, ...]]
+    """The packages missing of each extra; empty: complete."""
+    environment: dict[str, str]
+    """The ``TOLARIA_*`` variables that are set."""
+    problems: tuple[str, ...]
+    """What is broken, each a sentence with the remedy."""
+    advice: tuple[str, ...]
+    """What could be better."""
+
+    @property
+    def is_healthy(self) -> bool:
+        """True when nothing is broken."""
+        return not self.problems
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[str, ...]:
+    """The processor and every CUDA device."""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    names = [f"cpu: {platform.machine()} ({instructions}), {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        memory = facts.total_memory / 2**30
+        names.append(f"cuda:{index}: {facts.name}, compute {facts.major}.{facts.minor}, {memory:.0f} GiB")
+    return tuple(names)
+
+
+def _ops() -> dict[str, str]:
+    """Which implementation serves each device type under the mode in force."""
+    reference = tolaria.current_mode() == "reference"
+    kernels = {"cpu": _extension.LOADED, "cuda": _extension.CUDA}
+    if torch.version.cuda is None:
+        del kernels["cuda"]
+    return {device: "fused" if has and not reference else "reference" for device, has in kernels.items()}
+
+
+def _sources_changed() -> bool:
+    """In a checkout: whether a file of csrc is newer than the extension built in place."""
+    built = [path.stat().st_mtime for path in _extension.FOLDER.glob("_C.*")]
+    sources = [path.stat().st_mtime for path in (_extension.FOLDER.parent / "csrc").rglob("*.*")]
+    return bool(built and sources) and max(sources) > max(built)
+
+
+def _problems() -> tuple[str, ...]:
+    """What is broken: an extension that exists and does not fit, or one that lags behind its sources."""
+    rebuild = _extension.rebuild_command(_extension.FOLDER)
+    if isinstance(_extension.LOAD_ERROR, BuildMismatchError):
+        return (str(_extension.LOAD_ERROR),)
+    if _sources_changed():
+        return (f"csrc has changed since the extension was built; run {rebuild}",)
+    return ()
+
+
+def _advice(info: BuildInfo | None, missing: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """What could be better, each with how to get it."""
+    advice = []
+    rebuild = _extension.rebuild_command(_extension.FOLDER)
+    if isinstance(_extension.LOAD_ERROR, ExtensionMissingError):
+        advice.append(f"every op runs in pure PyTorch: {_extension.LOAD_ERROR}")
+    if torch.version.cuda and _extension.LOADED and not _extension.CUDA:
+        why = info.reason if info else "no build info"
+        advice.append(
+            f"ops on CUDA tensors run in pure PyTorch, as this is a CPU build ({why}); "
+            f"for CUDA kernels set TOLARIA_CUDA=1 and run {rebuild}"
+        )
+    if torch.version.cuda and torch.cuda.device_count() == 0:
+        advice.append(f"torch is built for CUDA {torch.version.cuda} but sees no device; check nvidia-smi")
+    if missing["train"]:
+        packages = ", ".join(missing["train"])
+        advice.append(
+            f'`tolaria train` needs {packages}; run `pip install ".[train]"` in a checkout of tolaria'
+        )
+    return tuple(advice)
+
+
+def doctor() -> DoctorReport:
+    """Look at the installation and at the machine; changes nothing.
+
+    Returns:
+        The facts, what is broken, and what could be better.
+    """
+    info = _extension.INFO
+    missing = {extra: tuple(p for p in packages if _version(p) is None) for extra, packages in EXTRAS.items()}
+    return DoctorReport(
+        versions={
+            "tolaria": tolaria.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            "torch CUDA": torch.version.cuda,
+            "numpy": _version("numpy"),
+        },
+        build=info,
+        extension_loaded=_extension.LOADED,
+        extension_error=None if _extension.LOAD_ERROR is None else str(_extension.LOAD_ERROR),
+        backend=tolaria.current_mode(),
+        ops=_ops(),
+        devices=_devices(),
+        extras=missing,
+        environment={
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("TOLARIA_")
+        },
+        problems=_problems(),
+        advice=_advice(info, missing),
+    )
+
+
+def render(report: DoctorReport) -> str:
+    """The report for people, a fact a line."""
+    build = report.build
+    lines = [f"{name:<12}{value or 'none'}" for name, value in report.versions.items()]
+    if build is None or not build.extension:
+        lines.append(f"{'extension':<12}none")
+    else:
+        kind = f"CUDA {build.cuda} ({';'.join(build.archs)})" if build.cuda else "CPU"
+        state = "loaded" if report.extension_loaded else "NOT LOADED"
+        lines.append(
+            f"{'extension':<12}{state}; built for torch {build.torch}, {kind}, Python {build.python}"
+        )
+        lines.append(f"{'':<12}{build.reason}; {build.compiler}")
+        lines.append(f"{'':<12}commit {build.git or 'unknown'}; {' '.join(build.cxx_flags)}")
+    lines.append(f"{'backend':<12}{report.backend}")
+    lines += [f"{'ops':<12}{device}: {kind}" for device, kind in report.ops.items()]
+    lines += [f"{'device':<12}{device}" for device in report.devices]
+    for extra, missing in report.extras.items():
+        lines.append(f"{'extra':<12}{extra}: {'missing ' + ', '.join(missing) if missing else 'complete'}")
+    lines += [f"{'environment':<12}{name}={value}" for name, value in report.environment.items()]
+    lines.append("")
+    lines += [f"PROBLEM: {sentence}" for sentence in report.problems]
+    lines += [f"advice: {sentence}" for sentence in report.advice]
+    if not report.problems and not report.advice:
+        lines.append("nothing to do")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tolaria doctor``."""
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; 1 if something is broken."""
+    report = doctor()
+    print(json.dumps(asdict(report), indent=2) if arguments.json else render(report))
+    return 0 if report.is_healthy else 1

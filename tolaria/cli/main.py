@@ -1,0 +1,70 @@
+"""The ``tolaria`` command: find the sub-command, import its module, run it.
+
+A sub-command is a module with two functions, ``add_arguments(parser)`` and ``run(arguments) -> int``, and a
+line in :data:`COMMANDS`. Only the module of the command typed is imported, so that ``tolaria doctor``
+works without what ``tolaria train`` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+import tolaria
+from tolaria.errors import ConfigError, TolariaError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": (
+        "tolaria.cli.doctor",
+        "report versions, build, backends, devices, and what to do",
+    ),
+}
+"""Each sub-command: its module and one line of help."""
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of the whole command; only ``command`` gets its arguments, the others their line of help."""
+    parser = argparse.ArgumentParser(
+        prog="tolaria", description="Grow networks while they train, and keep the run alive."
+    )
+    parser.add_argument("--version", action="version", version=f"tolaria {tolaria.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, (module_name, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == command:
+            module = importlib.import_module(module_name)
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the ``tolaria`` command.
+
+    Args:
+        arguments: what follows the program's name; default ``sys.argv[1:]``.
+
+    Returns:
+        The exit status: 0 for success, 1 for a failure explained on stderr, 130 after Ctrl-C. A command line
+        that does not parse ends in ``SystemExit(2)``, as everywhere.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = build_parser(next((word for word in words if not word.startswith("-")), None))
+    parsed = parser.parse_args(words)
+    if parsed.command is None:
+        parser.print_help()
+        return 0
+    run: Callable[[argparse.Namespace], int] = parsed.run
+    try:
+        return run(parsed)
+    except (TolariaError, ConfigError) as error:
+        print(f"tolaria {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"tolaria {parsed.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
