@@ -2,12 +2,35 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-
+#include <array>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace tolaria {
+
+using TensorTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// blend: host and seed of the backward are only needed for grad_alpha; a gradient not asked for is undefined.
+at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha);
+at::Tensor blend_autograd(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha);
+TensorTriple blend_backward_cpu(const at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                at::ScalarType seed_dtype, std::array<bool, 3> output_mask);
+TensorTriple blend_backward_autograd(const at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                     const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                     at::ScalarType seed_dtype, std::array<bool, 3> output_mask);
+
+// seed_gate
+at::Tensor seed_gate_cpu(const at::Tensor& features, const at::Tensor& alpha);
+at::Tensor seed_gate_autograd(const at::Tensor& features, const at::Tensor& alpha);
+at::Tensor seed_gate_backward_cpu(const at::Tensor& grad, const at::Tensor& alpha);
+at::Tensor seed_gate_backward_autograd(const at::Tensor& grad, const at::Tensor& alpha);
+
+// straight_through
+at::Tensor straight_through_cpu(const at::Tensor& host, const at::Tensor& seed);
+at::Tensor straight_through_autograd(const at::Tensor& host, const at::Tensor& seed);
 
 // governor: names of all tensor layouts; one judgement of n governors; one order from outside the rule
 std::vector<std::string> governor_fields();

@@ -7,6 +7,14 @@
 TORCH_LIBRARY(tolaria, m) {
   m.set_python_module("tolaria.ops._fake");  // a missing fake then names the module to import
 
+  m.def("blend(Tensor host, Tensor seed, Tensor alpha) -> Tensor");
+  m.def(
+      "blend_backward(Tensor grad, Tensor? host, Tensor? seed, Tensor alpha, ScalarType seed_dtype, "
+      "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def("seed_gate(Tensor features, Tensor alpha) -> Tensor");
+  m.def("seed_gate_backward(Tensor grad, Tensor alpha) -> Tensor");
+  m.def("straight_through(Tensor host, Tensor seed) -> Tensor");
+
   m.def("governor_fields() -> str[]", &tolaria::governor_fields);
   m.def(
       "governor_step_(Tensor(a!) state, Tensor config, Tensor loss, Tensor? nonfinite=None, Tensor? active=None, "
@@ -24,6 +32,20 @@ TORCH_LIBRARY_IMPL(tolaria, CPU, m) {
   m.impl("governor_order_", &tolaria::governor_order_cpu);
   m.impl("snapshot_capture_", &tolaria::snapshot_capture_cpu);
   m.impl("snapshot_restore_", &tolaria::snapshot_restore_cpu);
+
+  m.impl("blend", &tolaria::blend_cpu);
+  m.impl("blend_backward", &tolaria::blend_backward_cpu);
+  m.impl("seed_gate", &tolaria::seed_gate_cpu);
+  m.impl("seed_gate_backward", &tolaria::seed_gate_backward_cpu);
+  m.impl("straight_through", &tolaria::straight_through_cpu);
+}
+
+TORCH_LIBRARY_IMPL(tolaria, Autograd, m) {
+  m.impl("blend", &tolaria::blend_autograd);
+  m.impl("blend_backward", &tolaria::blend_backward_autograd);
+  m.impl("seed_gate", &tolaria::seed_gate_autograd);
+  m.impl("seed_gate_backward", &tolaria::seed_gate_backward_autograd);
+  m.impl("straight_through", &tolaria::straight_through_autograd);
 }
 
 // `import tolaria._C` only runs the static registrations above; there is nothing in the module itself.

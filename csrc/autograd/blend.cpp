@@ -1,0 +1,146 @@
+// Gradients of blend and seed_gate. First derivatives run the fused backward ops; a derivative of those (create_graph) is
+// taken through differentiable ATen operations that select as the kernels do.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/where.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "autograd/common.h"
+#include "common/dispatch.h"
+#include "ops.h"
+
+namespace tolaria {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+at::Tensor call_blend(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha) {
+  static const auto op = find_op("tolaria::blend", &blend_autograd);
+  return op.call(host, seed, alpha);
+}
+
+TensorTriple call_blend_backward(const at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                 const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                 at::ScalarType seed_dtype, std::array<bool, 3> output_mask) {
+  static const auto op = find_op("tolaria::blend_backward", &blend_backward_autograd);
+  return op.call(grad, host, seed, alpha, seed_dtype, output_mask);
+}
+
+at::Tensor call_seed_gate(const at::Tensor& features, const at::Tensor& alpha) {
+  static const auto op = find_op("tolaria::seed_gate", &seed_gate_autograd);
+  return op.call(features, alpha);
+}
+
+at::Tensor call_seed_gate_backward(const at::Tensor& grad, const at::Tensor& alpha) {
+  static const auto op = find_op("tolaria::seed_gate_backward", &seed_gate_backward_autograd);
+  return op.call(grad, alpha);
+}
+
+std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
+struct BlendFunction : torch::autograd::Function<BlendFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& host, const at::Tensor& seed,
+                            const at::Tensor& alpha) {
+    const bool keeps_features = alpha.requires_grad();  // host and seed matter to grad_alpha alone
+    ctx->save_for_backward({alpha, keeps_features ? host : at::Tensor(), keeps_features ? seed : at::Tensor()});
+    ctx->saved_data["seed_dtype"] = static_cast<int64_t>(seed.scalar_type());
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_blend(host, seed, alpha);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return {{}, {}, {}};
+    const variable_list saved = ctx->get_saved_variables();
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    auto [grad_host, grad_seed, grad_alpha] = call_blend_backward(
+        grads[0], optional_of(saved[1]), optional_of(saved[2]), saved[0],
+        static_cast<at::ScalarType>(ctx->saved_data["seed_dtype"].toInt()), mask);
+    return {grad_host, grad_seed, grad_alpha};
+  }
+};
+
+struct SeedGateFunction : torch::autograd::Function<SeedGateFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& features, const at::Tensor& alpha) {
+    ctx->save_for_backward({alpha});
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_seed_gate(features, alpha);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined() || !ctx->needs_input_grad(0)) return {{}, {}};
+    return {call_seed_gate_backward(grads[0], ctx->get_saved_variables()[0]), {}};
+  }
+};
+
+// The gate's gradient is linear in grad: its own gradient is the gate's again.
+struct SeedGateBackwardFunction : torch::autograd::Function<SeedGateBackwardFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& grad, const at::Tensor& alpha) {
+    ctx->save_for_backward({alpha});
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_seed_gate_backward(grad, alpha);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return SeedGateFunction::backward(ctx, grads);
+  }
+};
+
+// blend_backward in differentiable steps. What a selection leaves out is also masked before the products, so that a NaN
+// there reaches no second derivative either.
+TensorTriple differentiable_blend_backward(const at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                           const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                           at::ScalarType seed_dtype, std::array<bool, 3> output_mask) {
+  const auto type = acc_type_of(grad.scalar_type(), seed_dtype);
+  const at::Tensor g = grad.to(type), a = alpha.to(type);
+  const at::Tensor is_host = a <= 0, is_seed = a >= 1, is_live = (a >= 0).logical_and(a <= 1);
+  const at::Tensor between = at::where(is_host.logical_or(is_seed), 0, g);
+  at::Tensor grad_host, grad_seed, grad_alpha;
+  if (output_mask[0]) {
+    grad_host = at::where(is_host, g, between * (1 - a)).to(grad.scalar_type());
+  }
+  if (output_mask[1]) {
+    grad_seed = at::where(is_seed, g, between * a).to(seed_dtype);
+  }
+  if (output_mask[2]) {
+    const at::Tensor step = at::where(is_live, seed->to(type), 0) - at::where(is_live, host->to(type), 0);
+    grad_alpha = (at::where(is_live, g, 0) * step).sum_to_size(alpha.sizes()).to(alpha.scalar_type());
+  }
+  return {grad_host, grad_seed, grad_alpha};
+}
+
+}  // namespace
+
+at::Tensor blend_autograd(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha) {
+  if (is_tracked(host) || is_tracked(seed) || is_tracked(alpha)) return BlendFunction::apply(host, seed, alpha);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_blend(host, seed, alpha);
+}
+
+TensorTriple blend_backward_autograd(const at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                     const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                     at::ScalarType seed_dtype, std::array<bool, 3> output_mask) {
+  if (is_tracked(grad) || is_tracked(host) || is_tracked(seed) || is_tracked(alpha)) {
+    return differentiable_blend_backward(grad, host, seed, alpha, seed_dtype, output_mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_blend_backward(grad, host, seed, alpha, seed_dtype, output_mask);
+}
+
+at::Tensor seed_gate_autograd(const at::Tensor& features, const at::Tensor& alpha) {
+  if (is_tracked(features)) return SeedGateFunction::apply(features, alpha);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_seed_gate(features, alpha);
+}
+
+at::Tensor seed_gate_backward_autograd(const at::Tensor& grad, const at::Tensor& alpha) {
+  if (is_tracked(grad)) return SeedGateBackwardFunction::apply(grad, alpha);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_seed_gate_backward(grad, alpha);
+}
+
+}  // namespace tolaria

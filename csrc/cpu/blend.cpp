@@ -1,0 +1,292 @@
+// blend and seed_gate on the CPU: check, lay out, allocate, then one pass on all threads.
+#include "math/blend.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <cstring>
+
+#include "common/checks.h"
+#include "common/dispatch.h"
+#include "common/layout.h"
+#include "cpu/elementwise.h"
+#include "cpu/isa.h"
+#include "ops.h"
+
+namespace tolaria {
+namespace {
+
+using math::BlendBranch;
+
+template <typename host_t, typename seed_t, typename acc_t>
+struct BlendForward {
+  const host_t* host_data;
+  const seed_t* seed_data;
+  host_t* out_data;
+
+  TOLARIA_INLINE void uniform(int64_t, int64_t offset, int64_t n, acc_t alpha) const {
+    const host_t* C10_RESTRICT host = host_data + offset;
+    const seed_t* C10_RESTRICT seed = seed_data + offset;
+    host_t* C10_RESTRICT out = out_data + offset;
+    switch (math::blend_branch(alpha)) {
+      case BlendBranch::kHost: std::memcpy(out, host, n * sizeof(host_t)); break;
+      case BlendBranch::kLow:
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<host_t>(math::blend_low<acc_t>(host[i], seed[i], alpha));
+        break;
+      case BlendBranch::kHigh:
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<host_t>(math::blend_high<acc_t>(host[i], seed[i], alpha));
+        break;
+      case BlendBranch::kSeed:
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<host_t>(seed[i]);
+        break;
+    }
+  }
+
+  TOLARIA_INLINE void varied(int64_t, int64_t row, int64_t rows, int64_t mid, int64_t start, int64_t n,
+                             const acc_t* C10_RESTRICT alpha) const {
+    for (int64_t r = row; r < row + rows; ++r) {
+      const host_t* C10_RESTRICT host = host_data + r * mid + start;
+      const seed_t* C10_RESTRICT seed = seed_data + r * mid + start;
+      host_t* C10_RESTRICT out = out_data + r * mid + start;
+      for (int64_t i = 0; i < n; ++i) out[i] = math::blend(host[i], seed[i], alpha[i]);
+    }
+  }
+};
+
+// Doubles that a running sum is spread over; a fixed number, so that every instruction set adds in one order.
+constexpr int64_t kLanes = 16;
+
+// The gradients of one pass. Null pointers are outputs that nobody asked for. Each block of grad is read from memory
+// once and stays in the first-level cache for the loops after the first.
+template <typename host_t, typename seed_t, typename acc_t>
+struct BlendBackward {
+  const host_t* grad_data;
+  const host_t* host_data;
+  const seed_t* seed_data;
+  host_t* grad_host;
+  seed_t* grad_seed;
+  double* alpha_partial;  // one sum per piece, or per (group, mid)
+  acc_t* alpha_direct;    // instead, when every element has an alpha of its own
+
+  TOLARIA_INLINE void uniform(int64_t slot, int64_t offset, int64_t n, acc_t alpha) const {
+    double lanes[kLanes] = {};
+    const bool is_live = alpha_partial != nullptr && math::blend_alpha_is_live(alpha);
+    for (int64_t start = 0; start < n; start += cpu::kBlock) {
+      const int64_t at = offset + start, length = std::min(cpu::kBlock, n - start);
+      if (grad_host != nullptr) host_row(grad_data + at, grad_host + at, length, alpha);
+      if (grad_seed != nullptr) seed_row(grad_data + at, grad_seed + at, length, alpha);
+      if (is_live) alpha_row(grad_data + at, host_data + at, seed_data + at, length, lanes);
+    }
+    if (alpha_partial == nullptr) return;
+    double sum = 0;
+    for (const double lane : lanes) sum += lane;
+    alpha_partial[slot] = sum;
+  }
+
+  static TOLARIA_INLINE void host_row(const host_t* C10_RESTRICT grad, host_t* C10_RESTRICT out, int64_t n, acc_t alpha) {
+    if (alpha <= acc_t(0)) {
+      std::memcpy(out, grad, n * sizeof(host_t));
+    } else if (alpha >= acc_t(1)) {
+      std::memset(static_cast<void*>(out), 0, n * sizeof(host_t));
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_host(grad[i], alpha);
+    }
+  }
+
+  static TOLARIA_INLINE void seed_row(const host_t* C10_RESTRICT grad, seed_t* C10_RESTRICT out, int64_t n, acc_t alpha) {
+    if (alpha <= acc_t(0)) {
+      std::memset(static_cast<void*>(out), 0, n * sizeof(seed_t));
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_seed<seed_t>(grad[i], alpha);
+    }
+  }
+
+  static TOLARIA_INLINE void alpha_row(const host_t* C10_RESTRICT grad, const host_t* C10_RESTRICT host,
+                                       const seed_t* C10_RESTRICT seed, int64_t n, double* lanes) {
+    double sums[kLanes];
+    std::memcpy(sums, lanes, sizeof(sums));
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int64_t l = 0; l < kLanes; ++l) {
+        sums[l] += static_cast<double>(math::blend_grad_alpha<acc_t>(grad[i + l], host[i + l], seed[i + l]));
+      }
+    }
+    for (int64_t l = 0; i + l < n; ++l) {
+      sums[l] += static_cast<double>(math::blend_grad_alpha<acc_t>(grad[i + l], host[i + l], seed[i + l]));
+    }
+    std::memcpy(lanes, sums, sizeof(sums));
+  }
+
+  TOLARIA_INLINE void varied(int64_t group, int64_t row, int64_t rows, int64_t mid, int64_t start, int64_t n,
+                             const acc_t* C10_RESTRICT alpha) const {
+    double sums[cpu::kTileWidth];
+    std::fill(sums, sums + n, 0.0);
+    for (int64_t r = row; r < row + rows; ++r) {
+      const int64_t at = r * mid + start;
+      const host_t* C10_RESTRICT grad = grad_data + at;
+      if (grad_host != nullptr) {
+        host_t* C10_RESTRICT out = grad_host + at;
+        for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_host(grad[i], alpha[i]);
+      }
+      if (grad_seed != nullptr) {
+        seed_t* C10_RESTRICT out = grad_seed + at;
+        for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_seed<seed_t>(grad[i], alpha[i]);
+      }
+      if (alpha_direct != nullptr) {
+        acc_t* C10_RESTRICT out = alpha_direct + at;
+        for (int64_t i = 0; i < n; ++i) out[i] = alpha_term(at + i, alpha[i]);
+      } else if (alpha_partial != nullptr) {
+        for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(alpha_term(at + i, alpha[i]));
+      }
+    }
+    if (alpha_partial != nullptr) std::memcpy(alpha_partial + group * mid + start, sums, n * sizeof(double));
+  }
+
+  TOLARIA_INLINE acc_t alpha_term(int64_t at, acc_t alpha) const {
+    const acc_t term = math::blend_grad_alpha<acc_t>(grad_data[at], host_data[at], seed_data[at]);
+    return math::blend_alpha_is_live(alpha) ? term : acc_t(0);
+  }
+};
+
+template <typename scalar_t, typename acc_t>
+struct SeedGateBackward {
+  const scalar_t* grad_data;
+  scalar_t* out_data;
+
+  TOLARIA_INLINE void uniform(int64_t, int64_t offset, int64_t n, acc_t alpha) const {
+    if (alpha <= acc_t(0)) {
+      std::memset(static_cast<void*>(out_data + offset), 0, n * sizeof(scalar_t));
+    } else {
+      std::memcpy(out_data + offset, grad_data + offset, n * sizeof(scalar_t));
+    }
+  }
+
+  TOLARIA_INLINE void varied(int64_t, int64_t row, int64_t rows, int64_t mid, int64_t start, int64_t n,
+                             const acc_t* C10_RESTRICT alpha) const {
+    for (int64_t r = row; r < row + rows; ++r) {
+      const scalar_t* C10_RESTRICT grad = grad_data + r * mid + start;
+      scalar_t* C10_RESTRICT out = out_data + r * mid + start;
+      for (int64_t i = 0; i < n; ++i) out[i] = math::seed_gate_grad(grad[i], alpha[i]);
+    }
+  }
+};
+
+// Runs the op with room for its sums over alpha, and adds them up in a fixed order.
+template <typename acc_t, class Op>
+at::Tensor run_with_alpha_sums(const AlphaLayout& layout, const at::Tensor& order, const at::Tensor& alpha, Op op) {
+  if (!layout.is_uniform() && layout.outer == 1) {
+    at::Tensor terms = at::empty({layout.mid}, layout.values.options());
+    op.alpha_direct = terms.mutable_data_ptr<acc_t>();
+    cpu::for_each_run<acc_t>(layout, op);
+    return sums_to_alpha(terms, layout, order, alpha);
+  }
+  const int64_t rows = layout.is_uniform() ? layout.outer * cpu::UniformPieces(layout).parts
+                                           : cpu::VariedTiles(layout).groups;
+  const auto options = order.options().dtype(at::kDouble);
+  at::Tensor partial = at::empty({rows, layout.mid}, options), sums = at::empty({layout.mid}, options);
+  op.alpha_partial = partial.mutable_data_ptr<double>();
+  cpu::for_each_run<acc_t>(layout, op);
+  cpu::sum_rows(op.alpha_partial, rows, layout.mid, sums.mutable_data_ptr<double>());
+  return sums_to_alpha(sums, layout, order, alpha);
+}
+
+template <typename scalar_t>
+const scalar_t* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<scalar_t>() : nullptr;
+}
+
+template <typename scalar_t>
+scalar_t* mutable_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+}
+
+}  // namespace
+
+at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha) {
+  check_pair("blend", host, seed);
+  check_alpha("blend", alpha, "host", host);
+  const auto host_type = host.scalar_type(), seed_type = seed.scalar_type();
+  if (!is_fused_pair_of(host_type, seed_type)) {
+    const auto type = c10::promoteTypes(host_type, seed_type);
+    return blend_cpu(host.to(type), seed.to(type), alpha).to(host_type);
+  }
+  at::Tensor out = at::empty_like(host);
+  if (out.numel() == 0) return out;
+  const at::Tensor h = in_order_of(host, out, host_type), s = in_order_of(seed, out, seed_type);
+  const AlphaLayout layout = make_alpha_layout(alpha, out, acc_type_of(host_type, seed_type));
+  TOLARIA_DISPATCH_PAIR(host_type, seed_type, "tolaria::blend", [&] {
+    const BlendForward<host_t, seed_t, acc_t> op{h.const_data_ptr<host_t>(), s.const_data_ptr<seed_t>(),
+                                                 out.mutable_data_ptr<host_t>()};
+    cpu::for_each_run<acc_t>(layout, op);
+  });
+  return out;
+}
+
+TensorTriple blend_backward_cpu(const at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                at::ScalarType seed_dtype, std::array<bool, 3> output_mask) {
+  check_blend_backward(grad, host, seed, alpha, seed_dtype, output_mask);
+  const auto host_dtype = grad.scalar_type();
+  if (!is_fused_pair_of(host_dtype, seed_dtype)) {
+    const auto type = c10::promoteTypes(host_dtype, seed_dtype);
+    const auto promoted = [&](const std::optional<at::Tensor>& t) { return t ? std::optional(t->to(type)) : t; };
+    auto [grad_host, grad_seed, grad_alpha] =
+        blend_backward_cpu(grad.to(type), promoted(host), promoted(seed), alpha, type, output_mask);
+    if (output_mask[0]) grad_host = grad_host.to(host_dtype);
+    if (output_mask[1]) grad_seed = grad_seed.to(seed_dtype);
+    return {grad_host, grad_seed, grad_alpha};
+  }
+  const at::Tensor order = gradient_order(grad, host);
+  at::Tensor grad_host, grad_seed, grad_alpha, h, s;
+  if (output_mask[0]) grad_host = at::empty_like(order);
+  if (output_mask[1]) grad_seed = at::empty_like(order, order.options().dtype(seed_dtype));
+  if (grad.numel() == 0) {
+    if (output_mask[2]) grad_alpha = at::zeros(alpha.sizes(), alpha.options());
+    return {grad_host, grad_seed, grad_alpha};
+  }
+  const at::Tensor g = in_order_of(grad, order, host_dtype);
+  const AlphaLayout layout = make_alpha_layout(alpha, order, acc_type_of(host_dtype, seed_dtype));
+  if (output_mask[2]) {
+    h = in_order_of(*host, order, host_dtype);
+    s = in_order_of(*seed, order, seed_dtype);
+  }
+  TOLARIA_DISPATCH_PAIR(host_dtype, seed_dtype, "tolaria::blend_backward", [&] {
+    const BlendBackward<host_t, seed_t, acc_t> op{
+        g.const_data_ptr<host_t>(),
+        data_or_null<host_t>(h),
+        data_or_null<seed_t>(s),
+        mutable_data_or_null<host_t>(grad_host),
+        mutable_data_or_null<seed_t>(grad_seed),
+        nullptr,
+        nullptr,
+    };
+    if (output_mask[2]) {
+      grad_alpha = run_with_alpha_sums<acc_t>(layout, order, alpha, op);
+    } else {
+      cpu::for_each_run<acc_t>(layout, op);
+    }
+  });
+  return {grad_host, grad_seed, grad_alpha};
+}
+
+at::Tensor seed_gate_cpu(const at::Tensor& features, const at::Tensor& alpha) {
+  check_floating("seed_gate", "features", features);
+  check_alpha("seed_gate", alpha, "features", features);
+  return at::empty_like(features).copy_(features);
+}
+
+at::Tensor seed_gate_backward_cpu(const at::Tensor& grad, const at::Tensor& alpha) {
+  check_floating("seed_gate_backward", "grad", grad);
+  check_alpha("seed_gate_backward", alpha, "grad", grad);
+  at::Tensor out = at::empty_like(grad);
+  if (out.numel() == 0) return out;
+  const at::Tensor g = in_order_of(grad, out, grad.scalar_type());
+  const AlphaLayout layout = make_alpha_layout(alpha, out, acc_type_of(grad.scalar_type(), grad.scalar_type()));
+  TOLARIA_DISPATCH(grad.scalar_type(), "tolaria::seed_gate_backward", [&] {
+    cpu::for_each_run<acc_t>(
+        layout, SeedGateBackward<scalar_t, acc_t>{g.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>()});
+  });
+  return out;
+}
+
+}  // namespace tolaria
