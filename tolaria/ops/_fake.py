@@ -1,0 +1,71 @@
+"""Shape rules of the ops that return tensors: for ``torch.compile``, ``torch.export``, meta tensors.
+
+Ops that return nothing get theirs from torch. The checks are the reference's, in the words of the kernels'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+from tolaria.reference import _checks
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _fake(name: str) -> Callable[[_Function], _Function]:
+    register: Callable[[_Function], _Function] = torch.library.register_fake(f"tolaria::{name}")
+    return register
+
+
+@_fake("blend")
+def _blend(host: Tensor, seed: Tensor, alpha: Tensor) -> Tensor:
+    _checks.check_pair("blend", host, seed)
+    _checks.check_alpha("blend", alpha, "host", host)
+    return torch.empty_like(host)
+
+
+@_fake("blend_backward")
+def _blend_backward(
+    grad: Tensor,
+    host: Tensor | None,
+    seed: Tensor | None,
+    alpha: Tensor,
+    seed_dtype: torch.dtype,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    _checks.check_floating("blend_backward", "grad", grad)
+    _checks.check_alpha("blend_backward", alpha, "grad", grad)
+    order = grad
+    if not is_non_overlapping_and_dense_or_false(grad):
+        is_host_dense = host is not None and is_non_overlapping_and_dense_or_false(host)
+        order = host if host is not None and is_host_dense else torch.empty_like(grad)
+    return (
+        torch.empty_like(order) if output_mask[0] else None,
+        torch.empty_like(order, dtype=seed_dtype) if output_mask[1] else None,
+        alpha.new_empty(alpha.shape) if output_mask[2] else None,
+    )
+
+
+@_fake("seed_gate")
+def _seed_gate(features: Tensor, alpha: Tensor) -> Tensor:
+    _checks.check_floating("seed_gate", "features", features)
+    _checks.check_alpha("seed_gate", alpha, "features", features)
+    return torch.empty_like(features)
+
+
+@_fake("seed_gate_backward")
+def _seed_gate_backward(grad: Tensor, alpha: Tensor) -> Tensor:
+    _checks.check_floating("seed_gate_backward", "grad", grad)
+    _checks.check_alpha("seed_gate_backward", alpha, "grad", grad)
+    return torch.empty_like(grad)
+
+
+@_fake("straight_through")
+def _straight_through(host: Tensor, seed: Tensor) -> Tensor:
+    _checks.check_pair("straight_through", host, seed)
+    return torch.empty_like(host)
