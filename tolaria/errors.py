@@ -24,7 +24,15 @@ class SnapshotError(TolariaError):
 
 
 class TrainingDivergedError(TolariaError):
-    """Too many rollbacks inside the rollback window: restoring again would not help."""
+    """Too many rollbacks inside the rollback window: restoring again would not help.
+
+    Attributes:
+        history: the reports of those rollbacks, oldest first.
+    """
+
+    def __init__(self, message: str, history: tuple[object, ...] = ()) -> None:
+        super().__init__(message)
+        self.history = history
 
 
 class ConfigError(ValueError):

@@ -1,1 +1,41 @@
-"""governor."""
+"""The governor: judge a loss, take snapshots, roll back, tell."""
+
+from tolaria.governor.bank import GovernorBank
+from tolaria.governor.config import GovernorConfig
+from tolaria.governor.events import (
+    AttachEvent,
+    CaptureEvent,
+    DroppedEventsEvent,
+    GovernorEvent,
+    PromotionEvent,
+    RollbackEvent,
+    SeedCulledEvent,
+    StructureEvent,
+    VerdictEvent,
+)
+from tolaria.governor.governor import TolariaGovernor
+from tolaria.governor.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
+from tolaria.governor.verdict import GovernorReport, Verdict
+from tolaria.ops import PanicReason
+
+__all__ = [
+    "AttachEvent",
+    "CaptureEvent",
+    "DroppedEventsEvent",
+    "GovernorBank",
+    "GovernorConfig",
+    "GovernorEvent",
+    "GovernorReport",
+    "JsonLinesSink",
+    "LoggingSink",
+    "PanicReason",
+    "PromotionEvent",
+    "RollbackEvent",
+    "SeedCulledEvent",
+    "Sink",
+    "StructureEvent",
+    "TensorBoardSink",
+    "TolariaGovernor",
+    "Verdict",
+    "VerdictEvent",
+]

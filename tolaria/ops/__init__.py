@@ -5,6 +5,53 @@ from tolaria import _extension
 if _extension.LOADED:
     from tolaria.ops import _fake as _fake  # registers the shape rules
 from tolaria.ops.blend import blend, seed_gate
+from tolaria.ops.governor import governor_order_, governor_step_
+from tolaria.ops.snapshot import (
+    SnapshotEntry,
+    SnapshotTable,
+    live_view,
+    slot_view,
+    snapshot_capture_,
+    snapshot_restore_,
+)
 from tolaria.ops.straight_through import straight_through
+from tolaria.reference.governor_layout import (
+    ConfigField,
+    EventKind,
+    MemoryField,
+    Order,
+    PanicReason,
+    RecordField,
+    StateField,
+    StatusField,
+    governor_mailbox,
+    governor_state,
+    memory_row,
+    window_of,
+)
 
-__all__ = ["blend", "seed_gate", "straight_through"]
+__all__ = [
+    "ConfigField",
+    "EventKind",
+    "MemoryField",
+    "Order",
+    "PanicReason",
+    "RecordField",
+    "SnapshotEntry",
+    "SnapshotTable",
+    "StateField",
+    "StatusField",
+    "blend",
+    "governor_mailbox",
+    "governor_order_",
+    "governor_state",
+    "governor_step_",
+    "live_view",
+    "memory_row",
+    "seed_gate",
+    "slot_view",
+    "snapshot_capture_",
+    "snapshot_restore_",
+    "straight_through",
+    "window_of",
+]

@@ -1,0 +1,189 @@
+"""Many environments, one launch: ``n`` governors that judge side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tolaria import ops
+from tolaria.governor.config import GovernorConfig
+from tolaria.governor.distributed import check_ranks
+from tolaria.governor.engine import SnapshotEngine
+from tolaria.governor.events import GovernorEvent, MailboxReader, RollbackEvent
+from tolaria.governor.governor import checked_optimizers, resolve_random_guess_loss, single_device
+from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.sinks import Sink, deliver
+from tolaria.governor.tracked import Stateful, TrackedState
+from tolaria.ops import PanicReason, StateField
+
+_MAX_EVENTS_KEPT = 65536
+
+
+class GovernorBank:
+    """Judges the losses of ``n`` environments at once; rows may have snapshots of their own.
+
+    A row without :meth:`attach` is judged by its loss alone: at a rollback it forgets its losses (as if restored to a
+    fresh start) and the caller puts the environment back. An attached row is captured and restored like the model of a
+    :class:`TolariaGovernor`.
+
+    Args:
+        n: how many environments, at least 1.
+        config: settings shared by all; None means the defaults.
+        num_classes, random_guess_loss: as for :class:`TolariaGovernor`.
+        sinks: called with every event; ``event.row`` says whose it is.
+        device: where losses arrive.
+
+    Raises:
+        ValueError: ``n`` is below 1.
+        RuntimeError: several ranks; a bank judges for one process alone.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        config: GovernorConfig | None = None,
+        num_classes: int | None = None,
+        random_guess_loss: float | None = None,
+        sinks: Sequence[Sink] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n: expected an integer of at least 1, got {n!r}")
+        check_ranks(None, None)
+        self.config = config or GovernorConfig()
+        self.random_guess_loss = resolve_random_guess_loss(num_classes, random_guess_loss)
+        self._device = torch.device(device)
+        self._sinks = list(sinks)
+        self._state = ops.governor_state(n, window=self.config.window, attached=False, device=device)
+        self._settings = self.config.to_tensor(self.random_guess_loss, device)
+        self._mailbox = ops.governor_mailbox(n, records=min(self.config.event_capacity, 16))
+        self._view: npt.NDArray[np.float64] = self._state.numpy()
+        boxes = self._mailbox.numpy()
+        self._readers = [MailboxReader(boxes[i], i, -self.config.death_penalty) for i in range(n)]
+        self._written = boxes[:, 0]
+        self._seen = np.zeros(n)
+        self._engines: dict[int, SnapshotEngine] = {}
+        self._policies: dict[int, RollbackPolicy] = {}
+        self._events: list[GovernorEvent] = []
+
+    def __len__(self) -> int:
+        return self._state.shape[1]
+
+    def attach(
+        self,
+        i: int,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        *,
+        schedulers: Sequence[Stateful] = (),
+        scaler: torch.amp.GradScaler | None = None,
+        extras: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        """Give row ``i`` snapshots of a model of its own; arguments as for :class:`TolariaGovernor`.
+
+        Raises:
+            ValueError: ``i`` is out of range or attached already, or a parameter is not finite.
+            RuntimeError: the model is on another device than the bank.
+        """
+        if not 0 <= i < len(self):
+            raise ValueError(f"i: expected a row from 0 to {len(self) - 1}, got {i}")
+        if i in self._engines:
+            raise ValueError(f"i: row {i} is attached already; detach({i}) first")
+        listed = checked_optimizers(model, optimizers)
+        device = single_device(model, listed)
+        if device != self._state.device:
+            raise RuntimeError(f"model: it is on {device}, the bank on {self._state.device}; put both on one device")
+        tracked = TrackedState(
+            model,
+            listed,
+            schedulers=schedulers,
+            scaler=scaler,
+            extras=extras,
+            restore_rng=False,  # the generators are shared by all rows
+            device=device,
+        )
+        before = self._state[:, i].clone()
+        self._state[:, i] = ops.governor_state(1, window=self.config.window)[:, 0]
+        self._state[StateField.events, i] = before[StateField.events]
+        try:
+            engine = SnapshotEngine(i, self._state, self.config, self._settings, self._mailbox, tracked)
+        except Exception:
+            self._state[:, i] = before
+            raise
+        self._engines[i] = engine
+        self._policies[i] = RollbackPolicy(self.config, tracked)
+        self._tell(engine.attach_event(int(self._view[StateField.step, i])))
+
+    def detach(self, i: int) -> None:
+        """Let go of row ``i``'s model and slots; the row is judged on."""
+        self._engines.pop(i, None)
+        self._policies.pop(i, None)
+        self._state[StateField.attached, i] = 0.0
+
+    def step(self, losses: Tensor, *, active: Tensor | None = None) -> Tensor:
+        """Judge one loss per environment, restore and capture the attached rows.
+
+        Args:
+            losses: ``(n,)``, any floating dtype, on the bank's device.
+            active: ``(n,)`` bool; rows that are not active keep every byte.
+
+        Returns:
+            Rewards, float32 ``(n,)`` on the bank's device: minus ``death_penalty`` for a row that rolled back at this
+            step, else 0.
+
+        Raises:
+            ValueError: a shape or device does not fit.
+            TypeError: a dtype does not fit.
+            TrainingDivergedError: an attached row rolls back too often.
+        """
+        ops.governor_step_(self._state, self._settings, losses, None, active, self._mailbox)
+        mask = None if active is None else active.reshape(-1)
+        for i, engine in self._engines.items():
+            if mask is None or bool(mask[i]):
+                for event in engine.act():
+                    self._tell(event)
+        reward = self._state[StateField.reward]
+        reward = reward.clone() if mask is None else torch.where(mask, reward, 0.0)
+        self._drain()
+        return reward.to(torch.float32)
+
+    def poll(self) -> list[GovernorEvent]:
+        """Events that arrived since the last call; never waits."""
+        self._drain()
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def reasons(self) -> list[PanicReason]:
+        """Reason of every row's last verdict."""
+        return [PanicReason(int(r)) for r in self._view[StateField.reason]]
+
+    @property
+    def rollback_counts(self) -> list[int]:
+        """Rollbacks of every row."""
+        return [int(r) for r in self._view[StateField.rollback_count]]
+
+    def _drain(self) -> None:
+        for i in np.flatnonzero(self._written != self._seen).tolist():
+            engine = self._engines.get(i)
+            names = engine.slots.names if engine else []
+            nbytes = engine.slots.table.nbytes if engine else 0
+            self._seen[i] = self._written[i]
+            for event in self._readers[i].read(names, nbytes):
+                if isinstance(event, RollbackEvent) and i in self._policies:
+                    self._policies[i].after_rollback(event.report)
+                self._tell(event)
+            if i in self._policies:
+                self._policies[i].check_budget()
+
+    def _tell(self, event: GovernorEvent) -> None:
+        self._events.append(event)
+        if len(self._events) > _MAX_EVENTS_KEPT:
+            del self._events[: _MAX_EVENTS_KEPT // 2]
+        deliver(self._sinks, event)

@@ -1,0 +1,161 @@
+"""Settings of a governor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tolaria.errors import ConfigError
+from tolaria.ops import ConfigField
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GovernorConfig:
+    """What counts as a panic, how often state is captured, and what a rollback does.
+
+    Raises:
+        ConfigError: a field is out of range; the message lists every bad one.
+    """
+
+    window: int = 20
+    """Healthy losses remembered, H (losses, >= min_history)."""
+    min_history: int = 10
+    """Healthy losses needed before an explosion or a lobotomy can be judged (losses, >= 2)."""
+    absolute_threshold: float = 10.0
+    """A loss up to this is no explosion (loss units)."""
+    sensitivity: float = 6.0
+    """A loss up to mean + this many standard deviations is no explosion (dimensionless, > 0)."""
+    multiplier: float = 3.0
+    """A loss up to this many means is no explosion; silent where the mean is not positive (dimensionless, > 0)."""
+    rule: Literal["all", "any"] = "all"
+    """Whether all three thresholds must be passed, or any one of them."""
+    min_std: float = 0.0
+    """Floor of the standard deviation, as a share of |mean|: keeps a flat plateau from shooting a healthy run."""
+    warmup_bound: float = math.inf
+    """While H is shorter than min_history, a loss above this is an anomaly (loss units)."""
+    min_panics_before_rollback: int = 2
+    """Anomalies in a row that order a rollback (>= 1)."""
+    lobotomy_healthy_below: float = 0.6
+    """A network counts as having learnt once its loss was below this share of the random-guess loss (0 to 1)."""
+    lobotomy_band: tuple[float, float] = (0.95, 1.05)
+    """Collapse to chance: a loss between these multiples of the random-guess loss; the upper may be infinite."""
+    lobotomy_patience: int = 1
+    """In-band losses that order a rollback (>= 1)."""
+    cooldown: int = 0
+    """Steps after a rollback during which only non-finite losses are judged and none joins H (>= 0)."""
+    snapshot_interval: int = 100
+    """Steps between captures (steps, > probation)."""
+    probation: int = 2
+    """Healthy verdicts after a capture before it becomes the last known good one (>= 1)."""
+    log_only: bool = False
+    """Judge and tell, never act."""
+    death_penalty: float = 10.0
+    """Reward of a rollback for an RL agent is minus this (>= 0)."""
+    lr_factor: float = 1.0
+    """At each rollback the learning rate is multiplied by this, compounding (> 0, <= 1)."""
+    max_rollbacks: int = 25
+    """So many rollbacks inside ``rollback_window`` raise TrainingDivergedError (>= 1)."""
+    rollback_window: int = 1000
+    """Steps over which rollbacks are counted (>= 1)."""
+    restore_rng: bool = True
+    """Whether a rollback puts the random generators back, so that a replay draws the same numbers."""
+    skip_anomalous_steps: bool = False
+    """Leave out the optimizer step of a loss that was not healthy: judge before it, ``step(verdict)`` after it."""
+    seed_check_interval: int = 20
+    """Steps between searches for non-finite values in incubating seeds (>= 1; 0: never)."""
+    storage: Literal["pinned", "device"] = "pinned"
+    """Where slots of a CUDA model lie: page-locked host memory, or the device's own."""
+    event_capacity: int = 256
+    """Events that can wait for ``poll()`` on a CUDA device before the oldest are dropped (>= 1)."""
+
+    def __post_init__(self) -> None:
+        problems = [f"{name}: expected {wanted}, got {got!r}" for name, wanted, got in self._problems()]
+        if problems:
+            raise ConfigError("GovernorConfig: " + "; ".join(problems))
+
+    def _problems(self) -> list[tuple[str, str, object]]:
+        counts: dict[str, tuple[int, float]] = {
+            "min_history": (2, 4096),
+            "window": (2, 4096),
+            "min_panics_before_rollback": (1, math.inf),
+            "lobotomy_patience": (1, math.inf),
+            "cooldown": (0, math.inf),
+            "snapshot_interval": (2, math.inf),
+            "probation": (1, math.inf),
+            "max_rollbacks": (1, math.inf),
+            "rollback_window": (1, math.inf),
+            "seed_check_interval": (0, math.inf),
+            "event_capacity": (1, 1 << 20),
+        }
+        found: list[tuple[str, str, object]] = []
+        for name, (low, high) in counts.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                limit = f" and at most {int(high)}" if math.isfinite(high) else ""
+                found.append((name, f"an integer of at least {low}{limit}", value))
+        for name in ("absolute_threshold", "sensitivity", "multiplier", "warmup_bound", "lr_factor"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
+                found.append((name, "a number above 0", getattr(self, name)))
+        for name in ("min_std", "death_penalty", "lobotomy_healthy_below"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf):
+                found.append((name, "a finite number of at least 0", getattr(self, name)))
+        if self.rule not in ("all", "any"):
+            found.append(("rule", "'all' or 'any'", self.rule))
+        if self.storage not in ("pinned", "device"):
+            found.append(("storage", "'pinned' or 'device'", self.storage))
+        band = self.lobotomy_band
+        if not (isinstance(band, tuple | list) and len(band) == 2 and all(map(_is_number, band)) and band[0] <= band[1]):
+            found.append(("lobotomy_band", "(low, high) with low <= high", band))
+        for name in ("log_only", "restore_rng", "skip_anomalous_steps"):
+            if not isinstance(getattr(self, name), bool):
+                found.append((name, "True or False", getattr(self, name)))
+        if found:
+            return found
+        if self.lr_factor > 1:
+            found.append(("lr_factor", "at most 1", self.lr_factor))
+        if self.window < self.min_history:
+            found.append(("window", f"at least min_history = {self.min_history}", self.window))
+        if self.snapshot_interval <= self.probation:
+            found.append(("snapshot_interval", f"more than probation = {self.probation}", self.snapshot_interval))
+        return found
+
+    @classmethod
+    def strict(cls, random_guess_loss: float | None = None, **overrides: Any) -> GovernorConfig:
+        """Settings without the default rule's blind spots: any threshold trips, and the warm-up is bounded.
+
+        Args:
+            random_guess_loss: loss of guessing, r; the absolute threshold is max(10, 1.5 r).
+            **overrides: fields that are to differ.
+        """
+        absolute = max(10.0, 1.5 * (random_guess_loss or 0.0))
+        settings: dict[str, Any] = {
+            "rule": "any",
+            "min_std": 0.05,
+            "absolute_threshold": absolute,
+            "warmup_bound": absolute,
+        }
+        return cls(**{**settings, **overrides})
+
+    def replace(self, **changes: Any) -> GovernorConfig:
+        """A copy with some fields changed, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+    def to_tensor(self, random_guess_loss: float | None, device: torch.device | str) -> Tensor:
+        """The fields that ``governor_step_`` reads: float64 ``(CONFIG_FIELDS,)`` on ``device``."""
+        derived = {
+            ConfigField.rule_any: self.rule == "any",
+            ConfigField.random_guess_loss: math.nan if random_guess_loss is None else random_guess_loss,
+            ConfigField.lobotomy_low: self.lobotomy_band[0],
+            ConfigField.lobotomy_high: self.lobotomy_band[1],
+        }
+        values = [float(derived[f] if f in derived else getattr(self, f.name)) for f in ConfigField]
+        return torch.tensor(values, dtype=torch.float64).to(device)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

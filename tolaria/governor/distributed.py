@@ -1,0 +1,57 @@
+"""Agreement among ranks: every rank judges the same loss, so none rolls back alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tolaria.ops import StateField
+
+OTHER_RANK = 1 << 30
+"""Index reported when the tensor that held a non-finite value is another rank's."""
+
+
+def check_ranks(process_group: dist.ProcessGroup | None, model: nn.Module | None) -> None:
+    """Refuse settings under which one rank could roll back alone.
+
+    Raises:
+        RuntimeError: several ranks without a process group, or sharded parameters.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and process_group is None:
+        raise RuntimeError(
+            f"process_group: torch.distributed runs {dist.get_world_size()} ranks, and one rank must never roll back "
+            "alone; pass process_group=torch.distributed.group.WORLD, so that all judge the same loss"
+        )
+    for name, parameter in model.named_parameters() if model is not None else ():
+        if hasattr(parameter, "placements") or type(parameter).__name__ in ("DTensor", "FlatParameter"):
+            raise RuntimeError(
+                f"model: {name} is sharded ({type(parameter).__name__}), which is not supported; a governor needs "
+                "whole parameters on every rank, as under DistributedDataParallel"
+            )
+
+
+def agree(
+    process_group: dist.ProcessGroup, state: Tensor, loss: Tensor, nonfinite: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mean loss and joined flags of all ranks, reduced on the device; a NaN or infinity on one reaches all.
+
+    A non-finite value that a capture found on one rank becomes every rank's, in ``state``.
+
+    Args:
+        process_group: the ranks that must agree.
+        state: float64 ``(fields, n)``; ``candidate_bad`` is updated in place.
+        loss: ``n`` losses of this rank.
+        nonfinite: ``n`` flags of this rank, or None.
+
+    Returns:
+        float64 losses ``(n,)`` and flags ``(n,)``.
+    """
+    bad = state[StateField.candidate_bad]
+    own = torch.zeros_like(bad) if nonfinite is None else (nonfinite.reshape(-1) != 0).to(bad)
+    shared = torch.stack([loss.detach().reshape(-1).to(bad), own, (bad >= 0).to(bad)])
+    dist.all_reduce(shared, group=process_group)
+    mean = shared[0] / dist.get_world_size(process_group)
+    elsewhere = (shared[2] > 0) & (bad < 0) & (state[StateField.candidate] >= 0)
+    bad.copy_(torch.where(elsewhere, float(OTHER_RANK), bad))
+    return mean, shared[1]

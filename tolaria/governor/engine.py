@@ -1,0 +1,184 @@
+"""One governed model: carries out the orders that the judge wrote into its column of the state (CPU tensors).
+
+The judge decides, in ``governor_step_``; this file only obeys: capture to the ordered slot, restore from the last known
+good one, and put the host-side parts back beside the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tolaria import ops
+from tolaria.governor.config import GovernorConfig
+from tolaria.governor.events import AttachEvent, GovernorEvent, StructureEvent
+from tolaria.governor.slots import Slots
+from tolaria.governor.tracked import HostState, TrackedState
+from tolaria.ops import Order, PanicReason, StateField
+
+
+class SnapshotEngine:
+    """Snapshots and rollbacks of one model whose tensors are in CPU memory.
+
+    Args:
+        column: which governor of ``state`` gives the orders.
+        state: float64 ``(fields, n)``.
+        config: the settings.
+        settings: the same as a tensor.
+        mailbox: where the ops write events.
+        tracked: what is covered.
+
+    Raises:
+        ValueError: a parameter is not finite.
+    """
+
+    def __init__(
+        self,
+        column: int,
+        state: Tensor,
+        config: GovernorConfig,
+        settings: Tensor,
+        mailbox: Tensor,
+        tracked: TrackedState,
+    ) -> None:
+        self._column = column
+        self._state = state
+        self._view: npt.NDArray[np.float64] = state.numpy()[:, column]
+        self._config = config
+        self._settings = settings
+        self._mailbox = mailbox
+        self.tracked = tracked
+        self.slots = Slots(tracked.device)
+        self.defer_panics = False
+        """Leave a poisoned capture to the next judgement, where ranks agree on it, instead of panicking at once."""
+        self._host: list[HostState | None] = [None, None]
+        self._structure = tracked.structure()
+        self._restored_at = -1
+        self._find_exempt()
+        self.adopt_current_state()
+
+    def _find_exempt(self) -> None:
+        """Tensors that are non-finite from the start are copied but not searched; a parameter may not be."""
+        tracked = self.tracked.tensors()
+        bad = [t for t in tracked if not bool(torch.isfinite(t.tensor).all())]
+        broken = [t.name for t in bad if t.kind == "parameter"]
+        if broken:
+            raise ValueError(
+                f"model: expected finite parameters, got NaN or infinity in {', '.join(broken[:5])}"
+                + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+                + "; a governor cannot vouch for such a state"
+            )
+        self.slots.exempt = {t.key for t in bad}
+
+    def attach_event(self, step: int) -> AttachEvent:
+        """What was attached, for telemetry."""
+        return AttachEvent(
+            step=step,
+            row=self._column,
+            tensors=len(self.slots.places),
+            state_bytes=self.slots.table.nbytes,
+            slot_bytes=self.slots.nbytes,
+            exempt=tuple(place.name for key, place in self.slots.places.items() if key in self.slots.exempt),
+            generators=self.tracked.generator_names(),
+        )
+
+    # -- orders -------------------------------------------------------------------------------------------------
+
+    def act(self) -> Iterator[GovernorEvent]:
+        """Carry out what the last judgement ordered; yields events the ops cannot know."""
+        if self._view[StateField.restore_order]:
+            yield from self.restore()
+        elif self._view[StateField.capture_order_0] >= 0:
+            yield from self.capture()
+        elif self.tracked.structure() != self._structure:
+            yield from self.sync_structure()
+
+    def capture(self) -> Iterator[GovernorEvent]:
+        """Copy the state to the ordered slot. A non-finite value found on the way is a panic and rolls back."""
+        yield from self._copy_to_slot()
+        bad = int(self._view[StateField.candidate_bad])
+        if bad >= 0 and not self.defer_panics:
+            self.order(Order.ROLLBACK, PanicReason.NON_FINITE_STATE, bad)
+            yield from self.restore()
+
+    def _copy_to_slot(self) -> Iterator[GovernorEvent]:
+        yield from self.sync_structure()
+        slot = int(self._view[StateField.capture_order_0])
+        self._host[slot] = None  # from here to the end the slot is neither the old capture nor the new one
+        for part in (0, 1):
+            ops.snapshot_capture_(self._state, self._column, self.slots.table, part, self._mailbox)
+        host = self.tracked.host_state()
+        host.keys = self.slots.mark_captured(slot)
+        self._host[slot] = host
+
+    def restore(self) -> Iterator[GovernorEvent]:
+        """Put the last known good state back, in place; the order must have been given."""
+        yield from self.sync_structure()
+        slot = int(self._view[StateField.last_good])
+        host = self._host[slot]
+        assert host is not None, "the last known good slot always has its host-side parts"
+        for key, tensor in self.slots.missing_live(slot):
+            self.tracked.recreate(key, tensor)
+        ops.snapshot_restore_(self._state, self._column, self._settings, self.slots.table, self._mailbox)
+        self.tracked.load_host_state(host)
+        self._restored_at = int(self._view[StateField.step])
+        self._structure = ()  # dropped seeds and groups: look again before the next capture
+
+    def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
+        """Give an order from outside the rule."""
+        ops.governor_order_(self._state, self._settings, self._column, order, reason, tensor, self._mailbox)
+
+    def adopt_current_state(self) -> None:
+        """Capture the state as it is and make it the last known good one at once.
+
+        Raises:
+            ValueError: a covered tensor holds a non-finite value; the last known good state stays what it was.
+        """
+        self.order(Order.CAPTURE)
+        for _ in self._copy_to_slot():
+            pass
+        bad = int(self._view[StateField.candidate_bad])
+        if bad >= 0:
+            raise ValueError(f"model: expected a finite state, got NaN or infinity in {self.slots.names[bad]}")
+        self.order(Order.PROMOTE)
+
+    @property
+    def just_restored(self) -> bool:
+        """Whether the last judgement's order has been carried out already."""
+        return self._restored_at == int(self._view[StateField.step])
+
+    def remove_optimizer(self, optimizer: Optimizer) -> None:
+        """Stop covering ``optimizer``; the captures forget it too."""
+        optimizers = self.tracked.optimizers
+        index = next((i for i, known in enumerate(optimizers) if known is optimizer), None)
+        if index is None:
+            return
+        del optimizers[index]
+        for host in self._host:
+            if host is not None and index < len(host.optimizers):
+                del host.optimizers[index]
+        self.slots.forget_optimizer(index)
+
+    def sync_structure(self) -> Iterator[GovernorEvent]:
+        """Look for tensors that came, went or moved, and lay the slots out anew if there are any."""
+        known = len(self.slots.places)
+        tensors = self.tracked.tensors()
+        for t in tensors:
+            # A mask that joins later is judged by its birth value, as one present at attach.
+            fresh = known and t.kind == "buffer" and t.key not in self.slots.places
+            if fresh and not bool(torch.isfinite(t.tensor).all()):
+                self.slots.exempt.add(t.key)
+        changed = self.slots.sync(tensors)
+        self._structure = self.tracked.structure()
+        if changed and known and len(self.slots.places) != known:
+            yield StructureEvent(
+                step=int(self._view[StateField.step]),
+                row=self._column,
+                tensors=len(self.slots.places),
+                state_bytes=self.slots.table.nbytes,
+            )

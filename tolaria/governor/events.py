@@ -1,0 +1,209 @@
+"""Typed telemetry events, and how they are read from a mailbox."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from tolaria.governor.verdict import GovernorReport
+from tolaria.ops import EventKind, PanicReason, RecordField, StatusField
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GovernorEvent:
+    """Something a governor tells. ``row`` is the environment in a bank, 0 in a single governor."""
+
+    step: int
+    row: int = 0
+    time_s: float = field(default_factory=time.time)
+    """Seconds since the epoch when the host learnt of it."""
+
+    @property
+    def kind(self) -> str:
+        """Short name for logs: ``verdict``, ``capture``, ``rollback``, ..."""
+        return type(self).__name__.removesuffix("Event").lower()
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-ready: non-finite numbers become strings, enums their names."""
+        return {"kind": self.kind, **{k: _plain(v) for k, v in dataclasses.asdict(self).items()}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachEvent(GovernorEvent):
+    """A governor took charge of a model."""
+
+    tensors: int
+    """Tensors covered by a capture."""
+    state_bytes: int
+    """Bytes that one capture writes."""
+    slot_bytes: int
+    """Memory of both slots."""
+    exempt: tuple[str, ...]
+    """Tensors that were non-finite from the start (masks), so are not searched."""
+    generators: tuple[str, ...]
+    """Random generators that a rollback puts back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictEvent(GovernorEvent):
+    """A verdict that was not healthy."""
+
+    reason: PanicReason
+    rollback: bool
+    loss: float
+    mean: float
+    std: float
+    thresholds: tuple[float, float, float]
+    consecutive_panics: int
+    tensor_name: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureEvent(GovernorEvent):
+    """A capture was written; it is on probation."""
+
+    capture_id: int
+    capture_step: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromotionEvent(GovernorEvent):
+    """A capture passed its probation and is the last known good one."""
+
+    capture_id: int
+    capture_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackEvent(GovernorEvent):
+    """State was put back."""
+
+    report: GovernorReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedCulledEvent(GovernorEvent):
+    """A seed that turned non-finite while it incubated was removed."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructureEvent(GovernorEvent):
+    """The set of covered tensors changed; the slots were laid out anew."""
+
+    tensors: int
+    state_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedEventsEvent(GovernorEvent):
+    """The ring was full: so many events were never read. The counts in the status word stay right."""
+
+    dropped: int
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, PanicReason):
+        return value.name
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+class MailboxReader:
+    """Reads what arrived in one row of a mailbox, by plain loads: it never waits and makes no device call."""
+
+    def __init__(self, mailbox_row: npt.NDArray[np.float64], row: int, reward: float) -> None:
+        self._status = mailbox_row[: len(StatusField)]
+        ring = mailbox_row[len(StatusField) :]
+        self._ring = ring.reshape(-1, len(RecordField))
+        self._row = row
+        self._reward = reward
+        self._read = 0
+
+    def status(self, word: StatusField) -> int:
+        """One status word."""
+        return int(self._status[word])
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a record waits."""
+        return bool(self._status[StatusField.events] != self._read)
+
+    def skip_all(self) -> None:
+        """Forget what waits."""
+        self._read = int(self._status[StatusField.events])
+
+    def read(self, names: Sequence[str], capture_bytes: int) -> Iterator[GovernorEvent]:
+        """The events since the last call, oldest first; a count of dropped ones stands in for those overwritten."""
+        written = int(self._status[StatusField.events])
+        lost = max(0, written - self._read - len(self._ring))
+        if lost:
+            self._read += lost
+            yield DroppedEventsEvent(step=self.status(StatusField.step), row=self._row, dropped=lost)
+        while self._read < written:
+            record = self._ring[self._read % len(self._ring)].tolist()
+            self._read += 1
+            yield self._decode(record, names, capture_bytes)
+
+    def _decode(self, r: list[float], names: Sequence[str], capture_bytes: int) -> GovernorEvent:
+        step, kind = int(r[RecordField.step]), EventKind(int(r[RecordField.kind]))
+        capture_id, capture_step = int(r[RecordField.capture_id]), int(r[RecordField.capture_step])
+        if kind is EventKind.CAPTURE:
+            return CaptureEvent(
+                step=step, row=self._row, capture_id=capture_id, capture_step=capture_step, bytes=capture_bytes
+            )
+        if kind is EventKind.PROMOTION:
+            return PromotionEvent(step=step, row=self._row, capture_id=capture_id, capture_step=capture_step)
+        index = int(r[RecordField.tensor_index])
+        name = None if index < 0 else names[index] if index < len(names) else "a tensor of another rank"
+        reason = PanicReason(int(r[RecordField.reason]))
+        thresholds = (
+            r[RecordField.threshold_absolute],
+            r[RecordField.threshold_statistical],
+            r[RecordField.threshold_multiplier],
+        )
+        loss, mean, std, panics = (
+            r[RecordField.loss], r[RecordField.mean], r[RecordField.std], int(r[RecordField.panics])
+        )  # fmt: skip
+        if kind is EventKind.VERDICT:
+            return VerdictEvent(
+                step=step,
+                row=self._row,
+                reason=reason,
+                rollback=r[RecordField.rollback] != 0.0,
+                loss=loss,
+                mean=mean,
+                std=std,
+                thresholds=thresholds,
+                consecutive_panics=panics,
+                tensor_name=name,
+            )
+        report = GovernorReport(
+            reason=reason,
+            step=step,
+            loss=loss,
+            mean=mean,
+            std=std,
+            thresholds=thresholds,
+            consecutive_panics=panics,
+            restored_capture=capture_id,
+            restored_step=capture_step,
+            steps_lost=int(r[RecordField.steps_lost]),
+            reward=self._reward,
+            rollback_count=int(r[RecordField.rollback_count]),
+            tensor_name=name,
+        )
+        return RollbackEvent(step=step, row=self._row, report=report)

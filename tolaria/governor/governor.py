@@ -1,0 +1,443 @@
+"""The watchdog of one training run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tolaria import ops
+from tolaria.errors import TolariaError
+from tolaria.governor.config import GovernorConfig
+from tolaria.governor.distributed import agree, check_ranks
+from tolaria.governor.engine import SnapshotEngine
+from tolaria.governor.events import GovernorEvent, MailboxReader, RollbackEvent
+from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.sinks import Sink, deliver
+from tolaria.governor.skipping import StepSkipper
+from tolaria.governor.tracked import Stateful, TrackedState
+from tolaria.governor.verdict import GovernorReport, Verdict
+from tolaria.ops import Order, StateField, memory_row
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_VERDICT_FIELDS = StateField.reward + 1
+_MAX_EVENTS_KEPT = 4096
+
+
+class TolariaGovernor:
+    """Watches the loss of a training run and rolls model and optimizers back when it blows up.
+
+    Call :meth:`step` once per optimizer step, after ``optimizer.step()`` (and ``scaler.update()``) and before the next
+    forward::
+
+        governor = TolariaGovernor(model, optimizer, num_classes=10)
+        for x, y in loader:
+            loss = criterion(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            governor.step(loss)
+
+    Attaching captures the current state and makes it the last known good one; two slots of the whole state are
+    allocated then (for AdamW 6x the parameters), and :meth:`poll` reports their size.
+
+    Args:
+        model: parameters and buffers to cover; all on one device.
+        optimizers: one optimizer or several; all their state and hyper-parameters are covered.
+        config: settings; None means :class:`GovernorConfig` with its defaults.
+        num_classes: for a classifier; the random-guess loss is then ``ln(num_classes)``.
+        random_guess_loss: loss of guessing, in the loss' unit; overrides ``num_classes``. Without either the lobotomy
+            rule is off.
+        schedulers: learning-rate schedulers to roll back with the optimizers. One that is not handed over goes on
+            from where it is.
+        scaler: the ``torch.amp.GradScaler`` in use.
+        extras: named objects to roll back too (EMA, sampler): anything with ``state_dict`` and ``load_state_dict``.
+        generators: random generators beside the default ones, for ``config.restore_rng``.
+        sinks: called with every event; see :mod:`tolaria.governor.sinks`.
+        process_group: ranks that judge the mean of their losses together.
+
+    Raises:
+        ValueError: a parameter is not finite, or an argument is out of range.
+        TypeError: an argument has the wrong type.
+        RuntimeError: several ranks without ``process_group``, sharded parameters, or parameters on several devices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        *,
+        config: GovernorConfig | None = None,
+        num_classes: int | None = None,
+        random_guess_loss: float | None = None,
+        schedulers: Sequence[Stateful] = (),
+        scaler: torch.amp.GradScaler | None = None,
+        extras: Mapping[str, Stateful] | None = None,
+        generators: Sequence[torch.Generator] = (),
+        sinks: Sequence[Sink] = (),
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        listed = checked_optimizers(model, optimizers)
+        for name, value, wanted in (("config", config, GovernorConfig), ("scaler", scaler, torch.amp.GradScaler)):
+            if value is not None and not isinstance(value, wanted):
+                raise TypeError(f"{name}: expected {wanted.__name__} or None, got {type(value).__name__}")
+        check_ranks(process_group, model)
+        self.config = config or GovernorConfig()
+        self.random_guess_loss = resolve_random_guess_loss(num_classes, random_guess_loss)
+        self._group = process_group
+        self._sinks: list[Sink] = list(sinks)
+        self._events: list[GovernorEvent] = []
+        self._last_report: GovernorReport | None = None
+        self._closed = False
+        tracked = TrackedState(
+            model,
+            listed,
+            schedulers=schedulers,
+            scaler=scaler,
+            extras=extras,
+            generators=generators,
+            restore_rng=self.config.restore_rng,
+            device=single_device(model, listed),
+        )
+        self._build(tracked)
+        self._skipper = StepSkipper(tracked) if self.config.skip_anomalous_steps else None
+        self._tell(self._engine.attach_event(self.step_count))
+
+    def _build(self, tracked: TrackedState) -> None:
+        self._state = ops.governor_state(1, window=self.config.window, device=tracked.device)
+        self._settings = self.config.to_tensor(self.random_guess_loss, tracked.device)
+        self._mailbox = ops.governor_mailbox(1, records=self.config.event_capacity)
+        self._view: npt.NDArray[np.float64] = self._state.numpy()[:, 0]
+        self._engine = SnapshotEngine(0, self._state, self.config, self._settings, self._mailbox, tracked)
+        self._engine.defer_panics = self._group is not None
+        self._reader = MailboxReader(self._mailbox.numpy()[0], 0, -self.config.death_penalty)
+        self._reader.skip_all()
+        self._policy = RollbackPolicy(self.config, tracked)
+        self._latest: Verdict | None = None
+
+    # -- every step ---------------------------------------------------------------------------------------------
+
+    def check_vital_signs(self, loss: Tensor | float, *, nonfinite: Tensor | bool | None = None) -> Verdict:
+        """Judge a loss and update the statistics, without acting on it.
+
+        Args:
+            loss: one value: a tensor of any floating dtype on the model's device, or a number.
+            nonfinite: judge as NaN whatever ``loss`` is, if true (a flag, or a ``found_inf`` tensor).
+
+        Returns:
+            The verdict, true when a rollback is called for. Pass it to :meth:`step` after the optimizer step.
+
+        Raises:
+            TypeError: ``loss`` is neither a number nor a floating tensor.
+            ValueError: ``loss`` has more than one element, or is on another device.
+        """
+        self._judge(loss, nonfinite)
+        verdict = Verdict(self._state[:_VERDICT_FIELDS, 0].clone())
+        self._latest = verdict
+        if self._skipper is not None:
+            self._skipper.after_verdict(skip=self._view[StateField.reason] != 0.0)
+        return verdict
+
+    def step(self, loss: Tensor | float | Verdict, *, nonfinite: Tensor | bool | None = None) -> None:
+        """Judge (unless given the verdict just returned), restore if ordered, capture if due.
+
+        Args:
+            loss: the loss this optimizer step was computed from (with accumulation the mean of its micro-batches), or
+                the :class:`Verdict` that :meth:`check_vital_signs` just returned for it.
+            nonfinite: as for :meth:`check_vital_signs`; not together with a verdict.
+
+        Raises:
+            TypeError, ValueError: as :meth:`check_vital_signs`; also for a verdict that is not the latest.
+            TrainingDivergedError: rollbacks come too often.
+        """
+        if isinstance(loss, Verdict):
+            if self._latest is not loss:
+                raise ValueError("loss: expected the verdict that check_vital_signs returned last, got an older one")
+            if nonfinite is not None:
+                raise ValueError("nonfinite: expected None together with a verdict, which is already judged")
+        else:
+            self._judge(loss, nonfinite)
+        for event in self._engine.act():
+            self._tell(event)
+        if self._skipper is not None:
+            self._skipper.after_step()
+        if self._reader.has_news:
+            self._drain()
+
+    def _judge(self, loss: Tensor | float, nonfinite: Tensor | bool | None) -> None:
+        if self._closed:
+            raise TolariaError("governor: it is closed; make a new one")
+        if not isinstance(loss, Tensor):
+            loss = self._as_tensor("loss", loss)
+        if nonfinite is not None and not isinstance(nonfinite, Tensor):
+            nonfinite = torch.tensor(bool(nonfinite), device=self._state.device)
+        if self._group is not None:
+            loss, nonfinite = agree(self._group, self._state, loss, nonfinite)
+        self._latest = None
+        ops.governor_step_(self._state, self._settings, loss, nonfinite, None, self._mailbox)
+
+    def _as_tensor(self, name: str, value: object) -> Tensor:
+        if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+            raise TypeError(f"{name}: expected a number or a floating tensor of one element, got {type(value).__name__}")
+        return torch.tensor(float(value), dtype=torch.float64, device=self._state.device)
+
+    # -- by hand ------------------------------------------------------------------------------------------------
+
+    def execute_rollback(self) -> GovernorReport:
+        """Restore the last known good state now.
+
+        The reason is the pending one, or MANUAL. If the last judgement's order was already carried out, nothing
+        happens and its report is returned again.
+
+        Raises:
+            TrainingDivergedError: rollbacks come too often.
+        """
+        if not (self._engine.just_restored and self._last_report is not None):
+            self._engine.order(Order.ROLLBACK)
+            for event in self._engine.restore():
+                self._tell(event)
+            self._drain()
+        assert self._last_report is not None
+        return self._last_report
+
+    def snapshot(self) -> int:
+        """Capture now, on probation; it replaces a candidate, never the last known good state. Returns its id."""
+        self._engine.order(Order.CAPTURE)
+        capture_id = int(self._view[StateField.capture_count])
+        for event in self._engine.capture():
+            self._tell(event)
+        self._drain()
+        return capture_id
+
+    def reset(self) -> None:
+        """Forget all losses and make the current state the last known good one, as at attach.
+
+        Raises:
+            ValueError: the current state is not finite; then nothing is forgotten.
+        """
+        before = self._state.clone()
+        self._engine.order(Order.FORGET)
+        try:
+            self._engine.adopt_current_state()
+        except ValueError:
+            self._state.copy_(before)
+            raise
+        self._policy = RollbackPolicy(self.config, self._engine.tracked)
+        self._drain()
+
+    def wait(self) -> None:
+        """Make later work on the current stream wait for captures in flight (nothing to do on the CPU).
+
+        Call it before changing captured tensors in place outside an optimizer step.
+        """
+
+    def close(self) -> None:
+        """Let go of the model, the hooks and the slots; further calls are an error."""
+        if not self._closed:
+            self._closed = True
+            if self._skipper is not None:
+                self._skipper.close()
+
+    # -- telemetry ----------------------------------------------------------------------------------------------
+
+    def poll(self) -> list[GovernorEvent]:
+        """Events that arrived since the last call, oldest first; never waits.
+
+        Raises:
+            TrainingDivergedError: rollbacks come too often.
+        """
+        self._drain()
+        events, self._events = self._events, []
+        return events
+
+    def synchronize(self) -> list[GovernorEvent]:
+        """Wait until everything ordered so far is done, then :meth:`poll`."""
+        return self.poll()
+
+    def add_sink(self, sink: Sink) -> None:
+        """Call ``sink`` with every event from now on."""
+        self._sinks.append(sink)
+
+    def _tell(self, event: GovernorEvent) -> None:
+        self._events.append(event)
+        if len(self._events) > _MAX_EVENTS_KEPT:
+            del self._events[: _MAX_EVENTS_KEPT // 2]
+        deliver(self._sinks, event)
+
+    def _drain(self) -> None:
+        slots = self._engine.slots
+        for event in self._reader.read(slots.names, slots.table.nbytes):
+            if isinstance(event, RollbackEvent):
+                self._last_report = event.report
+                self._policy.after_rollback(event.report)
+                if self._skipper is not None:
+                    self._skipper.after_step()
+            self._tell(event)
+        self._policy.check_budget()
+
+    # -- what it knows ------------------------------------------------------------------------------------------
+
+    @property
+    def step_count(self) -> int:
+        """Losses judged so far."""
+        return int(self._view[StateField.step])
+
+    @property
+    def rollback_count(self) -> int:
+        """Rollbacks so far."""
+        return int(self._view[StateField.rollback_count])
+
+    @property
+    def last_report(self) -> GovernorReport | None:
+        """The last rollback, as far as the host knows."""
+        return self._last_report
+
+    @property
+    def last_good_step(self) -> int:
+        """Step of the last known good capture; 0 is the state at attach."""
+        good = int(self._view[StateField.last_good])
+        return int(self._view[StateField.slot_step_0 + good])
+
+    @property
+    def offending_steps(self) -> tuple[int, ...]:
+        """Steps whose losses led to rollbacks, for a sampler to leave out."""
+        return tuple(self._policy.offending_steps)
+
+    @property
+    def history(self) -> list[float]:
+        """The healthy losses of the window, oldest first."""
+        window = self.config.window
+        size = int(self._view[memory_row(0, window, ops.MemoryField.history_size)])
+        start = memory_row(0, window, len(ops.MemoryField))
+        return [float(x) for x in self._view[start : start + size]]
+
+    @property
+    def lifetime(self) -> dict[str, float]:
+        """Count, mean, population standard deviation, minimum and maximum of all healthy losses."""
+        count, mean, m2, low, high = (float(self._view[StateField.life_count + i]) for i in range(5))
+        std = math.sqrt(m2 / count) if count else math.nan
+        return {"count": count, "mean": mean if count else math.nan, "std": std, "min": low, "max": high}
+
+    # -- structure ----------------------------------------------------------------------------------------------
+
+    def add_optimizer(self, optimizer: Optimizer) -> None:
+        """Cover another optimizer, for instance that of a seed just germinated."""
+        checked_optimizers(self._engine.tracked.model, optimizer)
+        if optimizer not in self._engine.tracked.optimizers:
+            self._engine.tracked.optimizers.append(optimizer)
+            self.notify_structure_changed()
+            if self._skipper is not None:
+                self._skipper.hook(optimizer)
+
+    def remove_optimizer(self, optimizer: Optimizer) -> None:
+        """Stop covering an optimizer (one that is not covered is ignored)."""
+        self._engine.remove_optimizer(optimizer)
+
+    def add_scheduler(self, scheduler: Stateful) -> None:
+        """Cover another learning-rate scheduler."""
+        self._engine.tracked.schedulers.append(scheduler)
+
+    def notify_structure_changed(self) -> None:
+        """Look at the model's structure now. Optional: growth is noticed at the next step, capture or rollback."""
+        for event in self._engine.sync_structure():
+            self._tell(event)
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, statistics and counts; no slots. Safe for ``torch.save`` with ``weights_only`` loading."""
+        return {
+            "version": 1,
+            "config": asdict(self.config),
+            "random_guess_loss": self.random_guess_loss,
+            "state": self._state.detach().cpu().clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over settings, statistics and counts; the current model state becomes the last known good one.
+
+        Raises:
+            ValueError: ``state`` is not from :meth:`state_dict`, or the model's state is not finite.
+        """
+        missing = {"version", "config", "random_guess_loss", "state"} - set(state)
+        if missing or state.get("version") != 1:
+            raise ValueError(f"state: expected a dict from TolariaGovernor.state_dict(), it lacks {sorted(missing)}")
+        config = GovernorConfig(**{**state["config"], "lobotomy_band": tuple(state["config"]["lobotomy_band"])})
+        saved: Tensor = state["state"]
+        expected = (memory_row(3, config.window, 0), 1)
+        if tuple(saved.shape) != expected or saved.dtype != torch.float64:
+            raise ValueError(f"state: expected float64 statistics of shape {expected}, got {saved.dtype} {tuple(saved.shape)}")
+        before = self.config, self.random_guess_loss, self._state, self._settings, self._mailbox, self._view
+        engine, reader = self._engine, self._reader
+        try:
+            self.config, self.random_guess_loss = config, state["random_guess_loss"]
+            self._build(engine.tracked)
+        except ValueError:
+            self.config, self.random_guess_loss, self._state, self._settings, self._mailbox, self._view = before
+            self._engine, self._reader = engine, reader
+            raise
+        fresh = self._state.clone()
+        self._state.copy_(saved)
+        for field in range(StateField.capture_order_0, StateField.restore_order + 1):
+            self._state[field] = fresh[field]
+        for field in range(StateField.last_good, StateField.slot_capture_1 + 1):
+            self._state[field] = fresh[field]
+        self._engine.adopt_current_state()
+        self._reader.skip_all()
+
+
+def checked_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """The optimizers as a list, after a look at the types.
+
+    Raises:
+        TypeError: the model is no module, or an optimizer none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    for i, optimizer in enumerate(listed):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizers[{i}]: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return listed
+
+
+def single_device(model: nn.Module, optimizers: Sequence[Optimizer]) -> torch.device:
+    """The one device that the model's parameters are on; the optimizers' if it has none.
+
+    Raises:
+        RuntimeError: they are on several.
+    """
+    parameters = list(model.parameters()) or [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"model: its parameters are on {', '.join(sorted(map(str, devices)))}; one governor covers one device, "
+            "so put the model on one or give each part a governor of its own"
+        )
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def resolve_random_guess_loss(num_classes: int | None, random_guess_loss: float | None) -> float | None:
+    """The loss of guessing: as given, or ln(num_classes), or None.
+
+    Raises:
+        ValueError: ``num_classes`` below 2, or a loss that is not positive and finite.
+    """
+    if random_guess_loss is not None:
+        if not (isinstance(random_guess_loss, int | float) and 0 < random_guess_loss < math.inf):
+            raise ValueError(f"random_guess_loss: expected a positive finite number, got {random_guess_loss!r}")
+        return float(random_guess_loss)
+    if num_classes is None:
+        return None
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes: expected an integer of at least 2, got {num_classes!r}")
+    return math.log(num_classes)

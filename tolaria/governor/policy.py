@@ -1,0 +1,95 @@
+"""What else a rollback does: gradients, learning rates, and the limit on how often."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tolaria.errors import TrainingDivergedError
+from tolaria.governor.config import GovernorConfig
+from tolaria.governor.tracked import TrackedState
+from tolaria.governor.verdict import GovernorReport
+
+_SCALED_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
+
+
+def clear_gradients(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Drop every gradient, and with it what was accumulated, since it belongs to the undone state."""
+    model.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def scale_learning_rates(optimizers: Iterable[Optimizer], schedulers: Iterable[object], factor: float) -> None:
+    """Multiply every learning rate by ``factor``, in the groups and in what schedulers derive them from.
+
+    LambdaLR and OneCycleLR compute the rate from base rates, so these are scaled too (``base_lrs``, and ``max_lr``,
+    ``min_lr`` in the groups).
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for key in _SCALED_GROUP_KEYS:
+                value = group.get(key)
+                if isinstance(value, Tensor):
+                    value.mul_(factor)
+                elif isinstance(value, int | float):
+                    group[key] = value * factor
+    for scheduler in schedulers:
+        _scale_scheduler(scheduler, factor)
+
+
+def _scale_scheduler(scheduler: Any, factor: float) -> None:
+    for name in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
+        rates = getattr(scheduler, name, None)
+        if isinstance(rates, list):
+            setattr(scheduler, name, [rate * factor for rate in rates])
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _scale_scheduler(inner, factor)
+
+
+class RollbackPolicy:
+    """What happens beside the restore, once per rollback; counts rollbacks and gives up when they come too often."""
+
+    def __init__(self, config: GovernorConfig, tracked: TrackedState) -> None:
+        self._config = config
+        self._tracked = tracked
+        self._history: deque[GovernorReport] = deque(maxlen=max(64, config.max_rollbacks))
+        self._unchecked = False
+        self.offending_steps: deque[int] = deque(maxlen=4096)
+
+    def after_rollback(self, report: GovernorReport) -> None:
+        """Clear gradients, lower learning rates, note the steps that led here."""
+        self._history.append(report)
+        self._unchecked = True
+        first = report.step - max(1, report.consecutive_panics) + 1
+        self.offending_steps.extend(range(first, report.step + 1))
+        clear_gradients(self._tracked.model, self._tracked.optimizers)
+        if self._config.lr_factor != 1.0:
+            # The slot holds the rates of its own time: the factor of every rollback since then applies again.
+            since = sum(1 for past in self._history if past.restored_capture == report.restored_capture)
+            factor = self._config.lr_factor**since
+            scale_learning_rates(self._tracked.optimizers, self._tracked.schedulers, factor)
+
+    def check_budget(self) -> None:
+        """Raise if the rollbacks since the last check spent the budget.
+
+        Raises:
+            TrainingDivergedError: ``max_rollbacks`` inside ``rollback_window`` steps.
+        """
+        if not self._unchecked:
+            return
+        self._unchecked = False
+        last = self._history[-1]
+        recent = [r for r in self._history if r.step > last.step - self._config.rollback_window]
+        if len(recent) >= self._config.max_rollbacks:
+            self._history.clear()
+            raise TrainingDivergedError(
+                f"{len(recent)} rollbacks within {self._config.rollback_window} steps (the last one at step "
+                f"{last.step}, reason {last.reason.name}): going back again would not help; lower the learning rate, "
+                "look at the data of these steps, or raise max_rollbacks",
+                history=tuple(recent),
+            )

@@ -1,0 +1,94 @@
+"""Where events go. A sink is any callable that takes a :class:`GovernorEvent`; these are the usual ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Protocol
+
+from tolaria.governor.events import CaptureEvent, GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
+
+_log = logging.getLogger("tolaria.governor")
+
+
+class Sink(Protocol):
+    """Takes one event. It may raise: training goes on and the exception is logged."""
+
+    def __call__(self, event: GovernorEvent, /) -> object: ...
+
+
+def deliver(sinks: Iterable[Sink], event: GovernorEvent) -> None:
+    """Hand ``event`` to every sink; one that raises neither stops training nor keeps the event from the others."""
+    for sink in sinks:
+        try:
+            sink(event)
+        except Exception:  # a sink is the one place where an exception is swallowed: the rollback is already done
+            _log.warning("sink %r failed on %s", sink, event.kind, exc_info=True)
+
+
+class LoggingSink:
+    """Writes events to a ``logging`` logger: rollbacks as ERROR, bad verdicts as WARNING, the rest as INFO."""
+
+    def __init__(self, logger: logging.Logger | None = None) -> None:
+        self._logger = logger or _log
+
+    def __call__(self, event: GovernorEvent, /) -> None:
+        level = logging.INFO
+        if isinstance(event, RollbackEvent):
+            level = logging.ERROR
+        elif isinstance(event, VerdictEvent):
+            level = logging.WARNING
+        details = {k: v for k, v in event.as_dict().items() if k not in ("kind", "step", "time_s", "row")}
+        self._logger.log(level, "step %d: %s %s", event.step, event.kind, details)
+
+
+class JsonLinesSink:
+    """Appends each event to a file as one JSON object a line, flushed at once; also a context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file: IO[str] = Path(path).open("a", encoding="utf-8")
+
+    def __call__(self, event: GovernorEvent, /) -> None:
+        self._file.write(json.dumps(event.as_dict()) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> JsonLinesSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ScalarWriter(Protocol):
+    """The part of TensorBoard's ``SummaryWriter`` that is used."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+
+class TensorBoardSink:
+    """Writes rollbacks, anomalies, captures and promotions as scalars to a TensorBoard ``SummaryWriter``."""
+
+    def __init__(self, writer: ScalarWriter) -> None:
+        self._writer = writer
+
+    def __call__(self, event: GovernorEvent, /) -> None:
+        scalars: dict[str, float] = {}
+        if isinstance(event, RollbackEvent):
+            scalars = {"rollbacks": event.report.rollback_count, "steps_lost": event.report.steps_lost}
+        elif isinstance(event, VerdictEvent):
+            scalars = {"panic_reason": float(event.reason), "panic_loss": event.loss}
+        elif isinstance(event, CaptureEvent):
+            scalars = {"capture": float(event.capture_id)}
+        elif isinstance(event, PromotionEvent):
+            scalars = {"last_known_good_step": float(event.capture_step)}
+        for name, value in scalars.items():
+            self._writer.add_scalar(f"governor/{name}", value, event.step)

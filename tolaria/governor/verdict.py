@@ -1,0 +1,118 @@
+"""What a judgement says, and what a rollback did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tolaria.ops import PanicReason, StateField
+
+
+class Verdict:
+    """The judgement of one loss; true when a rollback is called for.
+
+    It owns its values (a copy on the governor's device), so reading it late is safe. Reading waits for the device:
+    ``bool(verdict)``, ``reason``, ``loss`` and the statistics do; holding or passing it on does not.
+    """
+
+    __slots__ = ("_cache", "_fields")
+
+    def __init__(self, fields: Tensor) -> None:
+        self._fields = fields
+        self._cache: list[float] | None = None
+
+    def _value(self, field: StateField) -> float:
+        if self._cache is None:
+            self._cache = self._fields.tolist()  # sync: one transfer, the first time somebody looks
+        return self._cache[field]
+
+    def __bool__(self) -> bool:
+        return self._value(StateField.rollback) != 0.0
+
+    @property
+    def fields(self) -> Tensor:
+        """The verdict's fields on the device, float64; see :class:`tolaria.ops.StateField`. Never waits."""
+        return self._fields
+
+    @property
+    def reason(self) -> PanicReason:
+        """Why."""
+        return PanicReason(int(self._value(StateField.reason)))
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing at all was wrong; an unhealthy verdict need not call for a rollback yet."""
+        return self.reason is PanicReason.HEALTHY
+
+    @property
+    def step(self) -> int:
+        """Which judgement this was, from 1."""
+        return int(self._value(StateField.step))
+
+    @property
+    def loss(self) -> float:
+        """The loss that was judged."""
+        return self._value(StateField.loss)
+
+    @property
+    def mean(self) -> float:
+        """Mean of the window it was judged by; NaN while that is empty."""
+        return self._value(StateField.mean)
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of that window."""
+        return self._value(StateField.std)
+
+    @property
+    def thresholds(self) -> tuple[float, float, float]:
+        """Absolute, statistical and multiplier threshold."""
+        return (
+            self._value(StateField.threshold_absolute),
+            self._value(StateField.threshold_statistical),
+            self._value(StateField.threshold_multiplier),
+        )
+
+    @property
+    def consecutive_panics(self) -> int:
+        """Anomalies in a row, this one included."""
+        return int(self._value(StateField.panics))
+
+    def __repr__(self) -> str:
+        return (
+            f"Verdict(step={self.step}, reason={self.reason.name}, rollback={bool(self)}, loss={self.loss:.6g}, "
+            f"mean={self.mean:.6g}, std={self.std:.6g})"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GovernorReport:
+    """One rollback."""
+
+    reason: PanicReason
+    """What called for it."""
+    step: int
+    """Judgement at which it happened."""
+    loss: float
+    """Loss at the panic."""
+    mean: float
+    """Mean of the healthy window at the panic; NaN while that was empty."""
+    std: float
+    """Its population standard deviation."""
+    thresholds: tuple[float, float, float]
+    """Absolute, statistical, multiplier."""
+    consecutive_panics: int
+    """Anomalies in a row."""
+    restored_capture: int
+    """Id of the capture that was put back; 0 is the one made at attach."""
+    restored_step: int
+    """Step at which that capture was made."""
+    steps_lost: int
+    """Steps of training undone."""
+    reward: float
+    """Punishment for an RL agent: minus ``death_penalty``."""
+    rollback_count: int
+    """Rollbacks so far, this one included."""
+    tensor_name: str | None = None
+    """First tensor found holding a non-finite value, where that was the reason."""
