@@ -1,0 +1,246 @@
+"""A host that can grow: seed slots at its injection points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tolaria.nn.randomness import preserve_random_state
+from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
+from tolaria.nn.slot import SeedFactory, SeedSlot
+from tolaria.nn.stage import SeedStage
+
+
+class MorphogeneticModel(nn.Module):
+    """Wraps any host module and puts a :class:`SeedSlot` behind each of its injection points.
+
+    The host is left as it is (its parameter names stay, under ``host.``); the slots are forward hooks on its
+    submodules. A host that holds :class:`SeedSlot` modules of its own may be wrapped, too: they are found.
+
+    Args:
+        host: the module to grow; its forward is this module's.
+        slots: where seeds may go: names from ``host.injection_points``, or a mapping from a name to the path of a
+            submodule of the host (``{"mid": "layer2"}``); all of ``host.injection_points`` if None.
+        example_input: an input of the host, batch first, from which :meth:`germinate` learns the shape of the
+            features; its values do not matter. May also be given at each germination.
+
+    Raises:
+        ValueError: a slot that the host does not have, a bad name, or none at all.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        slots: Sequence[str] | Mapping[str, str] | None = None,
+        *,
+        example_input: Tensor | tuple[Tensor, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        own = {m.name: m for m in host.modules() if isinstance(m, SeedSlot)}
+        paths = _slot_paths(host, slots, has_own=bool(own))
+        self.host = host
+        self._paths = paths
+        self.example_input = example_input
+        self.seed_slots = nn.ModuleDict({name: SeedSlot(name) for name in paths})
+        for name, path in paths.items():
+            slot = self.seed_slots[name]
+            assert isinstance(slot, SeedSlot)
+            host.get_submodule(path).register_forward_hook(slot.inject)
+        device = next((p.device for p in host.parameters()), None)
+        if device is not None:
+            self.seed_slots.to(device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (whatever the host takes and returns)
+        """The host's forward, seeds included."""
+        return self.host(*args, **kwargs)
+
+    # ------------------------------------------------------------------ what there is
+
+    @property
+    def slots(self) -> dict[str, SeedSlot]:
+        """Every slot by name."""
+        return {m.name: m for m in self.modules() if isinstance(m, SeedSlot)}
+
+    def slot(self, name: str) -> SeedSlot:
+        """The slot called ``name``.
+
+        Raises:
+            ValueError: no such slot; the message lists those there are.
+        """
+        slots = self.slots
+        if name not in slots:
+            raise ValueError(f"slot: expected one of {', '.join(sorted(slots))}, got {name!r}")
+        return slots[name]
+
+    def seed_parameters(self, slot: str | None = None) -> list[nn.Parameter]:
+        """Parameters of the seed in ``slot``, or of every seed."""
+        slots = self.slots.values() if slot is None else [self.slot(slot)]
+        return [p for each in slots for p in each.parameters()]
+
+    def host_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that belongs to no seed."""
+        seeds = {id(p) for p in self.seed_parameters()}
+        return [p for p in self.parameters() if id(p) not in seeds]
+
+    # ------------------------------------------------------------------ the life of a seed
+
+    def germinate(
+        self,
+        slot: str,
+        blueprint: str | SeedFactory,
+        *,
+        example_input: Tensor | tuple[Tensor, ...] | None = None,
+        rng_seed: int | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> SeedSlot:
+        """Graft a seed; see :meth:`SeedSlot.germinate`. Random streams, modes and buffers are left as found.
+
+        Args:
+            slot: which slot.
+            blueprint: a registered name or a callable that builds a seed for given features.
+            example_input: an input of the host; that of the constructor if None.
+            rng_seed: seeds the new module.
+            options: keyword arguments for the blueprint.
+
+        Returns:
+            The slot, in stage GERMINATED.
+
+        Raises:
+            ValueError: unknown slot or blueprint, no example input, or a seed that does not fit.
+            IllegalTransitionError: the slot holds a seed already.
+        """
+        chosen = self.slot(slot)
+        features = self.features_at(slot, example_input)
+        chosen.germinate(blueprint, features, rng_seed=rng_seed, options=options)
+        return chosen
+
+    def advance(self, slot: str, stage: SeedStage, *, blend_steps: int | None = None) -> SeedSlot:
+        """Take the seed in ``slot`` to ``stage``; see :meth:`SeedSlot.advance`."""
+        chosen = self.slot(slot)
+        chosen.advance(stage, blend_steps=blend_steps)
+        return chosen
+
+    def incubate(self, slot: str) -> SeedSlot:
+        """GERMINATED -> TRAINING."""
+        chosen = self.slot(slot)
+        chosen.start_training()
+        return chosen
+
+    def blend(self, slot: str, steps: int, kind: ScheduleKind = "cosine") -> AlphaSchedule:
+        """TRAINING -> BLENDING; returns the schedule that raises alpha."""
+        return self.slot(slot).start_blending(steps, kind)
+
+    def fossilize(self, slot: str) -> SeedSlot:
+        """BLENDING -> FOSSILIZED."""
+        chosen = self.slot(slot)
+        chosen.fossilize()
+        return chosen
+
+    def cull(self, slot: str) -> SeedSlot:
+        """Take the seed in ``slot`` out."""
+        chosen = self.slot(slot)
+        chosen.cull()
+        return chosen
+
+    # ------------------------------------------------------------------ saving
+
+    def structure(self) -> dict[str, object]:
+        """Which seeds are where, as JSON values; with the state_dict it is everything that the model is."""
+        return {name: slot.structure() for name, slot in self.slots.items()}
+
+    def load_structure(self, structure: Mapping[str, Any]) -> None:
+        """Grow this (ungrown) model into the shape that :meth:`structure` described; then load the state_dict.
+
+        Raises:
+            ValueError: a slot is unknown, or a seed cannot be rebuilt by name.
+        """
+        for name, description in structure.items():
+            self.slot(name).load_structure(description, self.features_at(name))
+
+    # ------------------------------------------------------------------ probing
+
+    def features_at(self, slot: str, example_input: Tensor | tuple[Tensor, ...] | None = None) -> Tensor:
+        """What flows through ``slot`` for an example input; nothing of the model or the process changes by it.
+
+        Raises:
+            ValueError: no example input is known, or the slot was not reached.
+        """
+        chosen = self.slot(slot)
+        example = example_input if example_input is not None else self.example_input
+        if example is None:
+            raise ValueError(
+                f"germinate: slot {slot!r}: expected an example input to learn the features' shape from, got None; "
+                "pass example_input= here or to MorphogeneticModel"
+            )
+        device = chosen.alpha.device
+        inputs = tuple(t.to(device) for t in (example if isinstance(example, tuple) else (example,)))
+        seen: list[Tensor] = []
+
+        def look(module: nn.Module, args: tuple[Any, ...], output: object = None) -> None:
+            value = args[0] if module is chosen else output[0] if isinstance(output, tuple) else output
+            if isinstance(value, Tensor):
+                seen.append(value.detach())
+
+        if slot in self._paths:
+            handle = self.host.get_submodule(self._paths[slot]).register_forward_hook(look, prepend=True)
+        else:
+            handle = chosen.register_forward_pre_hook(look)
+        try:
+            with _undisturbed(self):
+                self(*inputs)
+        finally:
+            handle.remove()
+        if not seen:
+            raise ValueError(f"germinate: slot {slot!r}: expected the forward to pass its injection point, it did not")
+        return seen[0]
+
+
+def _slot_paths(host: nn.Module, slots: Sequence[str] | Mapping[str, str] | None, has_own: bool) -> dict[str, str]:
+    """Slot name to submodule path, checked."""
+    points: Mapping[str, str] = getattr(host, "injection_points", {})
+    if isinstance(slots, str):
+        slots = [slots]
+    if slots is None:
+        paths = dict(points)
+    elif isinstance(slots, Mapping):
+        paths = dict(slots)
+    else:
+        unknown = [name for name in slots if name not in points]
+        if unknown:
+            there = ", ".join(points) or "none; give a mapping such as {'mid': 'layer2'}"
+            raise ValueError(f"slots: expected injection points of {type(host).__name__} ({there}), got {unknown}")
+        paths = {name: points[name] for name in slots}
+    modules = dict(host.named_modules())
+    for name, path in paths.items():
+        if not name or "." in name:
+            raise ValueError(f"slots: expected a name without dots, got {name!r}; use a mapping from name to path")
+        if path not in modules:
+            raise ValueError(f"slots: {name!r}: expected the path of a submodule of the host, got {path!r}")
+    if not paths and not has_own:
+        raise ValueError(
+            f"slots: expected at least one injection point, got none; {type(host).__name__} lists no injection_points, "
+            "so give a mapping such as {'mid': 'layer2'}"
+        )
+    return paths
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Forwards in here run in eval mode without gradients; modes, buffers and random streams are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with preserve_random_state(), torch.no_grad():
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for buffer, version, kept in buffers:
+            if buffer._version != version:
+                buffer.copy_(kept)

@@ -1,0 +1,152 @@
+"""Alpha schedules: how fast a seed is blended in. The value lives on the device and is advanced there."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+ScheduleKind = Literal["linear", "cosine", "sigmoid"]
+
+_SIGMOID_SPAN = 6.0  # the sigmoid is cut at +-6 and rescaled, so that its ends are exact
+
+
+def alpha_fraction(kind: ScheduleKind, fraction: float) -> float:
+    """How much of the way from start to end has been gone at ``fraction`` (0 to 1) of the steps; exact at both ends."""
+    if fraction <= 0.0:
+        return 0.0
+    if fraction >= 1.0:
+        return 1.0
+    if kind == "linear":
+        return fraction
+    if kind == "cosine":
+        return 0.5 * (1.0 - math.cos(math.pi * fraction))
+    low = 1.0 / (1.0 + math.exp(_SIGMOID_SPAN))
+    return (1.0 / (1.0 + math.exp(_SIGMOID_SPAN * (1.0 - 2.0 * fraction))) - low) / (1.0 - 2.0 * low)
+
+
+class AlphaSchedule:
+    """Moves an alpha tensor from ``start`` to ``end`` in ``steps`` calls of :meth:`step`.
+
+    The position is a tensor beside alpha and the values are a table on its device: :meth:`step` enqueues three small
+    kernels, never waits for the device and may be recorded in a CUDA graph, whose every replay then takes one step.
+
+    Args:
+        alpha: 0-dim floating tensor to write, in place; set to ``start`` at once.
+        steps: number of steps from start to end, >= 1.
+        kind: ``"linear"``, ``"cosine"`` or ``"sigmoid"``.
+        start: value at position 0, in [0, 1].
+        end: value from position ``steps`` on, in [0, 1].
+        position: 0-dim int64 tensor on alpha's device to keep the position in; a new one by default.
+        limit: 0-dim tensor; alpha is never written above it. A governor that drops a seed zeroes it on the device, and
+            alpha then stays at zero although the host goes on stepping for a while.
+
+    Raises:
+        ValueError: a bad kind, steps, start, end or alpha shape.  TypeError: ``alpha`` is not a floating tensor.
+    """
+
+    def __init__(
+        self,
+        alpha: Tensor,
+        steps: int,
+        kind: ScheduleKind = "linear",
+        *,
+        start: float = 0.0,
+        end: float = 1.0,
+        position: Tensor | None = None,
+        limit: Tensor | None = None,
+    ) -> None:
+        _check(alpha, steps, kind, start, end)
+        self.alpha, self.steps, self.kind, self.start, self.end = alpha, int(steps), kind, float(start), float(end)
+        self._limit = limit
+        self._position = position if position is not None else torch.zeros((), dtype=torch.int64, device=alpha.device)
+        values = [self.value_at(i) for i in range(self.steps + 1)]
+        self._table = torch.tensor(values, dtype=alpha.dtype).to(alpha.device)
+        self.reset()
+
+    def value_at(self, position: int) -> float:
+        """The scheduled value at ``position``, computed on the host."""
+        moved = alpha_fraction(self.kind, position / self.steps)
+        return self.end if moved >= 1.0 else self.start + (self.end - self.start) * moved
+
+    def step(self) -> None:
+        """Advance by one step, on the device; at the end alpha stays at ``end``."""
+        self._position.add_(1).clamp_(max=self.steps)
+        self._write()
+
+    def reset(self) -> None:
+        """Back to ``start``."""
+        self._position.zero_()
+        self._write()
+
+    def _write(self) -> None:
+        with torch.no_grad():
+            value = self._table.index_select(0, self._position.view(1)).view(())
+            if self._limit is not None:
+                value = torch.minimum(value, self._limit)
+            self.alpha.copy_(value)
+
+    def rebound(self, alpha: Tensor, position: Tensor, limit: Tensor) -> AlphaSchedule:
+        """The same schedule at the same place over other tensors (after a module moved to another device)."""
+        moved = copy.copy(self)
+        moved.alpha, moved._position, moved._limit = alpha, position, limit
+        moved._table = self._table.to(device=alpha.device)
+        return moved
+
+    @property
+    def position(self) -> int:
+        """Steps taken so far."""
+        return int(self._position.item())  # sync: a person or a checkpoint asks
+
+    @property
+    def done(self) -> bool:
+        """Whether alpha has arrived."""
+        return self.position >= self.steps
+
+    def state_dict(self) -> dict[str, object]:
+        """Settings and position; everything needed to go on."""
+        return {
+            "kind": self.kind,
+            "steps": self.steps,
+            "start": self.start,
+            "end": self.end,
+            "position": self.position,
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue from ``state`` (of a schedule with the same settings).
+
+        Raises:
+            ValueError: the settings differ, or the position lies outside the schedule.
+        """
+        mine = self.state_dict()
+        different = [key for key in ("kind", "steps", "start", "end") if state.get(key) != mine[key]]
+        position = state.get("position")
+        if different or not isinstance(position, int) or not 0 <= position <= self.steps:
+            raise ValueError(
+                f"AlphaSchedule.load_state_dict: expected the state of a schedule like {mine}, got {dict(state)}"
+            )
+        self._position.fill_(position)
+        self._write()
+
+    def __repr__(self) -> str:
+        return f"AlphaSchedule({self.kind!r}, steps={self.steps}, {self.start} -> {self.end})"
+
+
+def _check(alpha: Tensor, steps: int, kind: str, start: float, end: float) -> None:
+    if not isinstance(alpha, Tensor) or not alpha.is_floating_point():
+        got = alpha.dtype if isinstance(alpha, Tensor) else type(alpha).__name__
+        raise TypeError(f"AlphaSchedule: alpha: expected a floating point tensor, got {got}")
+    if alpha.dim() != 0:
+        raise ValueError(f"AlphaSchedule: alpha: expected a 0-dim tensor, got shape {tuple(alpha.shape)}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"AlphaSchedule: steps: expected an integer >= 1, got {steps!r}")
+    if kind not in get_args(ScheduleKind):
+        raise ValueError(f"AlphaSchedule: kind: expected one of {get_args(ScheduleKind)}, got {kind!r}")
+    for name, value in (("start", start), ("end", end)):
+        if not 0.0 <= value <= 1.0:  # also refuses NaN
+            raise ValueError(f"AlphaSchedule: {name}: expected a number in [0, 1], got {value!r}")

@@ -1,0 +1,201 @@
+"""What a task is, and the registry of tasks."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tolaria.errors import ConfigError
+from tolaria.nn.device import validate_device
+from tolaria.nn.model import MorphogeneticModel
+from tolaria.nn.randomness import preserve_random_state
+from tolaria.nn.schedule import ScheduleKind
+from tolaria.tasks.data import TaskData
+
+TaskType = Literal["classification", "lm"]
+
+
+class LoadData(Protocol):
+    """Loads a task's data."""
+
+    def __call__(self, *, batch_size: int, rng_seed: int, data_dir: Path | None) -> TaskData:
+        """Batches of ``batch_size``, the training ones shuffled by ``rng_seed``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainDefaults:
+    """How a task is trained when nobody says otherwise; every field is an option of ``grow`` as well."""
+
+    batch_size: int = 64
+    """Samples in a batch."""
+    host_steps: int = 300
+    """Optimizer steps of the host alone, before a seed germinates."""
+    incubate_steps: int = 100
+    """Steps that the seed learns in isolation."""
+    blend_steps: int = 100
+    """Steps over which alpha rises from 0 to 1."""
+    finish_steps: int = 300
+    """Steps after the seed was fossilised (or culled)."""
+    lr: float = 3e-3
+    """Peak learning rate of the host (AdamW, cosine to nearly nothing over all the steps)."""
+    seed_lr: float = 3e-3
+    """Peak learning rate of a seed."""
+    weight_decay: float = 1e-2
+    """Of both optimizers."""
+    warmup_steps: int = 20
+    """Linear warm-up of the learning rate."""
+    max_grad_norm: float | None = 1.0
+    """Clip the host's gradient to this norm; None: do not clip."""
+    seed_max_grad_norm: float | None = 1.0
+    """Clip the seed's gradient to this norm, apart from the host's."""
+    slot: str | None = None
+    """Where the seed is grafted; the model's last slot if None."""
+    blueprint: str = "conv"
+    """What is grafted."""
+    blueprint_options: Mapping[str, object] = field(default_factory=dict)
+    """Keyword arguments for the blueprint."""
+    alpha_kind: ScheduleKind = "cosine"
+    """Shape of the alpha ramp."""
+    validate_every: int = 100
+    """Steps between looks at the validation data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskSpec:
+    """A task: what goes in, what comes out, how wrong is measured, and how it is trained by default.
+
+    Raises:
+        ConfigError: a bad field; the message lists every one.
+    """
+
+    name: str
+    """What ``get_task`` and ``tolaria train`` call it."""
+    summary: str = ""
+    """One line for people."""
+    topology: str
+    """The kind of host: ``"cnn"``, ``"transformer"`` or a name of your own."""
+    task_type: TaskType = "classification"
+    """``"lm"``: targets per token, perplexity is reported."""
+    num_classes: int
+    """Classes, or symbols of the vocabulary."""
+    model_factory: Callable[[], nn.Module]
+    """Builds an ungrown host."""
+    load_data: LoadData
+    """Loads the data."""
+    example_input: Callable[[], Tensor]
+    """A small input of the host; its values do not matter."""
+    slots: Sequence[str] | Mapping[str, str] | None = None
+    """Injection points, as :class:`MorphogeneticModel` takes them; all that the host lists if None."""
+    criterion: Callable[[], nn.Module] = nn.CrossEntropyLoss
+    """Builds the loss."""
+    random_guess_loss: float | None = None
+    """Loss of a model that knows nothing; ln(num_classes) if None."""
+    defaults: TrainDefaults = field(default_factory=TrainDefaults)
+    """How it is trained when nobody says otherwise."""
+
+    def __post_init__(self) -> None:
+        bad = []
+        if not isinstance(self.name, str) or not self.name:
+            bad.append(f"name: expected a non-empty string, got {self.name!r}")
+        if self.task_type not in get_args(TaskType):
+            bad.append(f"task_type: expected one of {get_args(TaskType)}, got {self.task_type!r}")
+        if not isinstance(self.num_classes, int) or self.num_classes < 2:
+            bad.append(f"num_classes: expected an integer >= 2, got {self.num_classes!r}")
+        for name in ("model_factory", "load_data", "example_input", "criterion"):
+            if not callable(getattr(self, name)):
+                bad.append(f"{name}: expected a callable, got {getattr(self, name)!r}")
+        guess = self.random_guess_loss
+        if guess is not None and not (math.isfinite(guess) and guess > 0):
+            bad.append(f"random_guess_loss: expected a finite number > 0 or None, got {guess!r}")
+        if bad:
+            raise ConfigError("TaskSpec: " + "; ".join(bad))
+
+    @property
+    def guess_loss(self) -> float:
+        """``random_guess_loss``, or ln(num_classes) where none is given."""
+        return self.random_guess_loss if self.random_guess_loss is not None else math.log(self.num_classes)
+
+
+_BUILT_IN = {"digits": "tolaria.tasks.digits", "text": "tolaria.tasks.text", "cifar10": "tolaria.tasks.cifar10"}
+_TASKS: dict[str, TaskSpec] = {}
+
+
+def register_task(spec: TaskSpec, *, replace: bool = False) -> TaskSpec:
+    """Make a task known by its name, to :func:`get_task` and to ``tolaria train``.
+
+    Args:
+        spec: the task.
+        replace: whether a task of that name may be replaced.
+
+    Raises:
+        TypeError: not a TaskSpec.  ValueError: the name is taken.
+    """
+    if not isinstance(spec, TaskSpec):
+        raise TypeError(f"register_task: spec: expected a TaskSpec, got {type(spec).__name__}")
+    if not replace and spec.name in list_tasks():
+        raise ValueError(f"register_task: name: {spec.name!r} is taken; pass replace=True to replace it")
+    _TASKS[spec.name] = spec
+    return spec
+
+
+def get_task(name: str) -> TaskSpec:
+    """The task called ``name``.
+
+    Raises:
+        TypeError: not a string.  ValueError: no such task; the message lists those there are.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"task: expected the name of a task or a TaskSpec, got {type(name).__name__}")
+    if name not in _TASKS:
+        if name not in _BUILT_IN:
+            close = difflib.get_close_matches(name, list_tasks(), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"task: expected one of {', '.join(list_tasks())}, got {name!r}{hint}")
+        _TASKS[name] = importlib.import_module(_BUILT_IN[name]).make_spec()
+    return _TASKS[name]
+
+
+def list_tasks() -> list[str]:
+    """Names of the registered tasks, sorted."""
+    return sorted({*_BUILT_IN, *_TASKS})
+
+
+def create_model(
+    task: str | TaskSpec,
+    device: str | torch.device = "cpu",
+    *,
+    slots: Sequence[str] | Mapping[str, str] | None = None,
+    rng_seed: int | None = None,
+) -> MorphogeneticModel:
+    """Build a task's host with its seed slots, ungrown.
+
+    Args:
+        task: a registered name or a TaskSpec.
+        device: where to put it; checked first.
+        slots: which injection points get a slot; those of the task if None.
+        rng_seed: seeds the initialisation and leaves the global random streams as found; None draws from them.
+
+    Raises:
+        ValueError: unknown task, malformed or unsupported device, unknown slot.
+        RuntimeError: the device is not there.
+    """
+    spec = task if isinstance(task, TaskSpec) else get_task(task)
+    target = validate_device(device)
+    with preserve_random_state() if rng_seed is not None else nullcontext():
+        if rng_seed is not None:
+            torch.default_generator.manual_seed(rng_seed)
+        host = spec.model_factory()
+    model = MorphogeneticModel(
+        host, slots if slots is not None else spec.slots, example_input=spec.example_input()
+    )
+    return model.to(target)

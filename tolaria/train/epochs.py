@@ -1,0 +1,296 @@
+"""The three training loops: without a seed, with an incubating seed, with a seed that is blended in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from tolaria.nn.device import validate_device
+from tolaria.nn.model import MorphogeneticModel
+from tolaria.nn.schedule import AlphaSchedule
+from tolaria.nn.slot import SeedSlot
+from tolaria.nn.stage import SeedStage
+from tolaria.tasks.spec import TaskType
+from tolaria.train.batch import check_task_type
+from tolaria.train.step import Criterion, GovernorLike, Learner, StepHooks, StepPlan, train_step
+
+
+@dataclass(frozen=True, slots=True)
+class EpochStats:
+    """What an epoch did. Tensors stay on the device until somebody reads them."""
+
+    losses: Tensor
+    """(steps,): the mean micro-batch loss of each step."""
+    mean_loss: Tensor
+    """0-dim float64: mean over the steps, weighted by sample; NaN if there was no step."""
+    steps: int
+    """Optimizer steps."""
+    samples: int
+    """Samples seen."""
+
+    @classmethod
+    def of(cls, losses: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> EpochStats:
+        """Gather the steps of an epoch."""
+        if not losses:
+            nothing = torch.full((), float("nan"), dtype=torch.float64, device=device)
+            return cls(torch.empty(0, device=device), nothing, 0, 0)
+        stacked = torch.stack(list(losses)).detach()
+        weights = torch.tensor(rows, dtype=torch.float64).to(stacked.device, non_blocking=True)
+        return cls(stacked, (stacked.double() * weights).sum() / weights.sum(), len(losses), sum(rows))
+
+
+def train_epoch_normal(
+    model: nn.Module,
+    trainloader: Iterable[object],
+    criterion: Criterion,
+    optimizer: Optimizer,
+    device: str | torch.device,
+    task_type: TaskType = "classification",
+    *,
+    governor: GovernorLike | None = None,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    amp_dtype: torch.dtype | None = None,
+    scaler: GradScaler | None = None,
+    schedulers: Sequence[LRScheduler] = (),
+    max_steps: int | None = None,
+    hooks: StepHooks | None = None,
+) -> EpochStats:
+    """Train for one pass over ``trainloader`` with no seed in play. Never waits for the device.
+
+    Args:
+        model: inputs to logits; put into train mode.
+        trainloader: any iterable of ``(inputs, targets)``; a DataLoader, a list, a generator.
+        criterion: logits and targets to a 0-dim mean loss.
+        optimizer: over the model's parameters.
+        device: where the batches go (the model is there already).
+        task_type: ``"classification"``, or ``"lm"`` for logits (B, T, V) and targets (B, T).
+        governor: told the loss once per optimizer step.
+        accumulation_steps: batches per optimizer step; fewer at the end of the loader are a step, too.
+        max_grad_norm: clip the gradient's norm to this.
+        amp_dtype: run forwards under autocast with this dtype.
+        scaler: a GradScaler for float16; it is updated here.
+        schedulers: learning-rate schedulers, stepped once per optimizer step.
+        max_steps: stop after so many optimizer steps, leaving the rest of the loader alone.
+        hooks: places to look on or meddle.
+
+    Returns:
+        Losses on the device, steps and samples.
+
+    Raises:
+        ValueError: a bad option.  TypeError: a batch or a scheduler of the wrong kind.
+    """
+    plan = _plan(
+        model, criterion, device, task_type, amp_dtype, schedulers, governor, hooks,
+        host=Learner(optimizer, max_grad_norm, scaler),
+    )  # fmt: skip
+    return _run_epoch(plan, trainloader, accumulation_steps, max_steps)
+
+
+def train_epoch_incubator_mode(
+    model: nn.Module,
+    trainloader: Iterable[object],
+    criterion: Criterion,
+    host_optimizer: Optimizer,
+    seed_optimizer: Optimizer,
+    device: str | torch.device,
+    task_type: TaskType = "classification",
+    *,
+    governor: GovernorLike | None = None,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    seed_max_grad_norm: float | None = None,
+    amp_dtype: torch.dtype | None = None,
+    scaler: GradScaler | None = None,
+    schedulers: Sequence[LRScheduler] = (),
+    max_steps: int | None = None,
+    hooks: StepHooks | None = None,
+) -> EpochStats:
+    """Train the host as if alone while a seed in stage TRAINING learns beside it. Never waits for the device.
+
+    The host's trajectory is bit for bit that of :func:`train_epoch_normal` without the seed; the seed's gradient is
+    what plain autograd would give its output. Not covered: criteria or optimizers that couple host and seed
+    parameters (a weight penalty inside the criterion, one optimizer over both).
+
+    Args:
+        model: as in :func:`train_epoch_normal`; if it is a MorphogeneticModel, at least one slot must be in TRAINING.
+        trainloader: as in :func:`train_epoch_normal`.
+        criterion: as in :func:`train_epoch_normal`.
+        host_optimizer: over the host's parameters.
+        seed_optimizer: over the seed's parameters.
+        device: as in :func:`train_epoch_normal`.
+        task_type: as in :func:`train_epoch_normal`.
+        governor: as in :func:`train_epoch_normal`.
+        accumulation_steps: as in :func:`train_epoch_normal`.
+        max_grad_norm: clip the norm over the host optimizer's parameters.
+        seed_max_grad_norm: clip the norm over the seed optimizer's parameters.
+        amp_dtype: as in :func:`train_epoch_normal`.
+        scaler: the host's; the seed is unscaled by the same scale but its overflows only skip its own step.
+        schedulers: of either optimizer.
+        max_steps: as in :func:`train_epoch_normal`.
+        hooks: as in :func:`train_epoch_normal`.
+
+    Returns:
+        Losses on the device, steps and samples.
+
+    Raises:
+        ValueError: no slot is in TRAINING, a parameter is in both optimizers, or a bad option.
+        TypeError: a batch or a scheduler of the wrong kind.
+    """
+    _check_apart(host_optimizer, seed_optimizer)
+    slots = [module for module in model.modules() if isinstance(module, SeedSlot)]
+    if slots and not any(slot.stage is SeedStage.TRAINING for slot in slots):
+        stages = ", ".join(f"{slot.name}: {slot.stage.name}" for slot in slots)
+        raise ValueError(
+            f"train_epoch_incubator_mode: expected a slot in stage TRAINING, got {stages}; "
+            "call model.germinate(slot, blueprint) and model.incubate(slot)"
+        )
+    plan = _plan(
+        model, criterion, device, task_type, amp_dtype, schedulers, governor, hooks,
+        host=Learner(host_optimizer, max_grad_norm, scaler),
+        seed=_seed_learner(seed_optimizer, seed_max_grad_norm, scaler, device),
+    )  # fmt: skip
+    return _run_epoch(plan, trainloader, accumulation_steps, max_steps)
+
+
+def train_epoch_blended(
+    model: nn.Module,
+    trainloader: Iterable[object],
+    criterion: Criterion,
+    host_optimizer: Optimizer,
+    seed_optimizer: Optimizer | None,
+    device: str | torch.device,
+    task_type: TaskType = "classification",
+    *,
+    governor: GovernorLike | None = None,
+    alpha_schedules: Sequence[AlphaSchedule] | None = None,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    seed_max_grad_norm: float | None = None,
+    amp_dtype: torch.dtype | None = None,
+    scaler: GradScaler | None = None,
+    schedulers: Sequence[LRScheduler] = (),
+    max_steps: int | None = None,
+    hooks: StepHooks | None = None,
+) -> EpochStats:
+    """Train host and seed together while alpha rises. Never waits for the device.
+
+    Args:
+        model: as in :func:`train_epoch_normal`.
+        trainloader: as in :func:`train_epoch_normal`.
+        criterion: as in :func:`train_epoch_normal`.
+        host_optimizer: over the host's parameters, or over all of them if there is no seed optimizer.
+        seed_optimizer: over the seed's parameters; None if the host's optimizer has them or they stay as they are.
+        device: as in :func:`train_epoch_normal`.
+        task_type: as in :func:`train_epoch_normal`.
+        governor: as in :func:`train_epoch_normal`.
+        alpha_schedules: stepped before each forward; the schedules of the model's BLENDING slots if None.
+        accumulation_steps: as in :func:`train_epoch_normal`.
+        max_grad_norm: clip the norm over the host optimizer's parameters.
+        seed_max_grad_norm: clip the norm over the seed optimizer's parameters.
+        amp_dtype: as in :func:`train_epoch_normal`.
+        scaler: as in :func:`train_epoch_incubator_mode`.
+        schedulers: of either optimizer.
+        max_steps: as in :func:`train_epoch_normal`.
+        hooks: as in :func:`train_epoch_normal`.
+
+    Returns:
+        Losses on the device, steps and samples.
+
+    Raises:
+        ValueError: a parameter is in both optimizers, or a bad option.
+        TypeError: a batch or a scheduler of the wrong kind.
+    """
+    if seed_optimizer is not None:
+        _check_apart(host_optimizer, seed_optimizer)
+    if alpha_schedules is None:
+        slots = [module for module in model.modules() if isinstance(module, SeedSlot)]
+        alpha_schedules = [slot.schedule for slot in slots if slot.schedule is not None]
+    plan = _plan(
+        model, criterion, device, task_type, amp_dtype, schedulers, governor, hooks,
+        host=Learner(host_optimizer, max_grad_norm, scaler),
+        seed=_seed_learner(seed_optimizer, seed_max_grad_norm, scaler, device),
+        alpha_schedules=alpha_schedules,
+    )  # fmt: skip
+    return _run_epoch(plan, trainloader, accumulation_steps, max_steps)
+
+
+def _plan(
+    model: nn.Module,
+    criterion: Criterion,
+    device: str | torch.device,
+    task_type: TaskType,
+    amp_dtype: torch.dtype | None,
+    schedulers: Sequence[LRScheduler],
+    governor: GovernorLike | None,
+    hooks: StepHooks | None,
+    *,
+    host: Learner,
+    seed: Learner | None = None,
+    alpha_schedules: Sequence[AlphaSchedule] = (),
+) -> StepPlan:
+    """Check the options that the loops share and put them together."""
+    check_task_type(task_type)
+    for name, learner in (("max_grad_norm", host), ("seed_max_grad_norm", seed)):
+        norm = learner.max_grad_norm if learner is not None else None
+        if norm is not None and not norm > 0:
+            raise ValueError(f"{name}: expected a number above 0 or None, got {norm!r}")
+    if amp_dtype not in (None, torch.float16, torch.bfloat16):
+        raise ValueError(f"amp_dtype: expected torch.float16, torch.bfloat16 or None, got {amp_dtype!r}")
+    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
+        raise TypeError("schedulers: ReduceLROnPlateau needs a metric; step it yourself after validation")
+    checked = validate_device(device)
+    if host.scaler is not None and not host.scaler.is_enabled():
+        host.scaler = None
+    return StepPlan(
+        model, criterion, checked, task_type, host, seed, amp_dtype, schedulers, alpha_schedules, governor,
+        hooks if hooks is not None else StepHooks(),
+    )  # fmt: skip
+
+
+def _seed_learner(
+    optimizer: Optimizer | None, max_norm: float | None, scaler: GradScaler | None, device: str | torch.device
+) -> Learner | None:
+    if optimizer is None:
+        return None
+    if scaler is None or not scaler.is_enabled():
+        return Learner(optimizer, max_norm)
+    return Learner(optimizer, max_norm, GradScaler(torch.device(device).type, init_scale=1.0))
+
+
+def _check_apart(host: Optimizer, seed: Optimizer) -> None:
+    of_host = {id(p) for group in host.param_groups for p in group["params"]}
+    shared = sum(id(p) in of_host for group in seed.param_groups for p in group["params"])
+    if shared:
+        raise ValueError(
+            f"seed_optimizer: expected parameters that host_optimizer does not have, got {shared} that are in both; "
+            "use model.host_parameters() and model.seed_parameters()"
+        )
+
+
+def _run_epoch(
+    plan: StepPlan, trainloader: Iterable[object], accumulation_steps: int, max_steps: int | None
+) -> EpochStats:
+    for name, value in (("accumulation_steps", accumulation_steps), ("max_steps", max_steps)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    plan.model.train()
+    losses: list[Tensor] = []
+    rows: list[int] = []
+    batches = iter(trainloader)
+
+    while max_steps is None or len(losses) < max_steps:
+        micro_batches = list(itertools.islice(batches, accumulation_steps))
+        if not micro_batches:
+            break
+        loss, count = train_step(plan, micro_batches)
+        losses.append(loss)
+        rows.append(count)
+    return EpochStats.of(losses, rows, plan.device)
