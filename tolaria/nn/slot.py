@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
 from tolaria.nn.seeds import build_seed
 from tolaria.nn.stage import IllegalTransitionError, SeedStage, check_transition
 
-_Module = TypeVar("_Module", bound=nn.Module)
 SeedFactory = Callable[[Tensor], nn.Module]
 """Builds a seed for features like the given ones (values are meaningless; shape, dtype and device count)."""
 
@@ -100,6 +100,16 @@ class SeedSlot(nn.Module):
             return seed(features)  # type: ignore[no-any-return]
         with self._stream.swapped_in():
             return seed(features)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Inside, the features pass through untouched as if there were no seed (to measure what it contributes)."""
+        stage = self._stage
+        self._stage = SeedStage.GERMINATED if self.seed is not None else stage
+        try:
+            yield
+        finally:
+            self._stage = stage
 
     # ------------------------------------------------------------------ life
 
@@ -203,7 +213,7 @@ class SeedSlot(nn.Module):
         else:
             self._drop(target)
 
-    def _drop(self, stage: Literal[SeedStage.CULLED, SeedStage.DORMANT] | SeedStage) -> None:
+    def _drop(self, stage: SeedStage) -> None:
         self.seed, self._stream, self.schedule = None, None, None
         self._traits = SeedTraits()
         self.blueprint, self.options, self.rng_seed = None, {}, None

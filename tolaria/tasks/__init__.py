@@ -4,7 +4,7 @@ from tolaria.tasks.data import Batches, TaskData, TensorBatches, WindowBatches
 from tolaria.tasks.spec import (
     TaskSpec,
     TaskType,
-    TrainDefaults,
+    TrainSettings,
     create_model,
     get_task,
     list_tasks,
@@ -17,7 +17,7 @@ __all__ = [
     "TaskSpec",
     "TaskType",
     "TensorBatches",
-    "TrainDefaults",
+    "TrainSettings",
     "WindowBatches",
     "create_model",
     "get_task",

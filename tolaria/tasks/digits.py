@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tolaria._optional import require
 from tolaria.nn.host import create_host
 from tolaria.tasks.data import TaskData, TensorBatches
-from tolaria.tasks.spec import TaskSpec, TrainDefaults
+from tolaria.tasks.spec import TaskSpec, TrainSettings
 
 TEST_ROWS, VALIDATION_ROWS = 450, 150
 _SPLIT_SEED = 0  # the split is part of the task, so that figures compare
@@ -58,5 +58,5 @@ def make_spec() -> TaskSpec:
         model_factory=_host,
         load_data=load_digits,
         example_input=_example,
-        defaults=TrainDefaults(),
+        defaults=TrainSettings(),
     )

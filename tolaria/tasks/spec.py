@@ -7,7 +7,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -33,8 +33,12 @@ class LoadData(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainDefaults:
-    """How a task is trained when nobody says otherwise; every field is an option of ``grow`` as well."""
+class TrainSettings:
+    """How a task is trained; each field is also an argument of :func:`tolaria.train.grow`.
+
+    Raises:
+        ConfigError: a bad field; the message lists every one.
+    """
 
     batch_size: int = 64
     """Samples in a batch."""
@@ -68,6 +72,59 @@ class TrainDefaults:
     """Shape of the alpha ramp."""
     validate_every: int = 100
     """Steps between looks at the validation data."""
+    accumulation_steps: int = 1
+    """Batches per optimizer step."""
+    min_gain: float = 0.0
+    """A seed is kept if blending it in lowered the validation loss by this share of it, and it does contribute."""
+    max_germinations: int = 2
+    """Seeds to try, should a rollback take one away."""
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "validate_every", "accumulation_steps", "blend_steps", "max_germinations")
+        counts = dict.fromkeys(positive, 1)
+        counts.update(dict.fromkeys(("host_steps", "incubate_steps", "finish_steps", "warmup_steps"), 0))
+        bad = [
+            f"{name}: expected an integer >= {low}, got {getattr(self, name)!r}"
+            for name, low in counts.items()
+            if isinstance(getattr(self, name), bool)
+            or not isinstance(getattr(self, name), int)
+            or getattr(self, name) < low
+        ]
+        for name in ("lr", "seed_lr", "max_grad_norm", "seed_max_grad_norm"):
+            value = getattr(self, name)
+            if not (value is None and name.endswith("norm")) and not (_is_finite(value) and value > 0):
+                bad.append(f"{name}: expected a finite number above 0, got {value!r}")
+        if not (_is_finite(self.weight_decay) and self.weight_decay >= 0):
+            bad.append(f"weight_decay: expected a finite number >= 0, got {self.weight_decay!r}")
+        if not _is_finite(self.min_gain):
+            bad.append(f"min_gain: expected a finite number, got {self.min_gain!r}")
+        if self.alpha_kind not in get_args(ScheduleKind):
+            bad.append(f"alpha_kind: expected one of {get_args(ScheduleKind)}, got {self.alpha_kind!r}")
+        if bad:
+            raise ConfigError("TrainSettings: " + "; ".join(bad))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole story."""
+        return self.host_steps + self.incubate_steps + self.blend_steps + self.finish_steps
+
+    def replace(self, **changes: object) -> TrainSettings:
+        """A copy with some fields changed, checked anew.
+
+        Raises:
+            ConfigError: an unknown field, or a bad value.
+        """
+        known = [each.name for each in fields(self)]
+        for name in changes:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"settings: expected one of {', '.join(known)}, got {name!r}{hint}")
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +157,7 @@ class TaskSpec:
     """Builds the loss."""
     random_guess_loss: float | None = None
     """Loss of a model that knows nothing; ln(num_classes) if None."""
-    defaults: TrainDefaults = field(default_factory=TrainDefaults)
+    defaults: TrainSettings = field(default_factory=TrainSettings)
     """How it is trained when nobody says otherwise."""
 
     def __post_init__(self) -> None:

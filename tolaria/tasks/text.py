@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tolaria.errors import MissingDependencyError
 from tolaria.nn.host import create_host
 from tolaria.tasks.data import TaskData, WindowBatches
-from tolaria.tasks.spec import TaskSpec, TrainDefaults
+from tolaria.tasks.spec import TaskSpec, TrainSettings
 
 CONTEXT = 64
 _TEST_PART, _VALIDATION_PART, _LONG_PART = 0.10, 0.05, 0.02
@@ -123,5 +123,5 @@ def make_spec() -> TaskSpec:
         load_data=load_text,
         example_input=_example,
         random_guess_loss=corpus.unigram_entropy(),
-        defaults=TrainDefaults(batch_size=32, blueprint="mlp"),
+        defaults=TrainSettings(batch_size=32, blueprint="mlp"),
     )

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +21,12 @@ from tolaria.train.batch import batch_rows, call_model, for_criterion, split_bat
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
-class VerdictLike(Protocol):
-    """What a step needs to know of a judgement."""
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether nothing at all was wrong."""
-        ...
-
-
 class GovernorConfigLike(Protocol):
     """What a step needs to know of a governor's settings."""
 
     @property
     def skip_anomalous_steps(self) -> bool:
         """Whether the loss is judged before the optimizer steps."""
-        ...
-
-    @property
-    def log_only(self) -> bool:
-        """Whether it never acts."""
         ...
 
 
@@ -52,11 +38,11 @@ class GovernorLike(Protocol):
         """Its settings."""
         ...
 
-    def check_vital_signs(self, loss: Tensor) -> VerdictLike:
-        """Judge a loss."""
+    def check_vital_signs(self, loss: Tensor) -> object:
+        """Judge a loss; the verdict goes to :meth:`step`."""
         ...
 
-    def step(self, loss_or_verdict: Tensor | VerdictLike) -> object:
+    def step(self, loss: Any) -> object:  # noqa: ANN401  (a tensor or the verdict just returned)
         """Judge, restore, capture."""
         ...
 
@@ -160,13 +146,9 @@ def train_step(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor,
     plan.hooks.after_backward()
 
     verdict = None
-    takes_step = True
     if plan.governor is not None and plan.governor.config.skip_anomalous_steps:
-        verdict = plan.governor.check_vital_signs(loss)
-        if loss.device.type == "cpu" and not plan.governor.config.log_only:
-            takes_step = verdict.is_healthy  # a plain read on the CPU; on CUDA the governor's hooks decide on the device
-    if takes_step:
-        _step_optimizers(plan)
+        verdict = plan.governor.check_vital_signs(loss)  # its hooks on the optimizers then leave a bad step out
+    _step_optimizers(plan)
     if plan.governor is not None:
         plan.governor.step(loss if verdict is None else verdict)
     plan.hooks.after_step(loss)

@@ -1,0 +1,192 @@
+"""Validation that leaves no trace: accumulated on the device, fetched once, every mode and random stream put back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tolaria import ops
+from tolaria.nn.device import validate_device
+from tolaria.nn.randomness import preserve_random_state
+from tolaria.tasks.spec import TaskType
+from tolaria.train.batch import batch_rows, call_model, check_task_type, for_criterion, split_batch, to_device
+from tolaria.train.step import Criterion
+
+_IGNORE = -100
+
+
+class Metrics(NamedTuple):
+    """What :func:`validate_and_get_metrics` found."""
+
+    val_loss: float
+    """Mean loss over the test loader, by sample (by token, ignored ones left out, for language models)."""
+    val_accuracy: float
+    """Percent."""
+    train_loss: float
+    """Mean loss over the first batches of the training loader; NaN if there were none."""
+    train_accuracy: float
+    """Percent."""
+    per_class_acc: list[float] | None
+    """Percent per class over the test loader, NaN for a class that does not occur; None unless asked for."""
+    perplexity: float | None
+    """exp(val_loss) in float64, may be inf; None unless the task is a language model."""
+
+
+def validate_and_get_metrics(
+    model: nn.Module,
+    trainloader: Iterable[object],
+    testloader: Iterable[object],
+    criterion: Criterion,
+    device: str | torch.device,
+    compute_per_class: bool = False,
+    num_classes: int = 10,
+    task_type: TaskType = "classification",
+    *,
+    train_batches: int | None = 10,
+    amp_dtype: torch.dtype | None = None,
+) -> Metrics:
+    """Loss and accuracy over ``testloader`` and over the first batches of ``trainloader``, in eval mode.
+
+    The loss is ``criterion``'s own, computed by the fused op where that is plain cross entropy (unweighted,
+    unsmoothed, mean); otherwise each batch's mean counts by its samples. Train/eval mode of every submodule and every
+    random stream (torch's, CUDA's, Python's, numpy's, and generators that a DataLoader or its sampler owns) are left
+    as found. One transfer from the device, at the end.
+
+    Args:
+        model: inputs to logits (B, C), or (B, T, C) for language models.
+        trainloader: any iterable of batches; a one-shot iterator loses the batches that are looked at.
+        testloader: any iterable of batches.
+        criterion: logits and targets to a loss.
+        device: where the batches go.
+        compute_per_class: whether accuracy per class is wanted.
+        num_classes: length of ``per_class_acc``.
+        task_type: ``"classification"`` or ``"lm"``.
+        train_batches: how many training batches to look at; None: all of them, 0: none.
+        amp_dtype: run forwards under autocast with this dtype.
+
+    Returns:
+        ``(val_loss, val_accuracy, train_loss, train_accuracy, per_class_acc, perplexity)``; a loader without a
+        labelled sample gives NaN.
+
+    Raises:
+        ValueError: a bad option, or the model has more classes than ``num_classes`` and per-class figures are asked.
+        TypeError: a batch of the wrong kind, or labels that are not integers.
+    """
+    check_task_type(task_type)
+    if train_batches is not None and (isinstance(train_batches, bool) or train_batches < 0):
+        raise ValueError(f"train_batches: expected an integer >= 0 or None, got {train_batches!r}")
+    where = validate_device(device)
+    generators = [*_own_generators(trainloader), *_own_generators(testloader)]
+    autocast = torch.autocast(where.type, dtype=amp_dtype) if amp_dtype is not None else nullcontext()
+    with preserve_random_state(*generators), _eval_mode(model), torch.no_grad(), autocast:
+        test = _Tally(criterion, task_type).over(model, testloader, where)
+        few = itertools.islice(trainloader, train_batches) if train_batches != 0 else ()
+        train = _Tally(criterion, task_type).over(model, few, where)
+    (val_loss, val_accuracy), (train_loss, train_accuracy), per_class = _fetch(test, train)
+    if compute_per_class and len(per_class) > num_classes:
+        raise ValueError(
+            f"num_classes: expected at least {len(per_class)}, the classes that the model tells apart, got {num_classes}"
+        )
+    return Metrics(
+        val_loss,
+        val_accuracy,
+        train_loss,
+        train_accuracy,
+        per_class + [math.nan] * (num_classes - len(per_class)) if compute_per_class else None,
+        _perplexity(val_loss) if task_type == "lm" else None,
+    )
+
+
+class _Tally:
+    """Sums over a loader, on the device."""
+
+    def __init__(self, criterion: Criterion, task_type: TaskType) -> None:
+        self.criterion, self.task_type = criterion, task_type
+        self.ignore_index = int(getattr(criterion, "ignore_index", _IGNORE))
+        self.is_plain = is_plain_cross_entropy(criterion)
+        self.metrics: ops.MetricsAccumulator | None = None
+        self.loss_sum: Tensor | None = None
+
+    def over(self, model: nn.Module, loader: Iterable[object], device: torch.device) -> _Tally:
+        """Take in every batch."""
+        for batch in loader:
+            inputs, targets = split_batch(batch)
+            inputs, targets = to_device(inputs, device), to_device(targets, device)
+            logits, labels = for_criterion(call_model(model, inputs), targets, self.task_type)
+            self.add(logits, labels, batch_rows(inputs, targets))
+        return self
+
+    def add(self, logits: Tensor, labels: Tensor, rows: int) -> None:
+        """Take in one batch: logits (N, C) or (N, C, ...), labels (N,) or (N, ...)."""
+        classes = _class_labels(logits, labels)
+        flat = logits.movedim(1, -1).flatten(0, -2) if logits.dim() > 2 else logits
+        if self.metrics is None:
+            self.metrics = ops.MetricsAccumulator(flat.shape[-1], device=flat.device, topk=min(5, flat.shape[-1]))
+            self.loss_sum = torch.zeros((), dtype=torch.float64, device=flat.device)
+        self.metrics.update(flat, classes.flatten(), ignore_index=self.ignore_index)
+        if self.is_plain:
+            return
+        assert self.loss_sum is not None
+        loss = self.criterion(logits, labels).double()
+        counted = (classes != self.ignore_index).sum()
+        if loss.dim() or getattr(self.criterion, "reduction", "mean") == "sum":
+            self.loss_sum += loss.sum()
+        else:  # selected, since the mean over nothing is NaN
+            self.loss_sum += torch.where(counted > 0, loss * counted, 0.0)
+
+
+def _class_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Integer labels; those of probabilities or one-hot rows are their largest entries."""
+    if not labels.is_floating_point():
+        return labels
+    if labels.shape == logits.shape and logits.dim() > 1:
+        return labels.argmax(dim=1)
+    raise TypeError(
+        f"targets: expected integer labels, or probabilities of shape {tuple(logits.shape)}, "
+        f"got {labels.dtype} of shape {tuple(labels.shape)}"
+    )
+
+
+def is_plain_cross_entropy(criterion: object) -> bool:
+    """Whether ``criterion`` is what the fused op computes: cross entropy, unweighted, unsmoothed, mean, unhooked."""
+    return (
+        type(criterion) is nn.CrossEntropyLoss
+        and criterion.weight is None
+        and criterion.label_smoothing == 0.0
+        and criterion.reduction == "mean"
+        and not criterion._forward_hooks
+        and not criterion._forward_pre_hooks
+    )
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _own_generators(loader: object) -> list[torch.Generator]:
+    """Generators that a DataLoader, its sampler or its batch sampler draws from."""
+    samplers = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    inner = getattr(samplers[2], "sampler", None)
+    found = [getattr(each, name, None) for each in (*samplers, inner) for name in ("generator", "_generator")]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every submodule's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
