@@ -24,5 +24,6 @@ def require(module: str, *, feature: str, package: str, extra: str) -> ModuleTyp
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
-            f'{feature} needs {package}, which cannot be imported ({error}); run pip install "tolaria[{extra}]"'
+            f"{feature} needs {package}, which cannot be imported ({error}); "
+            f'run pip install "tolaria[{extra}]"'
         ) from error

@@ -28,7 +28,9 @@ def validate_device(device: str | torch.device) -> torch.device:
         raise TypeError(f"device: expected a string such as 'cuda:0' or a torch.device, got {device!r}")
     match = _FORM.fullmatch(str(device))
     if match is None:
-        raise ValueError(f"device: expected '<type>' or '<type>:<index>' such as 'cpu' or 'cuda:0', got {device!r}")
+        raise ValueError(
+            f"device: expected '<type>' or '<type>:<index>' such as 'cpu' or 'cuda:0', got {device!r}"
+        )
     kind, index = match[1], int(match[2]) if match[2] else None
     if kind not in SUPPORTED:
         raise ValueError(f"device: expected a device of type {' or '.join(SUPPORTED)}, got type {kind!r}")
@@ -42,7 +44,8 @@ def validate_device(device: str | torch.device) -> torch.device:
 def _cuda_device(index: int | None) -> torch.device:
     if torch.version.cuda is None:
         raise RuntimeError(
-            f"device: this torch ({torch.__version__}) was built without CUDA; install a CUDA build of torch, or use 'cpu'"
+            f"device: this torch ({torch.__version__}) was built without CUDA; "
+            "install a CUDA build of torch, or use 'cpu'"
         )
     count = torch.cuda.device_count()
     if count == 0 or not torch.cuda.is_available():
@@ -54,5 +57,7 @@ def _cuda_device(index: int | None) -> torch.device:
         index = torch.cuda.current_device()
     if index >= count:
         there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        raise RuntimeError(f"device: index {index} is out of range, {count} CUDA device(s) found; use {there}")
+        raise RuntimeError(
+            f"device: index {index} is out of range, {count} CUDA device(s) found; use {there}"
+        )
     return torch.device("cuda", index)

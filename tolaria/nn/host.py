@@ -1,11 +1,13 @@
 """Host networks with several injection points, and the registry of hosts.
 
-A host is any module; one that lists ``injection_points`` (name to submodule path) can be grown by those names.
+A host is any module; one that lists ``injection_points`` (name to submodule path) can be grown by those
+names.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -41,7 +43,9 @@ def create_host(name: str, **options: object) -> nn.Module:
     if name not in _HOSTS:
         close = difflib.get_close_matches(str(name), _HOSTS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"create_host: name: expected one of {', '.join(sorted(_HOSTS))}, got {name!r}{hint}")
+        raise ValueError(
+            f"create_host: name: expected one of {', '.join(sorted(_HOSTS))}, got {name!r}{hint}"
+        )
     return _HOSTS[name](**options)
 
 
@@ -51,7 +55,7 @@ def list_hosts() -> list[str]:
 
 
 class CNNHost(nn.Module):
-    """A small convolutional classifier: per stage 3x3 convolution, batch norm, ReLU, an injection point, 2x2 pooling.
+    """A small convolutional classifier; per stage convolution, batch norm, ReLU, injection point, pooling.
 
     Args:
         in_channels: channels of the images.
@@ -61,13 +65,17 @@ class CNNHost(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (8, 16), dropout: float = 0.0
+        self,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        widths: Sequence[int] = (8, 16),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         channels = [in_channels, *widths]
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in zip(channels[:-1], channels[1:], strict=True)
+            for a, b in itertools.pairwise(channels)
         )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels[-1], num_classes)

@@ -23,8 +23,8 @@ class MorphogeneticModel(nn.Module):
 
     Args:
         host: the module to grow; its forward is this module's.
-        slots: where seeds may go: names from ``host.injection_points``, or a mapping from a name to the path of a
-            submodule of the host (``{"mid": "layer2"}``); all of ``host.injection_points`` if None.
+        slots: where seeds may go: names from ``host.injection_points``, or a mapping from a name to the path
+            of a submodule of the host (``{"mid": "layer2"}``); all of ``host.injection_points`` if None.
         example_input: an input of the host, batch first, from which :meth:`germinate` learns the shape of the
             features; its values do not matter. May also be given at each germination.
 
@@ -153,7 +153,7 @@ class MorphogeneticModel(nn.Module):
         return {name: slot.structure() for name, slot in self.slots.items()}
 
     def load_structure(self, structure: Mapping[str, Any]) -> None:
-        """Grow this (ungrown) model into the shape that :meth:`structure` described; then load the state_dict.
+        """Grow this model into the shape that :meth:`structure` described; then load the state_dict.
 
         Raises:
             ValueError: a slot is unknown, or a seed cannot be rebuilt by name.
@@ -164,7 +164,7 @@ class MorphogeneticModel(nn.Module):
     # ------------------------------------------------------------------ probing
 
     def features_at(self, slot: str, example_input: Tensor | tuple[Tensor, ...] | None = None) -> Tensor:
-        """What flows through ``slot`` for an example input; nothing of the model or the process changes by it.
+        """What flows through ``slot`` for an example input; model and process are left as found.
 
         Raises:
             ValueError: no example input is known, or the slot was not reached.
@@ -173,7 +173,8 @@ class MorphogeneticModel(nn.Module):
         example = example_input if example_input is not None else self.example_input
         if example is None:
             raise ValueError(
-                f"germinate: slot {slot!r}: expected an example input to learn the features' shape from, got None; "
+                f"germinate: slot {slot!r}: expected an example input to learn the features' shape "
+                "from, got None; "
                 "pass example_input= here or to MorphogeneticModel"
             )
         device = chosen.alpha.device
@@ -195,11 +196,15 @@ class MorphogeneticModel(nn.Module):
         finally:
             handle.remove()
         if not seen:
-            raise ValueError(f"germinate: slot {slot!r}: expected the forward to pass its injection point, it did not")
+            raise ValueError(
+                f"germinate: slot {slot!r}: expected the forward to pass its injection point, it did not"
+            )
         return seen[0]
 
 
-def _slot_paths(host: nn.Module, slots: Sequence[str] | Mapping[str, str] | None, has_own: bool) -> dict[str, str]:
+def _slot_paths(
+    host: nn.Module, slots: Sequence[str] | Mapping[str, str] | None, has_own: bool
+) -> dict[str, str]:
     """Slot name to submodule path, checked."""
     points: Mapping[str, str] = getattr(host, "injection_points", {})
     if isinstance(slots, str):
@@ -212,17 +217,22 @@ def _slot_paths(host: nn.Module, slots: Sequence[str] | Mapping[str, str] | None
         unknown = [name for name in slots if name not in points]
         if unknown:
             there = ", ".join(points) or "none; give a mapping such as {'mid': 'layer2'}"
-            raise ValueError(f"slots: expected injection points of {type(host).__name__} ({there}), got {unknown}")
+            raise ValueError(
+                f"slots: expected injection points of {type(host).__name__} ({there}), got {unknown}"
+            )
         paths = {name: points[name] for name in slots}
     modules = dict(host.named_modules())
     for name, path in paths.items():
         if not name or "." in name:
-            raise ValueError(f"slots: expected a name without dots, got {name!r}; use a mapping from name to path")
+            raise ValueError(
+                f"slots: expected a name without dots, got {name!r}; use a mapping from name to path"
+            )
         if path not in modules:
             raise ValueError(f"slots: {name!r}: expected the path of a submodule of the host, got {path!r}")
     if not paths and not has_own:
         raise ValueError(
-            f"slots: expected at least one injection point, got none; {type(host).__name__} lists no injection_points, "
+            f"slots: expected at least one injection point, got none; "
+            f"{type(host).__name__} lists no injection_points, "
             "so give a mapping such as {'mid': 'layer2'}"
         )
     return paths

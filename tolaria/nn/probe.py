@@ -24,16 +24,18 @@ class SeedTraits:
 def probe_seed(seed: nn.Module, features: Tensor, *, where: str) -> SeedTraits:
     """Run ``seed`` on stand-ins for ``features`` and check what comes out.
 
-    The real seed runs once, in eval mode; its train mode is tried on a copy, so that running statistics stay as
-    initialised. Every random stream is left as found.
+    The real seed runs once, in eval mode; its train mode is tried on a copy, so that running statistics stay
+    as initialised. Every random stream is left as found.
 
     Args:
         seed: the module to try.
-        features: example features; batches of one are doubled, since normalisation over a single value is an error.
+        features: example features; batches of one are doubled, since normalisation over a single value is an
+            error.
         where: how an error names the place.
 
     Raises:
-        TypeError: the output is not a tensor.  ValueError: its shape, dtype or device is not that of its input.
+        TypeError: the output is not a tensor.  ValueError: its shape, dtype or device is not that of its
+            input.
     """
     probe = _stand_in(features)
     with preserve_random_state(), torch.no_grad():
@@ -50,7 +52,7 @@ def probe_seed(seed: nn.Module, features: Tensor, *, where: str) -> SeedTraits:
 
 
 def _stand_in(features: Tensor) -> Tensor:
-    """Finite values of the shape, dtype, device and memory format of ``features``, without drawing a random number."""
+    """Finite values in the shape, dtype, device and memory format of ``features``; draws no random number."""
     like = features.detach()
     if like.dim() > 1 and like.shape[0] == 1:
         like = like.expand(2, *like.shape[1:]).clone(memory_format=torch.preserve_format)
@@ -67,4 +69,6 @@ def _check_output(output: object, probe: Tensor, where: str) -> None:
         ("device", output.device, probe.device),
     ):
         if got != expected:
-            raise ValueError(f"{where}: expected a seed that keeps the {what} of its features, {expected}, got {got}")
+            raise ValueError(
+                f"{where}: expected a seed that keeps the {what} of its features, {expected}, got {got}"
+            )

@@ -1,7 +1,8 @@
 """Random streams left as found: a context that puts every generator back, and a stream of a seed's own.
 
-A seed must not shift the dice of its host. Its initialisation runs inside :func:`preserve_random_state`, and a seed
-that draws random numbers in its forward (dropout, stochastic depth) does so from a :class:`RandomStream`.
+A seed must not shift the dice of its host. Its initialisation runs inside :func:`preserve_random_state`, and
+a seed that draws random numbers in its forward (dropout, stochastic depth) does so from a
+:class:`RandomStream`.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ def _streams() -> dict[StreamName, tuple[Callable[[], object], Callable[[object]
     numpy_random = _numpy_random()
     if numpy_random is not None:
         streams["numpy"] = (numpy_random.get_state, numpy_random.set_state)  # type: ignore[attr-defined]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index, generator in enumerate(torch.cuda.default_generators):
             streams[f"cuda:{index}"] = (generator.get_state, generator.set_state)  # type: ignore[assignment]
     return streams
 
 
 def random_state(names: Collection[StreamName] | None = None) -> dict[StreamName, object]:
-    """The state of the global random streams (torch's CPU and CUDA generators, Python's, numpy's), or of ``names``."""
+    """The state of the global random streams (torch, CUDA, Python, numpy), or of those in ``names``."""
     return {name: get() for name, (get, _) in _streams().items() if names is None or name in names}
 
 
@@ -87,16 +88,16 @@ def streams_drawn(before: Mapping[StreamName, object]) -> frozenset[StreamName]:
 
 
 def derive_seed(*parts: object) -> int:
-    """A reproducible 32-bit seed from ``parts`` and the process's initial torch seed, drawing from no stream."""
+    """A 32-bit seed made of ``parts`` and the process's initial torch seed; draws from no stream."""
     return zlib.crc32("/".join(str(part) for part in (torch.initial_seed(), *parts)).encode())
 
 
 class RandomStream:
-    """The random numbers of one seed: swapped in around its forward, so that the host's streams stay where they are.
+    """The random numbers of one seed: swapped in around its forward, so that the host's stay where they are.
 
-    During a backward pass (activation checkpointing re-runs the forward there) the stream replays what the latest
-    forward drew, so that both runs see the same dropout masks. A module called several times in one forward and
-    checkpointed as one is the case this does not cover.
+    During a backward pass (activation checkpointing re-runs the forward there) the stream replays what the
+    latest forward drew, so that both runs see the same dropout masks. A module called several times in one
+    forward and checkpointed as one is the case this does not cover.
 
     Args:
         names: the streams that the seed draws from.

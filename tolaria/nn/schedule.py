@@ -16,7 +16,7 @@ _SIGMOID_SPAN = 6.0  # the sigmoid is cut at +-6 and rescaled, so that its ends 
 
 
 def alpha_fraction(kind: ScheduleKind, fraction: float) -> float:
-    """How much of the way from start to end has been gone at ``fraction`` (0 to 1) of the steps; exact at both ends."""
+    """How much of the way has been gone at ``fraction`` (0 to 1) of the steps; exact at both ends."""
     if fraction <= 0.0:
         return 0.0
     if fraction >= 1.0:
@@ -32,8 +32,9 @@ def alpha_fraction(kind: ScheduleKind, fraction: float) -> float:
 class AlphaSchedule:
     """Moves an alpha tensor from ``start`` to ``end`` in ``steps`` calls of :meth:`step`.
 
-    The position is a tensor beside alpha and the values are a table on its device: :meth:`step` enqueues three small
-    kernels, never waits for the device and may be recorded in a CUDA graph, whose every replay then takes one step.
+    The position is a tensor beside alpha and the values are a table on its device: :meth:`step` enqueues
+    three small kernels, never waits for the device and may be recorded in a CUDA graph, whose every replay
+    then takes one step.
 
     Args:
         alpha: 0-dim floating tensor to write, in place; set to ``start`` at once.
@@ -42,11 +43,12 @@ class AlphaSchedule:
         start: value at position 0, in [0, 1].
         end: value from position ``steps`` on, in [0, 1].
         position: 0-dim int64 tensor on alpha's device to keep the position in; a new one by default.
-        limit: 0-dim tensor; alpha is never written above it. A governor that drops a seed zeroes it on the device, and
-            alpha then stays at zero although the host goes on stepping for a while.
+        limit: 0-dim tensor; alpha is never written above it. A governor that drops a seed zeroes it on the
+            device, and alpha then stays at zero although the host goes on stepping for a while.
 
     Raises:
-        ValueError: a bad kind, steps, start, end or alpha shape.  TypeError: ``alpha`` is not a floating tensor.
+        ValueError: a bad kind, steps, start, end or alpha shape.  TypeError: ``alpha`` is not a floating
+            tensor.
     """
 
     def __init__(
@@ -61,9 +63,17 @@ class AlphaSchedule:
         limit: Tensor | None = None,
     ) -> None:
         _check(alpha, steps, kind, start, end)
-        self.alpha, self.steps, self.kind, self.start, self.end = alpha, int(steps), kind, float(start), float(end)
+        self.alpha, self.steps, self.kind, self.start, self.end = (
+            alpha,
+            int(steps),
+            kind,
+            float(start),
+            float(end),
+        )
         self._limit = limit
-        self._position = position if position is not None else torch.zeros((), dtype=torch.int64, device=alpha.device)
+        self._position = (
+            position if position is not None else torch.zeros((), dtype=torch.int64, device=alpha.device)
+        )
         values = [self.value_at(i) for i in range(self.steps + 1)]
         self._table = torch.tensor(values, dtype=alpha.dtype).to(alpha.device)
         self.reset()
@@ -128,7 +138,8 @@ class AlphaSchedule:
         position = state.get("position")
         if different or not isinstance(position, int) or not 0 <= position <= self.steps:
             raise ValueError(
-                f"AlphaSchedule.load_state_dict: expected the state of a schedule like {mine}, got {dict(state)}"
+                f"AlphaSchedule.load_state_dict: expected the state of a schedule like {mine}, "
+                f"got {dict(state)}"
             )
         self._position.fill_(position)
         self._write()

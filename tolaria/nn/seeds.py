@@ -1,7 +1,7 @@
 """Seed blueprints: a registry of small modules to graft, all of them identity-like at birth.
 
-A built-in seed is ``x + f(x)`` (or ``x * g(x)``) whose last layer starts at zero, so that ``seed(x) == x`` when it is
-grafted. Blueprints for images read ``(B, C, H, W)``, blueprints for sequences ``(B, T, C)``.
+A built-in seed is ``x + f(x)`` (or ``x * g(x)``) whose last layer starts at zero, so that ``seed(x) == x``
+when it is grafted. Blueprints for images read ``(B, C, H, W)``, blueprints for sequences ``(B, T, C)``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Blueprint:
     factory: Callable[..., nn.Module]
     """``factory(channels, **options)``, or ``factory(features, **options)`` when ``layout`` is ``"any"``."""
     layout: Layout
-    """``"image"`` for (B, C, H, W), ``"sequence"`` for (B, T, C), ``"any"`` for a factory that looks for itself."""
+    """``"image"`` for (B, C, H, W), ``"sequence"`` for (B, T, C), ``"any"`` for a factory that looks for
+    itself."""
     summary: str
     """One line for people."""
 
@@ -36,19 +37,26 @@ _BLUEPRINTS: dict[str, Blueprint] = {}
 
 
 def register_blueprint(
-    name: str, factory: Callable[..., nn.Module], *, layout: Layout = "any", summary: str = "", replace: bool = False
+    name: str,
+    factory: Callable[..., nn.Module],
+    *,
+    layout: Layout = "any",
+    summary: str = "",
+    replace: bool = False,
 ) -> Blueprint:
     """Make a blueprint known under ``name``.
 
     Args:
         name: what ``germinate`` is told.
-        factory: called as ``factory(channels, **options)``; with ``layout="any"`` as ``factory(features, **options)``.
+        factory: called as ``factory(channels, **options)``; with ``layout="any"`` as ``factory(features,
+            **options)``.
         layout: which features it is for; the number of dimensions is checked at germination.
         summary: one line for people.
         replace: whether an existing blueprint of that name may be replaced.
 
     Raises:
-        ValueError: the name is empty or taken, or the layout unknown.  TypeError: ``factory`` is not callable.
+        ValueError: the name is empty or taken, or the layout unknown.  TypeError: ``factory`` is not
+            callable.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"register_blueprint: name: expected a non-empty string, got {name!r}")
@@ -90,8 +98,8 @@ def build_seed(
 ) -> nn.Module:
     """Build a seed for ``features``, initialised from ``rng_seed``; the caller preserves the random streams.
 
-    The module is built on the CPU, so that a seed is the same whatever the device, and then takes on the device,
-    dtype and memory format of ``features``.
+    The module is built on the CPU, so that a seed is the same whatever the device, and then takes on the
+    device, dtype and memory format of ``features``.
 
     Raises:
         ValueError: unknown blueprint or features of the wrong layout.
@@ -103,14 +111,17 @@ def build_seed(
     if not isinstance(seed, nn.Module):
         raise TypeError(f"{where}: expected the blueprint to build an nn.Module, got {type(seed).__name__}")
     seed.to(device=features.device, dtype=features.dtype)
-    if features.dim() == 4 and not features.is_contiguous():
-        if features.is_contiguous(memory_format=torch.channels_last):
-            seed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    is_nhwc = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
+    if is_nhwc and not features.is_contiguous():
+        seed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return seed
 
 
 def _call_factory(
-    blueprint: str | Callable[[Tensor], nn.Module], features: Tensor, options: Mapping[str, object], where: str
+    blueprint: str | Callable[[Tensor], nn.Module],
+    features: Tensor,
+    options: Mapping[str, object],
+    where: str,
 ) -> object:
     if not isinstance(blueprint, str):
         if not callable(blueprint):
@@ -144,7 +155,7 @@ class ConvResidual(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Same shape in and out."""
-        return x_BCHW + self.project(F.relu(self.norm(self.expand(x_BCHW))))
+        return x_BCHW + self.project(F.relu(self.norm(self.expand(x_BCHW))))  # type: ignore[no-any-return]
 
 
 class DepthwiseResidual(nn.Module):
@@ -152,14 +163,16 @@ class DepthwiseResidual(nn.Module):
 
     def __init__(self, channels: int, kernel: int = 5) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+        self.depthwise = nn.Conv2d(
+            channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False
+        )
         self.norm = nn.BatchNorm2d(channels)
         self.pointwise = nn.Conv2d(channels, channels, 1)
         _zero(self.pointwise)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Same shape in and out."""
-        return x_BCHW + self.pointwise(F.relu(self.norm(self.depthwise(x_BCHW))))
+        return x_BCHW + self.pointwise(F.relu(self.norm(self.depthwise(x_BCHW))))  # type: ignore[no-any-return]
 
 
 class SqueezeExcite(nn.Module):
@@ -208,7 +221,7 @@ class MLPResidual(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape in and out."""
-        return x_BTC + self.project(self.dropout(F.gelu(self.expand(self.norm(x_BTC)))))
+        return x_BTC + self.project(self.dropout(F.gelu(self.expand(self.norm(x_BTC)))))  # type: ignore[no-any-return]
 
 
 class LowRank(nn.Module):
@@ -240,13 +253,15 @@ class AttentionResidual(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape in and out."""
-        return x_BTC + self.project(attend(self.qkv(self.norm(x_BTC)), self.heads, self.causal))
+        return x_BTC + self.project(attend(self.qkv(self.norm(x_BTC)), self.heads, self.causal))  # type: ignore[no-any-return]
 
 
 def attend(qkv_BTF: Tensor, heads: int, causal: bool) -> Tensor:
     """Multi-head attention over packed queries, keys and values: (B, T, 3C) to (B, T, C)."""
     batch, length, packed = qkv_BTF.shape
-    queries, keys, values = qkv_BTF.view(batch, length, 3, heads, packed // (3 * heads)).permute(2, 0, 3, 1, 4)
+    queries, keys, values = qkv_BTF.view(batch, length, 3, heads, packed // (3 * heads)).permute(
+        2, 0, 3, 1, 4
+    )
     mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
     return mixed.transpose(1, 2).reshape(batch, length, packed // 3)
 
@@ -257,9 +272,17 @@ def _zero(layer: nn.Module) -> None:
 
 
 register_blueprint("conv", ConvResidual, layout="image", summary="residual pair of 3x3 convolutions")
-register_blueprint("depthwise", DepthwiseResidual, layout="image", summary="depthwise 5x5, then 1x1, residual")
-register_blueprint("squeeze_excite", SqueezeExcite, layout="image", summary="channel weights from the global mean")
+register_blueprint(
+    "depthwise", DepthwiseResidual, layout="image", summary="depthwise 5x5, then 1x1, residual"
+)
+register_blueprint(
+    "squeeze_excite", SqueezeExcite, layout="image", summary="channel weights from the global mean"
+)
 register_blueprint("norm", NormResidual, layout="image", summary="group norm, residual")
-register_blueprint("mlp", MLPResidual, layout="sequence", summary="two-layer perceptron per position, residual")
+register_blueprint(
+    "mlp", MLPResidual, layout="sequence", summary="two-layer perceptron per position, residual"
+)
 register_blueprint("low_rank", LowRank, layout="sequence", summary="low-rank channel mixing, residual")
-register_blueprint("attention", AttentionResidual, layout="sequence", summary="causal self-attention, residual")
+register_blueprint(
+    "attention", AttentionResidual, layout="sequence", summary="causal self-attention, residual"
+)

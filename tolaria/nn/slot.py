@@ -26,10 +26,13 @@ class SeedSlot(nn.Module):
     What it computes is set by its stage:
 
     * DORMANT, GERMINATED, CULLED: the features themselves.
-    * TRAINING: ``ops.straight_through(features, seed(features.detach()))``: the host's values and gradients are what
-      they would be without the seed, and the seed receives the gradient that its output would receive in their place.
+    * TRAINING: ``ops.straight_through(features, seed(features.detach()))``: the host's values and gradients
+    are what
+      they would be without the seed, and the seed receives the gradient that its output would receive in
+      their place.
     * BLENDING: ``ops.blend(features, seed(ops.seed_gate(features, alpha)), alpha)``.
-    * FOSSILIZED: the seed's output (on CUDA through the blend, so that a rollback that the device decides takes effect
+    * FOSSILIZED: the seed's output (on CUDA through the blend, so that a rollback that the device decides
+    takes effect
       there at once).
 
     Args:
@@ -60,7 +63,8 @@ class SeedSlot(nn.Module):
         self._traits = SeedTraits()
         self._stream: RandomStream | None = None
         self.register_buffer("alpha", torch.zeros((), dtype=torch.float32))
-        # What a device-side rollback zeroes beside alpha, so that a schedule that still runs cannot raise it again.
+        # What a device-side rollback zeroes beside alpha, so that a schedule that still runs cannot raise it
+        # again.
         self.register_buffer("alpha_limit", torch.ones((), dtype=torch.float32), persistent=False)
         self.register_buffer("alpha_position", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -72,7 +76,9 @@ class SeedSlot(nn.Module):
         if seed is None or stage is SeedStage.GERMINATED:
             return features
         if stage is SeedStage.TRAINING:
-            if not torch.is_grad_enabled():  # nobody can learn from it, and the host's values pass through anyway
+            if (
+                not torch.is_grad_enabled()
+            ):  # nobody can learn from it, and the host's values pass through anyway
                 return features
             return ops.straight_through(features, self._run(seed, features.detach()))
         if stage is SeedStage.FOSSILIZED and not features.is_cuda:
@@ -81,7 +87,7 @@ class SeedSlot(nn.Module):
         return ops.blend(features, grown, self.alpha)
 
     def inject(self, module: nn.Module, args: object, output: object) -> object:
-        """Forward hook of a host's submodule: its output (or the first element of a tuple) goes through the slot."""
+        """Forward hook of a host's submodule: its output (of a tuple, the first) goes through the slot."""
         if self.seed is None or self._stage is SeedStage.GERMINATED:
             return None
         if isinstance(output, Tensor):
@@ -89,8 +95,8 @@ class SeedSlot(nn.Module):
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
             return (self(output[0]), *output[1:])
         raise TypeError(
-            f"slot {self.name!r}: expected its injection point to return a tensor or a tuple that begins with one, "
-            f"got {type(output).__name__}"
+            f"slot {self.name!r}: expected its injection point to return a tensor or a tuple that begins "
+            f"with one, got {type(output).__name__}"
         )
 
     def _run(self, seed: nn.Module, features: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ class SeedSlot(nn.Module):
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Inside, the features pass through untouched as if there were no seed (to measure what it contributes)."""
+        """Inside, the features pass as if there were no seed (to measure what it contributes)."""
         stage = self._stage
         self._stage = SeedStage.GERMINATED if self.seed is not None else stage
         try:
@@ -133,14 +139,15 @@ class SeedSlot(nn.Module):
     ) -> nn.Module:
         """Put a new seed in place (DORMANT or CULLED -> GERMINATED).
 
-        The seed is built from a random stream of its own and tried out on ``features``; every random stream of the
-        process is left as found, and nothing changes if it does not fit.
+        The seed is built from a random stream of its own and tried out on ``features``; every random stream
+        of the process is left as found, and nothing changes if it does not fit.
 
         Args:
-            blueprint: a registered name (see ``tolaria.nn.seeds``) or a callable that builds a seed for features.
+            blueprint: a registered name (see ``tolaria.nn.seeds``) or a callable that builds a seed for
+                features.
             features: an example of what flows through the slot; shape, dtype, device and memory format count.
-            rng_seed: seeds the initialisation and the seed's own random stream; derived from the process's initial
-                torch seed, the slot's name and the generation if None.
+            rng_seed: seeds the initialisation and the seed's own random stream; derived from the process's
+                initial torch seed, the slot's name and the generation if None.
             options: keyword arguments for the blueprint.
 
         Returns:
@@ -155,7 +162,9 @@ class SeedSlot(nn.Module):
         chosen = derive_seed(self.name, self.generation) if rng_seed is None else int(rng_seed)
         settings = dict(options or {})
         with preserve_random_state():
-            seed = build_seed(blueprint, features, rng_seed=chosen, options=settings, where=f"slot {self.name!r}")
+            seed = build_seed(
+                blueprint, features, rng_seed=chosen, options=settings, where=f"slot {self.name!r}"
+            )
             traits = probe_seed(seed, features, where=f"slot {self.name!r}")
         seed.train(self.training)
         self.seed, self._traits = seed, traits
@@ -173,7 +182,7 @@ class SeedSlot(nn.Module):
         self._stage = SeedStage.TRAINING
 
     def start_blending(self, steps: int, kind: ScheduleKind = "cosine", *, end: float = 1.0) -> AlphaSchedule:
-        """TRAINING -> BLENDING: alpha is 0 and rises to ``end`` over ``steps`` calls of the schedule returned."""
+        """TRAINING -> BLENDING: alpha is 0 and rises to ``end`` over ``steps`` calls of what is returned."""
         check_transition(self.name, self._stage, SeedStage.BLENDING)
         schedule = AlphaSchedule(
             self.alpha, steps, kind, end=end, position=self.alpha_position, limit=self.alpha_limit
@@ -192,8 +201,10 @@ class SeedSlot(nn.Module):
         check_transition(self.name, self._stage, SeedStage.CULLED)
         self._drop(SeedStage.CULLED)
 
-    def advance(self, target: SeedStage, *, blend_steps: int | None = None, kind: ScheduleKind = "cosine") -> None:
-        """Go to ``target`` by the method made for it; germination has arguments of its own, see :meth:`germinate`.
+    def advance(
+        self, target: SeedStage, *, blend_steps: int | None = None, kind: ScheduleKind = "cosine"
+    ) -> None:
+        """Go to ``target`` by the method made for it (except germination: see :meth:`germinate`).
 
         Raises:
             IllegalTransitionError: the transition is not allowed.
@@ -201,7 +212,9 @@ class SeedSlot(nn.Module):
         """
         check_transition(self.name, self._stage, target)
         if target is SeedStage.GERMINATED:
-            raise ValueError(f"slot {self.name!r}: advance: use germinate(blueprint, features) to graft a seed")
+            raise ValueError(
+                f"slot {self.name!r}: advance: use germinate(blueprint, features) to graft a seed"
+            )
         if target is SeedStage.BLENDING:
             if blend_steps is None:
                 raise ValueError(f"slot {self.name!r}: advance: BLENDING needs blend_steps, got None")
@@ -225,7 +238,8 @@ class SeedSlot(nn.Module):
         self.alpha_limit.fill_(limit)
         self.alpha_position.zero_()
 
-    # ------------------------------------------------------------------ rollback protocol (see tolaria.governor)
+    # ------------------------------------------------------------------ rollback protocol (see
+    # tolaria.governor)
 
     def rollback_state(self) -> dict[str, object]:
         """What a snapshot keeps of this slot beside its tensors."""
@@ -242,7 +256,9 @@ class SeedSlot(nn.Module):
             captured: what :meth:`rollback_state` returned at capture; None if the slot was not known then.
         """
         stage = captured["stage"] if captured is not None else SeedStage.DORMANT
-        same_seed = captured is not None and captured["generation"] == self.generation and self.seed is not None
+        same_seed = (
+            captured is not None and captured["generation"] == self.generation and self.seed is not None
+        )
         if stage is SeedStage.FOSSILIZED and same_seed:
             assert captured is not None
             self.alpha_limit.fill_(1.0)
@@ -253,7 +269,7 @@ class SeedSlot(nn.Module):
         self._drop(SeedStage.DORMANT if stage is SeedStage.DORMANT else SeedStage.CULLED)
 
     def zero_alpha_tensors(self) -> list[Tensor]:
-        """What a rollback zeroes on the device at once: alpha, and its limit, of a seed that is not fossilised."""
+        """What a rollback zeroes on the device at once: alpha and its limit, unless the seed is a fossil."""
         if self.seed is None or self._stage is SeedStage.FOSSILIZED:
             return []
         return [self.alpha, self.alpha_limit]
@@ -272,7 +288,7 @@ class SeedSlot(nn.Module):
         }
 
     def load_structure(self, structure: Mapping[str, Any], features: Tensor) -> None:
-        """Graft the seed that ``structure`` describes and take on its stage; a state_dict then fills in the values.
+        """Graft the seed that ``structure`` describes, at its stage; a state_dict then fills in the values.
 
         Args:
             structure: what :meth:`structure` returned.
@@ -280,17 +296,21 @@ class SeedSlot(nn.Module):
 
         Raises:
             IllegalTransitionError: a seed is in place already.
-            ValueError: the seed came from a callable and cannot be rebuilt by name, or a value is out of range.
+            ValueError: the seed came from a callable and cannot be rebuilt by name, or a value is out of
+                range.
         """
         stage = SeedStage(structure["stage"])
         if stage in (SeedStage.DORMANT, SeedStage.CULLED):
             if self.seed is not None:
-                raise IllegalTransitionError(f"slot {self.name!r}: load_structure: expected an empty slot, got a seed")
+                raise IllegalTransitionError(
+                    f"slot {self.name!r}: load_structure: expected an empty slot, got a seed"
+                )
             self._stage = stage
         else:
             if structure["blueprint"] is None:
                 raise ValueError(
-                    f"slot {self.name!r}: load_structure: its seed was built by a callable; register a blueprint for it"
+                    f"slot {self.name!r}: load_structure: its seed was built by a callable; "
+                    "register a blueprint for it"
                 )
             self.germinate(
                 structure["blueprint"], features, rng_seed=structure["rng_seed"], options=structure["options"]
@@ -314,7 +334,7 @@ class SeedSlot(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
         """``.to``, ``.half`` and friends move alpha but leave it float32."""
         kept = {name: getattr(self, name) for name in ("alpha", "alpha_limit")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)
             if after.dtype != before.dtype:

@@ -45,10 +45,13 @@ def _read_batch(path: Path) -> tuple[Tensor, Tensor]:
     try:
         batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         images, labels = np.asarray(batch[b"data"], dtype=np.uint8), batch[b"labels"]
-        if images.ndim != 2 or images.shape[1] != 3072 or len(labels) != len(images):
-            raise ValueError(f"data of shape {images.shape} and {len(labels)} labels")
     except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError) as error:
-        raise ValueError(f"cifar10: {path}: expected a batch of 3072-byte images with labels, got {error}") from error
+        raise ValueError(
+            f"cifar10: {path}: expected a batch of 3072-byte images with labels, got {error}"
+        ) from error
+    if images.ndim != 2 or images.shape[1] != 3072 or len(labels) != len(images):
+        got = f"data of shape {images.shape} and {len(labels)} labels"
+        raise ValueError(f"cifar10: {path}: expected 3072-byte images with a label each, got {got}")
     return torch.from_numpy(images.copy()).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
 
 
@@ -65,17 +68,19 @@ def find_folder(data_dir: Path | None) -> Path:
                 return folder
     raise FileNotFoundError(
         f"cifar10: expected {FOLDER}/data_batch_1 under {' or '.join(repr(str(r)) for r in roots)}; unpack "
-        "cifar-10-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) there, or say where it is with data_dir"
+        "cifar-10-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) there, or say where it is with "
+        "data_dir"
     )
 
 
 def load_cifar10(*, batch_size: int = 128, rng_seed: int = 0, data_dir: Path | None = None) -> TaskData:
-    """45,000 training, 5,000 validation and 10,000 test images, (B, 3, 32, 32) float32, zero mean, unit variance.
+    """45,000 training, 5,000 validation and 10,000 test images, (B, 3, 32, 32) float32, normalised.
 
     Args:
         batch_size: of the training batches.
         rng_seed: seeds their order; the split is always the same.
-        data_dir: the folder ``cifar-10-batches-py`` or the one around it; ``data`` or the current one if None.
+        data_dir: the folder ``cifar-10-batches-py`` or the one around it; ``data`` or the current one if
+            None.
 
     Raises:
         FileNotFoundError: the files are not there.  ValueError: a file is not what it should be.
@@ -88,7 +93,9 @@ def load_cifar10(*, batch_size: int = 128, rng_seed: int = 0, data_dir: Path | N
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held, train = order[:VALIDATION_ROWS], order[VALIDATION_ROWS:]
     return TaskData(
-        train=TensorBatches(_scaled(images[train]), labels[train], batch_size, shuffle=True, rng_seed=rng_seed),
+        train=TensorBatches(
+            _scaled(images[train]), labels[train], batch_size, shuffle=True, rng_seed=rng_seed
+        ),
         validation=TensorBatches(_scaled(images[held]), labels[held], 500),
         test=TensorBatches(_scaled(test_images), test_labels, 500),
     )
@@ -119,7 +126,7 @@ def make_spec() -> TaskSpec:
         example_input=_example,
         random_guess_loss=math.log(10),
         defaults=TrainSettings(
-            batch_size=128, host_steps=1500, incubate_steps=350, blend_steps=350, finish_steps=1500, slot="stage1",
-            validate_every=350,
+            batch_size=128, host_steps=1500, incubate_steps=350, blend_steps=350, finish_steps=1500,
+            slot="stage1", validate_every=350,
         ),
     )  # fmt: skip

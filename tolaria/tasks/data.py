@@ -48,7 +48,9 @@ class TensorBatches:
     ) -> None:
         _check_batch_size(batch_size)
         if len(inputs) != len(targets):
-            raise ValueError(f"TensorBatches: targets: expected {len(inputs)} rows like inputs, got {len(targets)}")
+            raise ValueError(
+                f"TensorBatches: targets: expected {len(inputs)} rows like inputs, got {len(targets)}"
+            )
         self.inputs, self.targets = inputs, targets
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self._generator = torch.Generator().manual_seed(rng_seed)
@@ -63,7 +65,10 @@ class TensorBatches:
         rows = len(self.inputs)
         if not self.shuffle:
             for start in range(0, len(self) * self.batch_size, self.batch_size):
-                yield self.inputs[start : start + self.batch_size], self.targets[start : start + self.batch_size]
+                yield (
+                    self.inputs[start : start + self.batch_size],
+                    self.targets[start : start + self.batch_size],
+                )
             return
         order = torch.randperm(rows, generator=self._generator)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
@@ -95,7 +100,9 @@ class WindowBatches:
     ) -> None:
         _check_batch_size(batch_size)
         if tokens.dim() != 1 or len(tokens) <= length:
-            raise ValueError(f"WindowBatches: tokens: expected more than {length} in one row, got {tuple(tokens.shape)}")
+            raise ValueError(
+                f"WindowBatches: tokens: expected more than {length} in one row, got {tuple(tokens.shape)}"
+            )
         self.tokens, self.length, self.batch_size, self.shuffle = tokens, length, batch_size, shuffle
         self._generator = torch.Generator().manual_seed(rng_seed)
 

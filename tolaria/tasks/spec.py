@@ -75,7 +75,8 @@ class TrainSettings:
     accumulation_steps: int = 1
     """Batches per optimizer step."""
     min_gain: float = 0.0
-    """A seed is kept if blending it in lowered the validation loss by this share of it, and it does contribute."""
+    """A seed is kept if blending it in lowered the validation loss by this share of it, and it does
+    contribute."""
     max_germinations: int = 2
     """Seeds to try, should a rollback take one away."""
 
@@ -183,7 +184,11 @@ class TaskSpec:
         return self.random_guess_loss if self.random_guess_loss is not None else math.log(self.num_classes)
 
 
-_BUILT_IN = {"digits": "tolaria.tasks.digits", "text": "tolaria.tasks.text", "cifar10": "tolaria.tasks.cifar10"}
+_BUILT_IN = {
+    "digits": "tolaria.tasks.digits",
+    "text": "tolaria.tasks.text",
+    "cifar10": "tolaria.tasks.cifar10",
+}
 _TASKS: dict[str, TaskSpec] = {}
 
 
@@ -240,7 +245,8 @@ def create_model(
         task: a registered name or a TaskSpec.
         device: where to put it; checked first.
         slots: which injection points get a slot; those of the task if None.
-        rng_seed: seeds the initialisation and leaves the global random streams as found; None draws from them.
+        rng_seed: seeds the initialisation and leaves the global random streams as found; None draws from
+            them.
 
     Raises:
         ValueError: unknown task, malformed or unsupported device, unknown slot.

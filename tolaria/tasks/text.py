@@ -1,4 +1,4 @@
-"""Characters of the standard library's own documentation (``pydoc_data.topics``): a language model without a download."""
+"""Characters of Python's own documentation (``pydoc_data.topics``): a language model without a download."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def load_corpus() -> Corpus:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
         raise MissingDependencyError(
-            "the text task needs pydoc_data.topics, which this Python came without; install the full standard library "
-            "(on Debian: libpython3-stdlib), or register a task of your own text"
+            "the text task needs pydoc_data.topics, which this Python came without; install the full "
+            "standard library (on Debian: libpython3-stdlib), or register a task of your own text"
         ) from error
     texts = sorted(set(topics.values()))  # some topics share one text
     random.Random(0).shuffle(texts)
@@ -65,7 +65,7 @@ def load_corpus() -> Corpus:
 
 
 def _split(texts: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Training, validation and test topics; a topic so long that it would be a part of its own is trained on."""
+    """Training, validation and test topics; one so long that it would be a part of its own is trained on."""
     total = sum(map(len, texts))
     train: list[str] = []
     validation: list[str] = []

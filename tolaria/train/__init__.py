@@ -1,1 +1,45 @@
-"""train."""
+"""Training: one step, three loops, validation, and the whole story of a growing network."""
+
+from tolaria.train.epochs import (
+    EpochStats,
+    train_epoch_blended,
+    train_epoch_incubator_mode,
+    train_epoch_normal,
+)
+from tolaria.train.faults import Fault, InjectedFault, list_faults, parse_fault
+from tolaria.train.observers import (
+    GrowthObserver,
+    PhaseRecord,
+    SeedRecord,
+    StepRecord,
+    StoryContext,
+    ValidationRecord,
+)
+from tolaria.train.step import Learner, StepHooks, StepPlan, train_step
+from tolaria.train.story import GrowthResult, grow
+from tolaria.train.validate import Metrics, validate_and_get_metrics
+
+__all__ = [
+    "EpochStats",
+    "Fault",
+    "GrowthObserver",
+    "GrowthResult",
+    "InjectedFault",
+    "Learner",
+    "Metrics",
+    "PhaseRecord",
+    "SeedRecord",
+    "StepHooks",
+    "StepPlan",
+    "StepRecord",
+    "StoryContext",
+    "ValidationRecord",
+    "grow",
+    "list_faults",
+    "parse_fault",
+    "train_epoch_blended",
+    "train_epoch_incubator_mode",
+    "train_epoch_normal",
+    "train_step",
+    "validate_and_get_metrics",
+]

@@ -37,13 +37,13 @@ def split_batch(batch: object) -> tuple[Any, Tensor]:
     else:
         got = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, Sequence) else "")
     raise TypeError(
-        f"loader: expected batches (inputs, targets) or mappings with one of {_INPUT_NAMES} and one of {_TARGET_NAMES}, "
-        f"got {got}"
+        f"loader: expected batches (inputs, targets) or mappings with one of {_INPUT_NAMES} and one of "
+        f"{_TARGET_NAMES}, got {got}"
     )
 
 
 def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401  (any nest of tensors)
-    """Move every tensor in a nest of tuples, lists and mappings; asynchronously where the memory is pinned."""
+    """Move every tensor in a nest of tuples, lists and mappings; does not wait where memory is pinned."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
@@ -74,7 +74,7 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:  # noqa: ANN401
 
 
 def for_criterion(logits: Tensor, targets: Tensor, task_type: TaskType) -> tuple[Tensor, Tensor]:
-    """Per-token logits (B, T, V) and targets (B, T) become (B*T, V) and (B*T,); classification is left as it is."""
+    """Logits (B, T, V) and targets (B, T) of tokens become (B*T, V) and (B*T,); others stay as they are."""
     if task_type == "lm" and logits.dim() > 2 and targets.dim() == logits.dim() - 1:
         return logits.flatten(0, -2), targets.flatten()
     return logits, targets

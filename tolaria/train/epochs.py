@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tolaria.nn.device import validate_device
-from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.schedule import AlphaSchedule
 from tolaria.nn.slot import SeedSlot
 from tolaria.nn.stage import SeedStage
@@ -115,12 +114,13 @@ def train_epoch_incubator_mode(
 ) -> EpochStats:
     """Train the host as if alone while a seed in stage TRAINING learns beside it. Never waits for the device.
 
-    The host's trajectory is bit for bit that of :func:`train_epoch_normal` without the seed; the seed's gradient is
-    what plain autograd would give its output. Not covered: criteria or optimizers that couple host and seed
-    parameters (a weight penalty inside the criterion, one optimizer over both).
+    The host's trajectory is bit for bit that of :func:`train_epoch_normal` without the seed; the seed's
+    gradient is what plain autograd would give its output. Not covered: criteria or optimizers that couple
+    host and seed parameters (a weight penalty inside the criterion, one optimizer over both).
 
     Args:
-        model: as in :func:`train_epoch_normal`; if it is a MorphogeneticModel, at least one slot must be in TRAINING.
+        model: as in :func:`train_epoch_normal`; if it is a MorphogeneticModel, at least one slot must be in
+            TRAINING.
         trainloader: as in :func:`train_epoch_normal`.
         criterion: as in :func:`train_epoch_normal`.
         host_optimizer: over the host's parameters.
@@ -187,7 +187,8 @@ def train_epoch_blended(
         trainloader: as in :func:`train_epoch_normal`.
         criterion: as in :func:`train_epoch_normal`.
         host_optimizer: over the host's parameters, or over all of them if there is no seed optimizer.
-        seed_optimizer: over the seed's parameters; None if the host's optimizer has them or they stay as they are.
+        seed_optimizer: over the seed's parameters; None if the host's optimizer has them or they stay as they
+            are.
         device: as in :func:`train_epoch_normal`.
         task_type: as in :func:`train_epoch_normal`.
         governor: as in :func:`train_epoch_normal`.
@@ -270,7 +271,8 @@ def _check_apart(host: Optimizer, seed: Optimizer) -> None:
     shared = sum(id(p) in of_host for group in seed.param_groups for p in group["params"])
     if shared:
         raise ValueError(
-            f"seed_optimizer: expected parameters that host_optimizer does not have, got {shared} that are in both; "
+            f"seed_optimizer: expected parameters that host_optimizer does not have, "
+            f"got {shared} that are in both; "
             "use model.host_parameters() and model.seed_parameters()"
         )
 

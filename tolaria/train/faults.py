@@ -96,7 +96,7 @@ def _nan_gradient(model: nn.Module) -> None:
 
 
 def _lobotomy(model: nn.Module) -> None:
-    """The network forgets what it knew: the last linear layer of the host (a tied embedding, too) goes to zero."""
+    """The network forgets: the last linear layer of the host (a tied embedding, too) goes to zero."""
     host = model.host if isinstance(model, MorphogeneticModel) else model
     layers = [m for m in host.modules() if isinstance(m, nn.Linear)]
     for parameter in layers[-1].parameters() if layers else model.parameters():

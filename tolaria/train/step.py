@@ -48,7 +48,7 @@ class GovernorLike(Protocol):
 
 
 class StepHooks:
-    """Places inside a step where others may look or meddle; every method does nothing here. No method may wait."""
+    """Places inside a step where others may look or meddle, without waiting; nothing is done here."""
 
     def before_forward(self) -> None:
         """Before the first forward of a step."""
@@ -61,7 +61,7 @@ class StepHooks:
         """Gradients are complete and still scaled; nothing is clipped yet."""
 
     def after_step(self, loss: Tensor) -> None:
-        """The optimizers and the governor have stepped; ``loss`` is the mean micro-batch loss, on the device."""
+        """Optimizers and governor have stepped; ``loss`` is the mean micro-batch loss, on the device."""
 
 
 @dataclass(slots=True)
@@ -77,7 +77,9 @@ class Learner:
 
     def finish(self) -> None:
         """Unscale, clip, step; nothing if no parameter has a gradient."""
-        with_grad = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        with_grad = [
+            p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         if not with_grad:
             return
         self.prepare(with_grad)
@@ -129,7 +131,7 @@ class StepPlan:
 
 
 def train_step(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor, int]:
-    """Forward and backward over the micro-batches, then one step of every optimizer. Never waits for the device.
+    """Forward and backward over the micro-batches, then a step of every optimizer. Never waits for the device.
 
     Args:
         plan: how.
@@ -147,7 +149,9 @@ def train_step(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor,
 
     verdict = None
     if plan.governor is not None and plan.governor.config.skip_anomalous_steps:
-        verdict = plan.governor.check_vital_signs(loss)  # its hooks on the optimizers then leave a bad step out
+        verdict = plan.governor.check_vital_signs(
+            loss
+        )  # its hooks on the optimizers then leave a bad step out
     _step_optimizers(plan)
     if plan.governor is not None:
         plan.governor.step(loss if verdict is None else verdict)
@@ -172,7 +176,8 @@ def _accumulate(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor
             logits, labels = for_criterion(call_model(plan.model, inputs), targets, plan.task_type)
             loss = plan.hooks.on_loss(plan.criterion(logits, labels))
         share = loss / count if count > 1 else loss
-        (share if plan.host.scaler is None else plan.host.scaler.scale(share)).backward()  # type: ignore[no-untyped-call]
+        (share if plan.host.scaler is None else plan.host.scaler.scale(share)).backward()  # type:
+        ignore[no - untyped - call]
         losses.append(loss.detach())
         rows += batch_rows(inputs, targets)
     return (losses[0] if count == 1 else torch.stack(losses).mean()), rows
@@ -182,7 +187,8 @@ def _step_optimizers(plan: StepPlan) -> None:
     """Host first, then seed; each unscaled, clipped and stepped on its own."""
     seed, scaler = plan.seed, plan.host.scaler
     if seed is not None and seed.scaler is not None and scaler is not None:
-        # The gradients carry the host's scale. The seed's scaler takes it over and keeps its own record of overflows.
+        # The gradients carry the host's scale. The seed's scaler takes it over and keeps its own record of
+        # overflows.
         one = torch.ones((), device=plan.device)
         seed.scaler.scale(one)
         seed.scaler.update(new_scale=scaler.scale(one))
@@ -192,7 +198,9 @@ def _step_optimizers(plan: StepPlan) -> None:
     if scaler is not None:
         scaler.update()
     with warnings.catch_warnings() if scaler is not None and plan.schedulers else nullcontext():
-        if scaler is not None and plan.schedulers:  # a first step that overflowed was skipped, which is no mistake
+        if (
+            scaler is not None and plan.schedulers
+        ):  # a first step that overflowed was skipped, which is no mistake
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         for scheduler in plan.schedulers:
             scheduler.step()

@@ -22,7 +22,6 @@ from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.nn.seeds import get_blueprint
 from tolaria.nn.slot import SeedSlot
-from tolaria.nn.stage import SeedStage
 from tolaria.tasks.data import Batch, TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings, create_model, get_task
 from tolaria.train.epochs import train_epoch_blended, train_epoch_incubator_mode, train_epoch_normal
@@ -59,7 +58,8 @@ class GrowthResult:
     slot: str
     """Where the seed was grafted."""
     outcome: str = "none"
-    """``"fossilized"``, ``"culled"`` (it did not earn its place), ``"dropped"`` (by a rollback) or ``"none"``."""
+    """``"fossilized"``, ``"culled"`` (it did not earn its place), ``"dropped"`` (by a rollback) or
+    ``"none"``."""
     steps: int = 0
     """Optimizer steps taken."""
     seconds: float = 0.0
@@ -104,7 +104,8 @@ def grow(
     Args:
         task: a registered name or a TaskSpec.
         device: where to train.
-        rng_seed: seeds the model, the order of the data and the seed; the global random streams are left as found.
+        rng_seed: seeds the model, the order of the data and the seed; the global random streams are left as
+            found.
         settings: how to train; the task's defaults if None.
         model: the network to grow; a new one if None.
         data: what to train on; the task's own if None.
@@ -123,7 +124,8 @@ def grow(
     Raises:
         ValueError: a bad argument (unknown task, slot, blueprint or setting).
         RuntimeError: the device is not there.
-        TrainingDivergedError: rollbacks came too often; observers have been given the result before it is raised.
+        TrainingDivergedError: rollbacks came too often; observers have been given the result before it is
+            raised.
     """
     spec = task if isinstance(task, TaskSpec) else get_task(task)
     chosen = (settings if settings is not None else spec.defaults).replace(**changes)
@@ -187,11 +189,18 @@ class _Story:
         amp_dtype: torch.dtype | None,
     ) -> None:
         self.spec, self.settings, self.model, self.data, self.device = spec, settings, model, data, device
-        self.observers, self.faults, self.amp_dtype, self.rng_seed = list(observers), list(faults), amp_dtype, rng_seed
+        self.observers, self.faults, self.amp_dtype, self.rng_seed = (
+            list(observers),
+            list(faults),
+            amp_dtype,
+            rng_seed,
+        )
         self.slot: SeedSlot = model.slot(slot)
         self.result = GrowthResult(spec.name, settings, model, slot)
         self.criterion = spec.criterion()
-        self.host_optimizer = AdamW(model.host_parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        self.host_optimizer = AdamW(
+            model.host_parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
         self.host_scheduler = self._scheduler(self.host_optimizer, start=0)
         self.seed_optimizer: Optimizer | None = None
         self.seed_scheduler: LambdaLR | None = None
@@ -209,7 +218,8 @@ class _Story:
         from tolaria.governor import GovernorConfig, TolariaGovernor
 
         if config is None:
-            # Chance has two faces where classes are not equally likely: the frequencies, and the uniform guess above.
+            # Chance has two faces where classes are not equally likely: the frequencies, and the uniform
+            # guess above.
             is_uneven = self.spec.guess_loss < 0.95 * math.log(self.spec.num_classes)
             config = GovernorConfig(lobotomy_band=(0.95, math.inf)) if is_uneven else GovernorConfig()
         self.governor = TolariaGovernor(
@@ -238,8 +248,8 @@ class _Story:
         """Run every phase."""
         began = time.perf_counter()
         context = StoryContext(
-            task=self.spec, settings=self.settings, model=self.model, governor=self.governor, slot=self.slot.name,
-            blueprint=self.settings.blueprint, total_steps=self.settings.total_steps,
+            task=self.spec, settings=self.settings, model=self.model, governor=self.governor,
+            slot=self.slot.name, blueprint=self.settings.blueprint, total_steps=self.settings.total_steps,
         )  # fmt: skip
         for observer in self.observers:
             observer.on_start(context)
@@ -260,7 +270,10 @@ class _Story:
         self.result.host_test = self._metrics(on_test=True)
         for _ in range(settings.max_germinations):
             left = settings.total_steps - self.step
-            if left < settings.incubate_steps + settings.blend_steps or self.result.outcome in ("fossilized", "culled"):
+            if left < settings.incubate_steps + settings.blend_steps or self.result.outcome in (
+                "fossilized",
+                "culled",
+            ):
                 break
             self._try_seed()
         self._run("finish", settings.total_steps - self.step)
@@ -286,7 +299,8 @@ class _Story:
         with self.slot.bypassed():
             without = self._metrics()
         gain, share = before.val_loss - after.val_loss, without.val_loss - after.val_loss
-        figures = f"validation loss {before.val_loss:.4f} -> {after.val_loss:.4f}, {without.val_loss:.4f} without it"
+        figures = f"validation loss {before.val_loss:.4f} -> {after.val_loss:.4f}"
+        figures += f" ({without.val_loss:.4f} without it)"
         if gain >= settings.min_gain * before.val_loss and share > 0:
             self.slot.fossilize()
             self.result.outcome = "fossilized"
@@ -304,7 +318,9 @@ class _Story:
             options=settings.blueprint_options,
         )
         self.seed_optimizer = AdamW(
-            self.model.seed_parameters(self.slot.name), lr=settings.seed_lr, weight_decay=settings.weight_decay
+            self.model.seed_parameters(self.slot.name),
+            lr=settings.seed_lr,
+            weight_decay=settings.weight_decay,
         )
         self.seed_scheduler = self._scheduler(self.seed_optimizer, start=self.step)
         if self.governor is not None:
@@ -347,7 +363,8 @@ class _Story:
 
     def _train(self, steps: int) -> None:
         settings = self.settings
-        batches = itertools.islice(self.stream, steps * settings.accumulation_steps)
+                batches: Iterator[Batch] = itertools.islice(self.stream, steps * settings.accumulation_steps)
+
         schedulers = [s for s in (self.host_scheduler, self.seed_scheduler) if s is not None]
         if self.phase in ("incubate", "blend"):
             batches = itertools.takewhile(lambda _: not self._is_dropped(), batches)
@@ -407,12 +424,20 @@ class _Story:
         for observer in self.observers:
             observer.on_validation(record)
 
+    def _tell_last_events(self, governor: TolariaGovernor) -> None:
+        try:
+            events = governor.synchronize()
+        except TrainingDivergedError as error:
+            self.result.error = error
+            return
+        for observer in self.observers:
+            observer.on_events(events)
+
     def _finish(self, began: float) -> None:
         result = self.result
         if self.governor is not None:
-            for observer in self.observers:
-                observer.on_events(self.governor.synchronize())
             result.rollbacks = self.governor.rollback_count
+            self._tell_last_events(self.governor)
             self.governor.close()
         result.steps, result.seconds = self.step, time.perf_counter() - began
         for observer in self.observers:

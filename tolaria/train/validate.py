@@ -1,4 +1,4 @@
-"""Validation that leaves no trace: accumulated on the device, fetched once, every mode and random stream put back."""
+"""Validation that leaves no trace: summed on the device, fetched once, modes and random streams put back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tolaria import ops
 from tolaria.nn.device import validate_device
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.tasks.spec import TaskType
-from tolaria.train.batch import batch_rows, call_model, check_task_type, for_criterion, split_batch, to_device
+from tolaria.train.batch import call_model, check_task_type, for_criterion, split_batch, to_device
 from tolaria.train.step import Criterion
 
 _IGNORE = -100
@@ -54,9 +53,9 @@ def validate_and_get_metrics(
     """Loss and accuracy over ``testloader`` and over the first batches of ``trainloader``, in eval mode.
 
     The loss is ``criterion``'s own, computed by the fused op where that is plain cross entropy (unweighted,
-    unsmoothed, mean); otherwise each batch's mean counts by its samples. Train/eval mode of every submodule and every
-    random stream (torch's, CUDA's, Python's, numpy's, and generators that a DataLoader or its sampler owns) are left
-    as found. One transfer from the device, at the end.
+    unsmoothed, mean); otherwise each batch's mean counts by its samples. Train/eval mode of every submodule
+    and every random stream (torch's, CUDA's, Python's, numpy's, and generators that a DataLoader or its
+    sampler owns) are left as found. One transfer from the device, at the end.
 
     Args:
         model: inputs to logits (B, C), or (B, T, C) for language models.
@@ -71,11 +70,12 @@ def validate_and_get_metrics(
         amp_dtype: run forwards under autocast with this dtype.
 
     Returns:
-        ``(val_loss, val_accuracy, train_loss, train_accuracy, per_class_acc, perplexity)``; a loader without a
-        labelled sample gives NaN.
+        ``(val_loss, val_accuracy, train_loss, train_accuracy, per_class_acc, perplexity)``; a loader without
+        a labelled sample gives NaN.
 
     Raises:
-        ValueError: a bad option, or the model has more classes than ``num_classes`` and per-class figures are asked.
+        ValueError: a bad option, or the model has more classes than ``num_classes`` and per-class figures are
+            asked.
         TypeError: a batch of the wrong kind, or labels that are not integers.
     """
     check_task_type(task_type)
@@ -88,19 +88,28 @@ def validate_and_get_metrics(
         test = _Tally(criterion, task_type).over(model, testloader, where)
         few = itertools.islice(trainloader, train_batches) if train_batches != 0 else ()
         train = _Tally(criterion, task_type).over(model, few, where)
-    (val_loss, val_accuracy), (train_loss, train_accuracy), per_class = _fetch(test, train)
-    if compute_per_class and len(per_class) > num_classes:
-        raise ValueError(
-            f"num_classes: expected at least {len(per_class)}, the classes that the model tells apart, got {num_classes}"
-        )
+    test_sums, train_sums = _fetch(test, train)
+    val_loss, val_accuracy = _mean_and_accuracy(test_sums)
     return Metrics(
         val_loss,
         val_accuracy,
-        train_loss,
-        train_accuracy,
-        per_class + [math.nan] * (num_classes - len(per_class)) if compute_per_class else None,
-        _perplexity(val_loss) if task_type == "lm" else None,
+        *_mean_and_accuracy(train_sums),
+        per_class_acc=_per_class(test_sums, num_classes) if compute_per_class else None,
+        perplexity=_perplexity(val_loss) if task_type == "lm" else None,
     )
+
+
+def _per_class(sums: list[float], num_classes: int) -> list[float]:
+    """Percent per class, NaN where there was none; classes that the model does not know are absent."""
+    known = (len(sums) - 3) // 2
+    if known > num_classes:
+        raise ValueError(
+            f"num_classes: expected at least {known}, the classes that the model tells apart, "
+            f"got {num_classes}"
+        )
+    correct, count = sums[3 : 3 + known], sums[3 + known :]
+    shares = [100.0 * hits / n if n else math.nan for hits, n in zip(correct, count, strict=True)]
+    return shares + [math.nan] * (num_classes - known)
 
 
 class _Tally:
@@ -110,8 +119,7 @@ class _Tally:
         self.criterion, self.task_type = criterion, task_type
         self.ignore_index = int(getattr(criterion, "ignore_index", _IGNORE))
         self.is_plain = is_plain_cross_entropy(criterion)
-        self.metrics: ops.MetricsAccumulator | None = None
-        self.loss_sum: Tensor | None = None
+        self.sums: Tensor | None = None
 
     def over(self, model: nn.Module, loader: Iterable[object], device: torch.device) -> _Tally:
         """Take in every batch."""
@@ -119,26 +127,33 @@ class _Tally:
             inputs, targets = split_batch(batch)
             inputs, targets = to_device(inputs, device), to_device(targets, device)
             logits, labels = for_criterion(call_model(model, inputs), targets, self.task_type)
-            self.add(logits, labels, batch_rows(inputs, targets))
+            self.add(logits, labels)
         return self
 
-    def add(self, logits: Tensor, labels: Tensor, rows: int) -> None:
+    def add(self, logits: Tensor, labels: Tensor) -> None:
         """Take in one batch: logits (N, C) or (N, C, ...), labels (N,) or (N, ...)."""
         classes = _class_labels(logits, labels)
         flat = logits.movedim(1, -1).flatten(0, -2) if logits.dim() > 2 else logits
-        if self.metrics is None:
-            self.metrics = ops.MetricsAccumulator(flat.shape[-1], device=flat.device, topk=min(5, flat.shape[-1]))
-            self.loss_sum = torch.zeros((), dtype=torch.float64, device=flat.device)
-        self.metrics.update(flat, classes.flatten(), ignore_index=self.ignore_index)
-        if self.is_plain:
-            return
-        assert self.loss_sum is not None
+        if self.sums is None:
+            self.sums = torch.zeros(3 + 2 * flat.shape[-1], dtype=torch.float64, device=flat.device)
+        self._count(self.sums, flat, classes.flatten())
         loss = self.criterion(logits, labels).double()
         counted = (classes != self.ignore_index).sum()
         if loss.dim() or getattr(self.criterion, "reduction", "mean") == "sum":
-            self.loss_sum += loss.sum()
+            self.sums[0] += loss.sum()
         else:  # selected, since the mean over nothing is NaN
-            self.loss_sum += torch.where(counted > 0, loss * counted, 0.0)
+            self.sums[0] += torch.where(counted > 0, loss * counted, 0.0)
+
+    def _count(self, sums: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Loss sum, correct, count, correct per class, count per class."""
+        counts = labels != self.ignore_index
+        hits = (logits.argmax(dim=-1) == labels) & counts
+        index = torch.where(counts, labels, 0)
+        classes = logits.shape[-1]
+        sums[1] += hits.sum()
+        sums[2] += counts.sum()
+        sums[3 : 3 + classes].index_add_(0, index, hits.double())
+        sums[3 + classes :].index_add_(0, index, counts.double())
 
 
 def _class_labels(logits: Tensor, labels: Tensor) -> Tensor:
@@ -153,8 +168,25 @@ def _class_labels(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def _fetch(*tallies: _Tally) -> list[list[float]]:
+    """The sums of every tally, in one transfer; one that saw no batch gives three zeros."""
+    held = [tally.sums for tally in tallies if tally.sums is not None]
+    values = torch.cat(held).tolist() if held else []  # sync: the one transfer
+    sums = []
+    for tally in tallies:
+        size = 0 if tally.sums is None else tally.sums.numel()
+        sums.append(values[:size] or [0.0] * 3)
+        values = values[size:]
+    return sums
+
+
+def _mean_and_accuracy(sums: list[float]) -> tuple[float, float]:
+    loss, correct, count = sums[:3]
+    return (loss / count, 100.0 * correct / count) if count else (math.nan, math.nan)
+
+
 def is_plain_cross_entropy(criterion: object) -> bool:
-    """Whether ``criterion`` is what the fused op computes: cross entropy, unweighted, unsmoothed, mean, unhooked."""
+    """Whether ``criterion`` is what the fused op computes: cross entropy, unweighted, unsmoothed, mean."""
     return (
         type(criterion) is nn.CrossEntropyLoss
         and criterion.weight is None
