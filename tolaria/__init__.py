@@ -19,25 +19,50 @@ from tolaria.governor import (
     TolariaGovernor,
     Verdict,
 )
+from tolaria.nn import AlphaSchedule, MorphogeneticModel, SeedSlot, SeedStage
+from tolaria.nn.device import validate_device
+from tolaria.tasks import TaskSpec, create_model, get_task, list_tasks, register_task
+from tolaria.train import (
+    EpochStats,
+    train_epoch_blended,
+    train_epoch_incubator_mode,
+    train_epoch_normal,
+    validate_and_get_metrics,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlphaSchedule",
     "BuildMismatchError",
     "ConfigError",
+    "EpochStats",
     "ExtensionMissingError",
     "GovernorBank",
     "GovernorConfig",
     "GovernorEvent",
     "GovernorReport",
     "MissingDependencyError",
+    "MorphogeneticModel",
     "PanicReason",
+    "SeedSlot",
+    "SeedStage",
     "SnapshotError",
+    "TaskSpec",
     "TolariaError",
     "TolariaGovernor",
     "TrainingDivergedError",
     "Verdict",
     "__version__",
     "backend",
+    "create_model",
     "current_mode",
+    "get_task",
+    "list_tasks",
+    "register_task",
+    "train_epoch_blended",
+    "train_epoch_incubator_mode",
+    "train_epoch_normal",
+    "validate_and_get_metrics",
+    "validate_device",
 ]

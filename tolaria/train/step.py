@@ -131,7 +131,7 @@ class StepPlan:
 
 
 def train_step(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor, int]:
-    """Forward and backward over the micro-batches, then a step of every optimizer. Never waits for the device.
+    """Forward and backward over the micro-batches, then a step of each optimizer. Never waits for the device.
 
     Args:
         plan: how.
@@ -176,8 +176,8 @@ def _accumulate(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor
             logits, labels = for_criterion(call_model(plan.model, inputs), targets, plan.task_type)
             loss = plan.hooks.on_loss(plan.criterion(logits, labels))
         share = loss / count if count > 1 else loss
-        (share if plan.host.scaler is None else plan.host.scaler.scale(share)).backward()  # type:
-        ignore[no - untyped - call]
+        scaled = share if plan.host.scaler is None else plan.host.scaler.scale(share)
+        scaled.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         rows += batch_rows(inputs, targets)
     return (losses[0] if count == 1 else torch.stack(losses).mean()), rows

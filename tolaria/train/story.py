@@ -363,8 +363,7 @@ class _Story:
 
     def _train(self, steps: int) -> None:
         settings = self.settings
-                batches: Iterator[Batch] = itertools.islice(self.stream, steps * settings.accumulation_steps)
-
+        batches: Iterator[Batch] = itertools.islice(self.stream, steps * settings.accumulation_steps)
         schedulers = [s for s in (self.host_scheduler, self.seed_scheduler) if s is not None]
         if self.phase in ("incubate", "blend"):
             batches = itertools.takewhile(lambda _: not self._is_dropped(), batches)
