@@ -1,6 +1,7 @@
 // The C++ prototypes behind the schemas of registration.cpp, one block per op; suffix _cpu, _cuda or _autograd.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <array>
 #include <optional>
@@ -31,6 +32,11 @@ at::Tensor seed_gate_backward_autograd(const at::Tensor& grad, const at::Tensor&
 // straight_through
 at::Tensor straight_through_cpu(const at::Tensor& host, const at::Tensor& seed);
 at::Tensor straight_through_autograd(const at::Tensor& host, const at::Tensor& seed);
+
+// tensor_stats: `refuse` serves the layouts that are an error
+at::Tensor tensor_stats_cpu(const c10::List<std::optional<at::Tensor>>& tensors);
+at::Tensor tensor_stats_autograd(const c10::List<std::optional<at::Tensor>>& tensors);
+at::Tensor tensor_stats_refuse(const c10::List<std::optional<at::Tensor>>& tensors);
 
 // governor: names of all tensor layouts; one judgement of n governors; one order from outside the rule
 std::vector<std::string> governor_fields();

@@ -14,6 +14,7 @@ TORCH_LIBRARY(tolaria, m) {
   m.def("seed_gate(Tensor features, Tensor alpha) -> Tensor");
   m.def("seed_gate_backward(Tensor grad, Tensor alpha) -> Tensor");
   m.def("straight_through(Tensor host, Tensor seed) -> Tensor");
+  m.def("tensor_stats(Tensor?[] tensors) -> Tensor");
 
   m.def("governor_fields() -> str[]", &tolaria::governor_fields);
   m.def(
@@ -38,6 +39,7 @@ TORCH_LIBRARY_IMPL(tolaria, CPU, m) {
   m.impl("seed_gate", &tolaria::seed_gate_cpu);
   m.impl("seed_gate_backward", &tolaria::seed_gate_backward_cpu);
   m.impl("straight_through", &tolaria::straight_through_cpu);
+  m.impl("tensor_stats", &tolaria::tensor_stats_cpu);
 }
 
 TORCH_LIBRARY_IMPL(tolaria, Autograd, m) {
@@ -46,7 +48,15 @@ TORCH_LIBRARY_IMPL(tolaria, Autograd, m) {
   m.impl("seed_gate", &tolaria::seed_gate_autograd);
   m.impl("seed_gate_backward", &tolaria::seed_gate_backward_autograd);
   m.impl("straight_through", &tolaria::straight_through_autograd);
+  m.impl("tensor_stats", &tolaria::tensor_stats_autograd);
 }
+
+// Layouts that no op takes get the same words as everything else, rather than torch's "no kernel for this backend".
+TORCH_LIBRARY_IMPL(tolaria, SparseCPU, m) { m.impl("tensor_stats", &tolaria::tensor_stats_refuse); }
+TORCH_LIBRARY_IMPL(tolaria, SparseCUDA, m) { m.impl("tensor_stats", &tolaria::tensor_stats_refuse); }
+TORCH_LIBRARY_IMPL(tolaria, SparseCsrCPU, m) { m.impl("tensor_stats", &tolaria::tensor_stats_refuse); }
+TORCH_LIBRARY_IMPL(tolaria, SparseCsrCUDA, m) { m.impl("tensor_stats", &tolaria::tensor_stats_refuse); }
+TORCH_LIBRARY_IMPL(tolaria, QuantizedCPU, m) { m.impl("tensor_stats", &tolaria::tensor_stats_refuse); }
 
 // `import tolaria._C` only runs the static registrations above; there is nothing in the module itself.
 extern "C" PyObject* PyInit__C() {

@@ -14,6 +14,7 @@ from tolaria.ops.snapshot import (
     snapshot_capture_,
     snapshot_restore_,
 )
+from tolaria.ops.stats import tensor_stats
 from tolaria.ops.straight_through import straight_through
 from tolaria.reference.governor_layout import (
     ConfigField,
@@ -53,5 +54,6 @@ __all__ = [
     "snapshot_capture_",
     "snapshot_restore_",
     "straight_through",
+    "tensor_stats",
     "window_of",
 ]

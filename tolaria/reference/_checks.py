@@ -15,6 +15,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def layout_name(layout: torch.layout) -> str:
+    """``Sparse`` rather than ``torch.sparse_coo``, as the compiled checks print it."""
+    return "".join(
+        part.title() for part in str(layout).removeprefix("torch.").removesuffix("_coo").split("_")
+    )
+
+
 def check_tensors(op: str, **arguments: object) -> None:
     """Every argument must be a tensor.
 
@@ -34,8 +41,7 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         TypeError: it is not.
     """
     if tensor.layout != torch.strided:
-        layout = {torch.sparse_coo: "Sparse"}.get(tensor.layout, str(tensor.layout).removeprefix("torch."))
-        raise TypeError(f"tolaria.{op}: {name}: expected a strided tensor, got {layout}")
+        raise TypeError(f"tolaria.{op}: {name}: expected a strided tensor, got {layout_name(tensor.layout)}")
     if tensor.dtype not in _FLOATING:
         raise TypeError(
             f"tolaria.{op}: {name}: expected dtype float32, float64, float16 or bfloat16, "
