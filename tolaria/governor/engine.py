@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.events import AttachEvent, GovernorEvent, StructureEvent
+from tolaria.governor.events import AttachEvent, GovernorEvent, SeedCulledEvent, StructureEvent
 from tolaria.governor.slots import Slots
 from tolaria.governor.tracked import HostState, TrackedState
 from tolaria.ops import Order, PanicReason, StateField
@@ -58,6 +58,7 @@ class SnapshotEngine:
         """Leave a poisoned capture to the next judgement, where ranks agree on it, instead of panicking at once."""
         self._host: list[HostState | None] = [None, None]
         self._structure = tracked.structure()
+        self._seed_holders = list(tracked.seed_holders())
         self._restored_at = -1
         self._find_exempt()
         self.adopt_current_state()
@@ -65,7 +66,7 @@ class SnapshotEngine:
     def _find_exempt(self) -> None:
         """Tensors that are non-finite from the start are copied but not searched; a parameter may not be."""
         tracked = self.tracked.tensors()
-        bad = [t for t in tracked if not bool(torch.isfinite(t.tensor).all())]
+        bad = [t for t in tracked if not bool(torch.isfinite(t.tensor).all())]  # sync: at attach only
         broken = [t.name for t in bad if t.kind == "parameter"]
         if broken:
             raise ValueError(
@@ -97,6 +98,18 @@ class SnapshotEngine:
             yield from self.capture()
         elif self.tracked.structure() != self._structure:
             yield from self.sync_structure()
+        interval = self._config.seed_check_interval
+        if interval and self._seed_holders and self._view[StateField.step] % interval == 0:
+            yield from self.cull_poisoned_seeds()
+
+    def cull_poisoned_seeds(self) -> Iterator[GovernorEvent]:
+        """Cull, alone, every incubating seed that holds a non-finite value; the host cannot have felt it."""
+        for name, holder in self._seed_holders:
+            tensors = holder.incubating_tensors()
+            if tensors and float(ops.tensor_stats(tensors)[2]) > 0:
+                holder.cull()
+                self._structure = ()
+                yield SeedCulledEvent(step=int(self._view[StateField.step]), row=self._column, name=name)
 
     def capture(self) -> Iterator[GovernorEvent]:
         """Copy the state to the ordered slot. A non-finite value found on the way is a panic and rolls back."""
@@ -107,6 +120,7 @@ class SnapshotEngine:
             yield from self.restore()
 
     def _copy_to_slot(self) -> Iterator[GovernorEvent]:
+        yield from self.cull_poisoned_seeds()
         yield from self.sync_structure()
         slot = int(self._view[StateField.capture_order_0])
         self._host[slot] = None  # from here to the end the slot is neither the old capture nor the new one
@@ -175,6 +189,7 @@ class SnapshotEngine:
                 self.slots.exempt.add(t.key)
         changed = self.slots.sync(tensors)
         self._structure = self.tracked.structure()
+        self._seed_holders = list(self.tracked.seed_holders())
         if changed and known and len(self.slots.places) != known:
             yield StructureEvent(
                 step=int(self._view[StateField.step]),

@@ -48,7 +48,7 @@ class Slots:
         self.names: list[str] = []
         self.table = SnapshotTable((), device=device)
         self._arenas: tuple[Tensor, Tensor] | None = None
-        self._seen: list[tuple[int, Hashable, torch.Size]] = []
+        self._seen: list[tuple[int, Hashable, torch.Size, bool]] = []
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +61,7 @@ class Slots:
         Raises:
             SnapshotError: a tensor cannot be copied byte by byte (sparse, quantized).
         """
-        seen = [(t.tensor.data_ptr(), t.key, t.tensor.shape) for t in tensors]
+        seen = [(t.tensor.data_ptr(), t.key, t.tensor.shape, t.watched) for t in tensors]
         if seen == self._seen:
             return False
         for tracked in tensors:
@@ -78,7 +78,8 @@ class Slots:
         for key, place in self.places.items():
             place.is_live = key in live
         self._seen = seen
-        self._build_table(zeroed)
+        unwatched = {t.key for t in tensors if not t.watched}
+        self._build_table(self.exempt | unwatched, zeroed)
         return True
 
     def _same_layout(self, live: dict[Hashable, tuple[TrackedTensor, Tensor]]) -> bool:
@@ -125,14 +126,14 @@ class Slots:
                 f"{error}; use a smaller model or another GovernorConfig.storage"
             ) from error
 
-    def _build_table(self, zeroed: Iterable[Tensor]) -> None:
+    def _build_table(self, unsearched: set[Hashable], zeroed: Iterable[Tensor]) -> None:
         self.names = [place.name for place in self.places.values()]
         entries = [
             SnapshotEntry(
                 place.live,
                 place.slots,
                 1 if place.kind in ("parameter", "optimizer") else 0,
-                -1 if key in self.exempt else index,
+                -1 if key in unsearched else index,
             )
             for index, (key, place) in enumerate(self.places.items())
             if place.is_live

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,6 +34,15 @@ class TakesPartInRollback(Protocol):
     def load_rollback_state(self, captured: dict[str, Any] | None, /) -> None: ...
 
 
+@runtime_checkable
+class HoldsSeed(Protocol):
+    """A module whose seed may incubate: it cannot reach the loss, so a poisoned one is culled alone."""
+
+    def incubating_tensors(self) -> list[Tensor]: ...
+
+    def cull(self) -> object: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TrackedTensor:
     """A tensor that a capture covers, under a key that outlives its replacement."""
@@ -44,6 +53,8 @@ class TrackedTensor:
     kind: Kind
     owner: Tensor
     """The parameter that optimizer state belongs to; elsewhere the tensor itself."""
+    watched: bool = True
+    """Whether a non-finite value in it is the run's trouble; an incubating seed's is not."""
 
     @property
     def part(self) -> int:
@@ -119,7 +130,12 @@ class TrackedState:
         found: dict[int, TrackedTensor] = {}
         for candidate in self._candidates():
             found.setdefault(id(candidate.tensor), candidate)
-        return [t for t in found.values() if t.tensor.device == self.device]
+        incubating = {id(t) for _, module in self.seed_holders() for t in module.incubating_tensors()}
+        return [
+            replace(t, watched=False) if id(t.owner) in incubating else t
+            for t in found.values()
+            if t.tensor.device == self.device
+        ]
 
     def _candidates(self) -> Iterator[TrackedTensor]:
         names: dict[int, str] = {}
@@ -164,6 +180,12 @@ class TrackedState:
         """The modules that take part in rollbacks, by name."""
         for name, module in self.model.named_modules():
             if isinstance(module, TakesPartInRollback):
+                yield name, module
+
+    def seed_holders(self) -> Iterator[tuple[str, HoldsSeed]]:
+        """The modules that may hold an incubating seed, by name."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, HoldsSeed):
                 yield name, module
 
     # -- host-side parts ----------------------------------------------------------------------------------------

@@ -1,0 +1,203 @@
+"""Verdicts and statistics: compiled against reference bit for bit, and both against a rule written independently."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_rule import PlainRule
+from torch import Tensor
+
+import tolaria
+from tolaria import ops
+from tolaria.governor import GovernorConfig
+from tolaria.ops import Order, PanicReason, StateField, StatusField
+from tolaria.reference.governor import correctly_rounded_sqrt
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "any": {"rule": "any", "min_std": 0.05},
+    "patient": {"lobotomy_patience": 3, "cooldown": 2, "min_panics_before_rollback": 3},
+    "bounded": {"warmup_bound": 50.0, "lobotomy_band": (0.95, math.inf), "window": 12},
+    "log-only": {"log_only": True},
+}
+
+
+def losses_like_a_run(n: int, steps: int, seed: int) -> Tensor:
+    """(steps, n) losses with NaN, Inf, spikes, plateaus, chance level, negatives and denormals among them."""
+    source = torch.Generator().manual_seed(seed)
+    x = torch.rand(steps, n, generator=source, dtype=torch.float64) * 1.2
+    kind = torch.rand(steps, n, generator=source)
+    flat = torch.rand(n, generator=source) < 0.2
+    x = torch.where(flat, 0.5, x)
+    scale = torch.pow(10.0, torch.randint(-3, 8, (steps, n), generator=source).double())
+    for low, high, value in (
+        (0.00, 0.06, x * scale),
+        (0.06, 0.10, torch.full_like(x, math.log(10))),
+        (0.10, 0.11, torch.full_like(x, math.nan)),
+        (0.11, 0.12, torch.full_like(x, math.inf)),
+        (0.12, 0.125, torch.full_like(x, -math.inf)),
+        (0.125, 0.14, torch.full_like(x, 5e-310)),
+        (0.14, 0.15, -x),
+        (0.15, 0.152, torch.full_like(x, 1.7e308)),
+    ):
+        x = torch.where((kind >= low) & (kind < high), value, x)
+    return x
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int64), b.view(torch.int64))
+
+
+def carry_out_captures(state: Tensor, poisoned: Tensor) -> None:
+    """Stand in for the snapshot op: mark ordered captures as done, some of them as poisoned."""
+    ordered = state[StateField.capture_order_0] >= 0
+    state[StateField.candidate_done] = torch.where(ordered, 3.0, state[StateField.candidate_done])
+    state[StateField.candidate_bad] = torch.where(ordered & poisoned, 5.0, state[StateField.candidate_bad])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("n", [1, 3, 8, 17, 1000])
+def test_compiled_equals_reference_bit_for_bit(n: int, name: str) -> None:
+    config = GovernorConfig(snapshot_interval=7, **SETTINGS[name])
+    settings_ = config.to_tensor(math.log(10), "cpu")
+    source = torch.Generator().manual_seed(n)
+    states = [ops.governor_state(n, window=config.window) for _ in range(2)]
+    for state in states:
+        state[StateField.attached] = torch.arange(n) % 2
+    boxes = [ops.governor_mailbox(n, records=4) for _ in range(2)]
+    for loss in losses_like_a_run(n, 60, seed=n):
+        active = torch.rand(n, generator=source) < 0.9
+        flag = (torch.rand(n, generator=source) < 0.02).float()
+        poisoned = torch.rand(n, generator=source) < 0.3
+        for mode, state, box in zip(("fused", "reference"), states, boxes, strict=True):
+            with tolaria.backend(mode):  # type: ignore[arg-type]
+                ops.governor_step_(state, settings_, loss, flag, active, box)
+            carry_out_captures(state, poisoned)
+        assert same_bits(*states)
+        assert same_bits(*boxes)
+
+
+@pytest.mark.parametrize("order", list(Order))
+def test_orders_equal_the_reference(order: Order) -> None:
+    config = GovernorConfig(snapshot_interval=7).to_tensor(None, "cpu")
+    states = [ops.governor_state(3) for _ in range(2)]
+    boxes = [ops.governor_mailbox(3, records=8) for _ in range(2)]
+    for mode, state, box in zip(("fused", "reference"), states, boxes, strict=True):
+        with tolaria.backend(mode):  # type: ignore[arg-type]
+            for loss in losses_like_a_run(3, 20, seed=3):
+                ops.governor_step_(state, config, loss, None, None, box)
+                carry_out_captures(state, torch.zeros(3, dtype=torch.bool))
+            ops.governor_order_(state, config, 1, Order.CAPTURE, mailbox=box)
+            ops.governor_order_(state, config, 1, order, PanicReason.MANUAL, 4, box)
+    assert same_bits(*states)
+    assert same_bits(*boxes)
+
+
+@pytest.mark.parametrize("mode", ["fused", "reference"])
+@pytest.mark.parametrize("name", [n for n in SETTINGS if n != "log-only"])
+def test_verdicts_follow_the_rule_of_the_contract(name: str, mode: str) -> None:
+    n, steps = 400, 80 if mode == "fused" else 40
+    kw = SETTINGS[name]
+    config = GovernorConfig(**kw)
+    plain = {
+        "rule": config.rule,
+        "min_std": config.min_std,
+        "patience": config.lobotomy_patience,
+        "cooldown": config.cooldown,
+        "min_panics": config.min_panics_before_rollback,
+        "warmup_bound": config.warmup_bound,
+        "band": config.lobotomy_band,
+        "window": config.window,
+    }
+    rules = [PlainRule(guess=math.log(10), **plain) for _ in range(n)]
+    state = ops.governor_state(n, window=config.window, attached=False)
+    tensor = config.to_tensor(math.log(10), "cpu")
+    with tolaria.backend(mode):  # type: ignore[arg-type]
+        for loss in losses_like_a_run(n, steps, seed=7):
+            ops.governor_step_(state, tensor, loss)
+            verdicts = [rule.judge(x) for rule, x in zip(rules, loss.tolist(), strict=True)]
+            for rule, (_, rollback) in zip(rules, verdicts, strict=True):
+                if rollback:
+                    rule.rolled_back()
+            assert [PanicReason(int(r)).name for r in state[StateField.reason]] == [v[0] for v in verdicts]
+            assert state[StateField.rollback].bool().tolist() == [v[1] for v in verdicts]
+            life = np.array([[r.count, r.mean, r.m2] for r in rules]).T
+            mine = state[StateField.life_count : StateField.life_m2 + 1].numpy()
+            assert np.array_equal(mine, life, equal_nan=True)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.sampled_from(["fused", "reference"]))
+@settings(max_examples=60, deadline=None)
+def test_window_statistics_are_those_of_two_passes(values: list[float], mode: str) -> None:
+    state, config = ops.governor_state(1), GovernorConfig(warmup_bound=math.inf).to_tensor(None, "cpu")
+    kept: list[float] = []
+    with tolaria.backend(mode):  # type: ignore[arg-type]
+        for value in values:
+            ops.governor_step_(state, config, torch.tensor([value], dtype=torch.float64))
+            if kept:
+                spread = np.std(kept[-20:])
+                assert math.isclose(float(state[StateField.mean, 0]), np.mean(kept[-20:]), rel_tol=1e-12, abs_tol=1e-300)
+                assert math.isclose(float(state[StateField.std, 0]), spread, rel_tol=1e-6, abs_tol=1e-9 * max(kept))
+            if int(state[StateField.reason, 0]) == PanicReason.HEALTHY:
+                kept.append(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_loss_of_any_floating_dtype(dtype: torch.dtype) -> None:
+    for mode in ("fused", "reference"):
+        state, config = ops.governor_state(2), GovernorConfig().to_tensor(None, "cpu")
+        with tolaria.backend(mode):  # type: ignore[arg-type]
+            ops.governor_step_(state, config, torch.tensor([0.1, 0.7], dtype=dtype))
+        assert state[StateField.loss].tolist() == torch.tensor([0.1, 0.7], dtype=dtype).double().tolist()
+
+
+def test_nan_flag_counts_as_raised_in_both() -> None:
+    for mode in ("fused", "reference"):
+        state, config = ops.governor_state(2), GovernorConfig().to_tensor(None, "cpu")
+        with tolaria.backend(mode):  # type: ignore[arg-type]
+            ops.governor_step_(state, config, torch.ones(2), torch.tensor([math.nan, 0.0]))
+        assert state[StateField.reason].tolist() == [1.0, 0.0]
+
+
+def test_square_root_is_correctly_rounded() -> None:
+    source = torch.Generator().manual_seed(0)
+    for scale in (1.0, 1e-310, 1e300, 3.7e17, 1e-20):
+        x = torch.rand(20_000, generator=source, dtype=torch.float64) * scale
+        assert correctly_rounded_sqrt(x).tolist() == [math.sqrt(v) for v in x.tolist()]
+    edge = torch.tensor([0.0, -0.0, math.inf, 5e-324, 1.7e308, 1.0, 4.0], dtype=torch.float64)
+    assert correctly_rounded_sqrt(edge).tolist() == [math.sqrt(v) for v in edge.tolist()]
+
+
+def test_field_names_are_the_compiled_ones() -> None:
+    groups = (
+        ("state", StateField),
+        ("memory", ops.MemoryField),
+        ("config", ops.ConfigField),
+        ("status", StatusField),
+        ("record", ops.RecordField),
+    )
+    assert torch.ops.tolaria.governor_fields() == [f"{group}.{f.name}" for group, fields in groups for f in fields]
+
+
+@pytest.mark.parametrize("mode", ["fused", "reference"])
+def test_bad_arguments_are_named(mode: str) -> None:
+    state, config = ops.governor_state(2), GovernorConfig().to_tensor(None, "cpu")
+    untouched = state.clone()
+    with tolaria.backend(mode):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"loss: expected one value for each of the 2 governors"):
+            ops.governor_step_(state, config, torch.ones(3))
+        with pytest.raises(TypeError, match=r"loss: expected float64"):
+            ops.governor_step_(state, config, torch.ones(2, dtype=torch.int64))
+        with pytest.raises(TypeError, match=r"nonfinite: expected bool"):
+            ops.governor_step_(state, config, torch.ones(2), torch.ones(2, dtype=torch.int32))
+        with pytest.raises(ValueError, match=r"active: expected one value"):
+            ops.governor_step_(state, config, torch.ones(2), None, torch.ones(1, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"config: expected 19 float64"):
+            ops.governor_step_(state, config[:-1], torch.ones(2))
+    assert same_bits(state, untouched)

@@ -1,0 +1,75 @@
+"""DESIGN section 4 once more, one loss at a time in plain Python floats: shares nothing with the package."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PlainRule:
+    """Judges one run; ``judge`` returns (reason, rollback)."""
+
+    guess: float | None = None
+    window: int = 20
+    min_history: int = 10
+    absolute: float = 10.0
+    sigmas: float = 6.0
+    multiple: float = 3.0
+    patience: int = 1
+    min_panics: int = 2
+    cooldown: int = 0
+    rule: str = "all"
+    min_std: float = 0.0
+    warmup_bound: float = math.inf
+    band: tuple[float, float] = (0.95, 1.05)
+    history: list[float] = field(default_factory=list)
+    last_healthy: float = 0.0
+    consecutive: int = 0
+    pending: int = 0
+    resting: int = 0
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    def judge(self, x: float, nonfinite: bool = False) -> tuple[str, bool]:
+        resting, self.resting = self.resting, max(0, self.resting - 1)
+        if nonfinite or not math.isfinite(x):
+            return "NON_FINITE", True
+        if resting:
+            return "HEALTHY", False
+        warm = len(self.history) < self.min_history
+        if not warm and self.guess is not None and self.last_healthy < 0.6 * self.guess:
+            if self.band[0] * self.guess <= x <= self.band[1] * self.guess:
+                self.pending += 1
+                return "LOBOTOMY", self.pending >= self.patience
+        if x > self.warmup_bound if warm else self.explodes(x):
+            self.consecutive += 1
+            return "ANOMALY", self.consecutive >= self.min_panics
+        self.history = [*self.history, x][-self.window :]
+        self.last_healthy, self.consecutive, self.pending = x, 0, 0
+        self.count += 1
+        delta = x - self.mean
+        self.mean += delta / self.count
+        self.m2 += delta * (x - self.mean)
+        return "HEALTHY", False
+
+    def statistics(self) -> tuple[float, float]:
+        mean = m2 = 0.0
+        for i, x in enumerate(self.history, start=1):
+            delta = x - mean
+            mean += delta / i
+            m2 += delta * (x - mean)
+        return mean, math.sqrt(m2 / len(self.history)) if m2 == m2 and m2 != math.inf else m2
+
+    def explodes(self, x: float) -> bool:
+        mean, std = self.statistics()
+        statistical = x > mean + self.sigmas * max(std, self.min_std * abs(mean))
+        if self.rule == "all":
+            return x > self.absolute and statistical and (mean <= 0 or x > self.multiple * mean)
+        return x > self.absolute or statistical or (mean > 0 and x > self.multiple * mean)
+
+    def rolled_back(self) -> None:
+        """As after a restore to the attach-time state."""
+        self.history, self.last_healthy, self.consecutive, self.pending = [], 0.0, 0, 0
+        self.resting = self.cooldown
