@@ -33,6 +33,8 @@ class TakesPartInRollback(Protocol):
 
     def load_rollback_state(self, captured: dict[str, Any] | None, /) -> None: ...
 
+    def zero_alpha_tensors(self) -> list[Tensor]: ...
+
 
 @runtime_checkable
 class HoldsSeed(Protocol):

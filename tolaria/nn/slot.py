@@ -269,10 +269,14 @@ class SeedSlot(nn.Module):
         self._drop(SeedStage.DORMANT if stage is SeedStage.DORMANT else SeedStage.CULLED)
 
     def zero_alpha_tensors(self) -> list[Tensor]:
-        """What a rollback zeroes on the device at once: alpha and its limit, unless the seed is a fossil."""
-        if self.seed is None or self._stage is SeedStage.FOSSILIZED:
+        """What a capture taken now restores as 0: alpha and its limit, unless the seed is a fossil."""
+        return [] if self._stage is SeedStage.FOSSILIZED else [self.alpha, self.alpha_limit]
+
+    def incubating_tensors(self) -> list[Tensor]:
+        """Parameters and buffers of a seed that cannot reach the loss yet; a non-finite value there culls it alone."""
+        if self.seed is None or self._stage not in (SeedStage.GERMINATED, SeedStage.TRAINING):
             return []
-        return [self.alpha, self.alpha_limit]
+        return [*self.seed.parameters(), *self.seed.buffers()]
 
     # ------------------------------------------------------------------ saving
 
