@@ -107,6 +107,7 @@ class SnapshotEngine:
         for name, holder in self._seed_holders:
             tensors = holder.incubating_tensors()
             if tensors and float(ops.tensor_stats(tensors)[2]) > 0:
+                self.tracked.retire(tensors)
                 holder.cull()
                 self._structure = ()
                 yield SeedCulledEvent(step=int(self._view[StateField.step]), row=self._column, name=name)

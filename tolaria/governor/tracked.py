@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 Kind = Literal["parameter", "buffer", "optimizer", "scaler", "extra"]
 
@@ -124,6 +125,12 @@ class TrackedState:
         self.generators = list(generators)
         self.restore_rng = restore_rng
         self.device = device
+        self._retired = WeakIdKeyDictionary()
+
+    def retire(self, tensors: Sequence[Tensor]) -> None:
+        """Cover these no more, though an optimizer may still hold them: they belong to a seed that was culled."""
+        for tensor in tensors:
+            self._retired[tensor] = True
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -136,7 +143,7 @@ class TrackedState:
         return [
             replace(t, watched=False) if id(t.owner) in incubating else t
             for t in found.values()
-            if t.tensor.device == self.device
+            if t.tensor.device == self.device and t.owner not in self._retired
         ]
 
     def _candidates(self) -> Iterator[TrackedTensor]:
