@@ -80,17 +80,18 @@ def extension_options() -> dict[str, object]:
     os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # where pip puts ninja in a venv
     print(f"tolaria: building for {'CUDA ' + ';'.join(archs) if archs else 'the CPU'}: {reason}", flush=True)
 
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 
     openmp = compiler.openmp_flags(cxx)
     include_dirs = [ROOT / "csrc", *(toolkit.include_dirs if toolkit else ())]
+    not_ours = [f"-isystem{folder}" for folder in include_paths()]  # our warnings only
     extension = (CUDAExtension if toolkit else CppExtension)(
         build_info.EXTENSION,
         sources(with_cuda),
         include_dirs=[str(folder) for folder in include_dirs],
         library_dirs=[str(folder) for folder in (toolkit.library_dirs if toolkit else ())],
         define_macros=[("TOLARIA_WITH_CUDA", None)] if toolkit else [],
-        extra_compile_args={"cxx": CXX_FLAGS + openmp, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + openmp + not_ours, "nvcc": NVCC_FLAGS},
         extra_link_args=openmp,
     )
     info = facts(

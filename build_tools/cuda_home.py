@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,12 +75,17 @@ def candidates(environ: Mapping[str, str], default: Path) -> Iterator[tuple[str,
     yield "default", default
 
 
+def _distinct(folders: Iterable[Path]) -> tuple[Path, ...]:
+    """The folders without those that are links to an earlier one."""
+    return tuple({folder.resolve(): folder for folder in folders})
+
+
 def inspect(root: Path) -> Toolkit | str:
     """The toolkit in ``root``, or what is missing there."""
     includes = [root / "include", *sorted(root.glob("targets/*/include"))]
     libraries = [root / "lib64", root / "lib", *sorted(root.glob("targets/*/lib"))]
-    include_dirs = tuple(folder for folder in includes if (folder / "cuda_runtime.h").is_file())
-    library_dirs = tuple(folder for folder in libraries if (folder / "libcudart.so").exists())
+    include_dirs = _distinct(folder for folder in includes if (folder / "cuda_runtime.h").is_file())
+    library_dirs = _distinct(folder for folder in libraries if (folder / "libcudart.so").exists())
     nvcc = root / "bin" / "nvcc"
     parts = {"cuda_runtime.h": include_dirs, "libcudart.so": library_dirs, "bin/nvcc": nvcc.is_file()}
     missing = [name for name, found in parts.items() if not found]
