@@ -12,19 +12,18 @@ from torch import Tensor, nn
 
 from tolaria.nn.model import MorphogeneticModel
 
-_SPIKE = 1000.0
+_SPIKE, _SPIKE_STEPS = 1000.0, 2  # one alone is shrugged off: a governor waits for a second anomaly in a row
 
 
 class Fault(Protocol):
-    """Something that goes wrong at one step; the methods are called at that step only."""
+    """Something that goes wrong at some steps; the other methods are called at those steps only."""
 
-    @property
-    def step(self) -> int:
-        """The optimizer step, counting from 1."""
+    def strikes(self, step: int) -> bool:
+        """Whether it goes wrong at this optimizer step, counting from 1."""
         ...
 
     def before_forward(self, model: nn.Module) -> None:
-        """Before the forward of that step."""
+        """Before the forward of such a step."""
         ...
 
     def on_loss(self, loss: Tensor) -> Tensor:
@@ -51,13 +50,19 @@ class InjectedFault:
     name: str
     """What reports call it."""
     step: int
-    """The optimizer step, counting from 1."""
+    """The first step it strikes, counting from 1."""
     on_model: Callable[[nn.Module], None] = _nothing
     """Applied before the forward."""
     on_loss_value: Callable[[Tensor], Tensor] = _same
     """Applied to the loss."""
     on_gradients: Callable[[nn.Module], None] = _nothing
     """Applied after the backward."""
+    duration: int = 1
+    """How many steps it lasts."""
+
+    def strikes(self, step: int) -> bool:
+        """Whether it goes wrong at this optimizer step, counting from 1."""
+        return self.step <= step < self.step + self.duration
 
     def before_forward(self, model: nn.Module) -> None:
         """Before the forward of that step."""
@@ -105,7 +110,9 @@ def _lobotomy(model: nn.Module) -> None:
 
 _KINDS: dict[str, Callable[[str, int], InjectedFault]] = {
     "nan-loss": lambda name, step: InjectedFault(name, step, on_loss_value=lambda loss: loss * float("nan")),
-    "spike": lambda name, step: InjectedFault(name, step, on_loss_value=lambda loss: (loss + 1.0) * _SPIKE),
+    "spike": lambda name, step: InjectedFault(
+        name, step, on_loss_value=lambda loss: (loss + 1.0) * _SPIKE, duration=_SPIKE_STEPS
+    ),
     "nan-weight": lambda name, step: InjectedFault(name, step, on_model=_nan_weight),
     "nan-buffer": lambda name, step: InjectedFault(name, step, on_model=_nan_buffer),
     "nan-gradient": lambda name, step: InjectedFault(name, step, on_gradients=_nan_gradient),

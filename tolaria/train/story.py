@@ -154,7 +154,7 @@ class _Hooks(StepHooks):
         self._lr = 0.0
 
     def before_forward(self) -> None:
-        self._now = [fault for fault in self.story.faults if fault.step == self.story.step + 1]
+        self._now = [fault for fault in self.story.faults if fault.strikes(self.story.step + 1)]
         self._lr = float(self.story.host_optimizer.param_groups[0]["lr"])
         for fault in self._now:
             fault.before_forward(self.story.model)
