@@ -38,6 +38,13 @@ at::Tensor tensor_stats_cpu(const c10::List<std::optional<at::Tensor>>& tensors)
 at::Tensor tensor_stats_autograd(const c10::List<std::optional<at::Tensor>>& tensors);
 at::Tensor tensor_stats_refuse(const c10::List<std::optional<at::Tensor>>& tensors);
 
+// classification_metrics_: `fields` names the accumulator's first places
+std::vector<std::string> metrics_fields();
+void classification_metrics_cpu(at::Tensor& acc, const at::Tensor& logits, const at::Tensor& labels,
+                                int64_t ignore_index, int64_t topk);
+void classification_metrics_autograd(at::Tensor& acc, const at::Tensor& logits, const at::Tensor& labels,
+                                     int64_t ignore_index, int64_t topk);
+
 // governor: names of all tensor layouts; one judgement of n governors; one order from outside the rule
 std::vector<std::string> governor_fields();
 void governor_step_cpu(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,

@@ -15,6 +15,10 @@ TORCH_LIBRARY(tolaria, m) {
   m.def("seed_gate_backward(Tensor grad, Tensor alpha) -> Tensor");
   m.def("straight_through(Tensor host, Tensor seed) -> Tensor");
   m.def("tensor_stats(Tensor?[] tensors) -> Tensor");
+  m.def("metrics_fields() -> str[]", &tolaria::metrics_fields);
+  m.def(
+      "classification_metrics_(Tensor(a!) acc, Tensor logits, Tensor labels, int ignore_index=-100, int topk=5) "
+      "-> ()");
 
   m.def("governor_fields() -> str[]", &tolaria::governor_fields);
   m.def(
@@ -40,6 +44,7 @@ TORCH_LIBRARY_IMPL(tolaria, CPU, m) {
   m.impl("seed_gate_backward", &tolaria::seed_gate_backward_cpu);
   m.impl("straight_through", &tolaria::straight_through_cpu);
   m.impl("tensor_stats", &tolaria::tensor_stats_cpu);
+  m.impl("classification_metrics_", &tolaria::classification_metrics_cpu);
 }
 
 TORCH_LIBRARY_IMPL(tolaria, Autograd, m) {
@@ -49,6 +54,7 @@ TORCH_LIBRARY_IMPL(tolaria, Autograd, m) {
   m.impl("seed_gate_backward", &tolaria::seed_gate_backward_autograd);
   m.impl("straight_through", &tolaria::straight_through_autograd);
   m.impl("tensor_stats", &tolaria::tensor_stats_autograd);
+  m.impl("classification_metrics_", &tolaria::classification_metrics_autograd);
 }
 
 // Layouts that no op takes get the same words as everything else, rather than torch's "no kernel for this backend".

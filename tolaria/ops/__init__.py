@@ -6,6 +6,7 @@ if _extension.LOADED:
     from tolaria.ops import _fake as _fake  # registers the shape rules
 from tolaria.ops.blend import blend, seed_gate
 from tolaria.ops.governor import governor_order_, governor_step_
+from tolaria.ops.metrics import ClassificationMetrics, MetricsAccumulator, classification_metrics_
 from tolaria.ops.snapshot import (
     SnapshotEntry,
     SnapshotTable,
@@ -30,11 +31,15 @@ from tolaria.reference.governor_layout import (
     memory_row,
     window_of,
 )
+from tolaria.reference.metrics import MetricsField
 
 __all__ = [
+    "ClassificationMetrics",
     "ConfigField",
     "EventKind",
     "MemoryField",
+    "MetricsAccumulator",
+    "MetricsField",
     "Order",
     "PanicReason",
     "RecordField",
@@ -43,6 +48,7 @@ __all__ = [
     "StateField",
     "StatusField",
     "blend",
+    "classification_metrics_",
     "governor_mailbox",
     "governor_order_",
     "governor_state",
