@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"errors"}
+BASE = {"errors", "_optional"}
 BACKEND = {"_extension", "_backend", *BASE}
 ALLOWED = {
     "errors": set(),
+    "_optional": {"errors"},
     "reference": BASE,
     "_extension": BASE,
     "_backend": {"_extension", *BASE},

@@ -22,9 +22,9 @@ def classification_metrics_(
 ) -> None:
     """Add a batch's cross entropy and counts to ``acc``, in one pass over the logits.
 
-    Nothing leaves the device. Logits are sorted as ``argmax`` does it: the larger first, NaN before everything,
-    among equals the smaller index. The loss is that of ``cross_entropy`` without weights and smoothing, summed
-    in float64.
+    Nothing leaves the device. Logits are sorted as ``argmax`` does it: the larger first, NaN before
+    everything, among equals the smaller index. The loss is that of ``cross_entropy`` without weights and
+    smoothing, summed in float64.
 
     Args:
         acc: float64 vector of ``5`` values (:class:`MetricsField`) or ``5 + 2 * C``, then followed by

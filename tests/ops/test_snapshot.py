@@ -1,0 +1,24 @@
+"""The snapshot ops as ops: what torch.library asks of them. Captures and restores are tested in tests/governor."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from tolaria import _extension
+from tolaria.governor import GovernorConfig
+from tolaria.ops import Order, PanicReason, SnapshotEntry, SnapshotTable, governor_mailbox, governor_state
+from tolaria.ops import governor_order_ as give_order
+
+
+@pytest.mark.skipif(not _extension.LOADED, reason="needs the compiled extension")
+@pytest.mark.parametrize("order", [Order.CAPTURE, Order.ROLLBACK], ids=["capture", "rollback"])
+def test_opcheck(order):
+    config, mailbox = GovernorConfig().to_tensor(2.3, "cpu"), governor_mailbox()
+    live = [torch.randn(5), torch.randn(3, 4)]
+    slots = [(t.clone(), t.clone()) for t in live]
+    table = SnapshotTable([SnapshotEntry(live[k], slots[k], k, k) for k in (0, 1)])
+    state = governor_state()
+    give_order(state, config, 0, order, PanicReason.MANUAL)
+    for part in (0, 1):
+        opcheck(torch.ops.tolaria.snapshot_capture_, (state, 0, table.data, part, mailbox))
+    opcheck(torch.ops.tolaria.snapshot_restore_, (state, 0, config, table.data, mailbox))
