@@ -1,4 +1,4 @@
-"""Incubation: the host's trajectory is bit for bit what it would be alone, the seed's gradient plain autograd's."""
+"""Incubation: the host moves bit for bit as it would alone, the seed by plain autograd."""
 
 from __future__ import annotations
 

@@ -78,12 +78,16 @@ class TrainSettings:
     """A seed is kept if blending it in lowered the validation loss by this share of it, and it does
     contribute."""
     max_germinations: int = 2
-    """Seeds to try, should a rollback take one away."""
+    """Seeds to try, should a rollback take one away; 0: the host stays alone."""
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "validate_every", "accumulation_steps", "blend_steps", "max_germinations")
+        positive = ("batch_size", "validate_every", "accumulation_steps", "blend_steps")
         counts = dict.fromkeys(positive, 1)
-        counts.update(dict.fromkeys(("host_steps", "incubate_steps", "finish_steps", "warmup_steps"), 0))
+        counts.update(
+            dict.fromkeys(
+                ("host_steps", "incubate_steps", "finish_steps", "warmup_steps", "max_germinations"), 0
+            )
+        )
         bad = [
             f"{name}: expected an integer >= {low}, got {getattr(self, name)!r}"
             for name, low in counts.items()
