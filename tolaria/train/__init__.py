@@ -16,7 +16,7 @@ from tolaria.train.observers import (
     ValidationRecord,
 )
 from tolaria.train.step import Learner, StepHooks, StepPlan, train_step
-from tolaria.train.story import GrowthResult, grow
+from tolaria.train.story import GrowthResult, governor_config_for, grow
 from tolaria.train.validate import Metrics, validate_and_get_metrics
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "StepRecord",
     "StoryContext",
     "ValidationRecord",
+    "governor_config_for",
     "grow",
     "list_faults",
     "parse_fault",

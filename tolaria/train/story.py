@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -145,6 +145,25 @@ def grow(
         return story.tell()
 
 
+def governor_config_for(task: TaskSpec, *, strict: bool = False, **changes: Any) -> GovernorConfig:  # noqa: ANN401
+    """The governor's settings for a task.
+
+    Args:
+        task: whose random-guess loss counts.
+        strict: start from :meth:`GovernorConfig.strict` instead of the defaults.
+        **changes: fields that are to differ.
+
+    Raises:
+        ConfigError: a field is out of range.  TypeError: there is no such field.
+    """
+    from tolaria.governor import GovernorConfig
+
+    # Chance has two faces where classes are not equally likely: the frequencies, and the uniform guess above.
+    if task.guess_loss < 0.95 * math.log(task.num_classes):
+        changes.setdefault("lobotomy_band", (0.95, math.inf))
+    return GovernorConfig.strict(task.guess_loss, **changes) if strict else GovernorConfig(**changes)
+
+
 class _Hooks(StepHooks):
     """Between a step and those who look on or meddle."""
 
@@ -215,17 +234,12 @@ class _Story:
         self, config: GovernorConfig | None, sinks: Sequence[Callable[[GovernorEvent], object]]
     ) -> None:
         """Put a governor over model, optimizer, scheduler and scaler."""
-        from tolaria.governor import GovernorConfig, TolariaGovernor
+        from tolaria.governor import TolariaGovernor
 
-        if config is None:
-            # Chance has two faces where classes are not equally likely: the frequencies, and the uniform
-            # guess above.
-            is_uneven = self.spec.guess_loss < 0.95 * math.log(self.spec.num_classes)
-            config = GovernorConfig(lobotomy_band=(0.95, math.inf)) if is_uneven else GovernorConfig()
         self.governor = TolariaGovernor(
             self.model,
             [self.host_optimizer],
-            config=config,
+            config=config if config is not None else governor_config_for(self.spec),
             random_guess_loss=self.spec.guess_loss,
             schedulers=[self.host_scheduler],
             scaler=self.scaler,
