@@ -20,6 +20,7 @@ ALLOWED = {
     "governor": {"ops", *BASE},
     "tasks": {"nn", *BASE},
     "train": {"tasks", "nn", "governor", "ops", *BASE},
+    "runs": {"train", "tasks", "nn", "governor", "_backend", *BASE},
     "chaos": {"train", "tasks", "nn", "governor", "ops", *BASE},
     "integrations": {"train", "governor", *BASE},
 }

@@ -16,6 +16,10 @@ import tolaria
 from tolaria.errors import ConfigError, TolariaError
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "train": (
+        "tolaria.cli.train",
+        "grow a network on a task, under the governor's eye, and leave a run folder",
+    ),
     "doctor": (
         "tolaria.cli.doctor",
         "report versions, build, backends, devices, and what to do",

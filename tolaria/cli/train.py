@@ -1,0 +1,161 @@
+"""``tolaria train``: one task, the whole story. A thin shell around :func:`tolaria.runs.run_task`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tolaria.cli.display import QuietDisplay, choose_display, print_table
+from tolaria.errors import MissingDependencyError
+from tolaria.runs import default_folder, run_task
+from tolaria.tasks import get_task, list_tasks
+from tolaria.train import GrowthResult, list_faults
+
+INTERRUPTED = 130
+_PHASES = ("host_steps", "incubate_steps", "blend_steps", "finish_steps")
+_SETTINGS: dict[str, type] = {
+    "batch_size": int, "lr": float, "seed_lr": float, "weight_decay": float, "warmup_steps": int,
+    "max_grad_norm": float, "seed_max_grad_norm": float, "accumulation_steps": int, "host_steps": int,
+    "incubate_steps": int, "blend_steps": int, "finish_steps": int, "slot": str, "blueprint": str,
+    "alpha_kind": str, "min_gain": float, "max_germinations": int, "validate_every": int,
+}  # fmt: skip
+_GOVERNOR: dict[str, type] = {
+    "snapshot_interval": int, "probation": int, "lr_factor": float, "max_rollbacks": int,
+    "absolute_threshold": float, "sensitivity": float, "multiplier": float,
+}  # fmt: skip
+_HELP = {
+    "batch_size": "samples in a batch",
+    "lr": "peak learning rate of the host",
+    "seed_lr": "peak learning rate of the seed",
+    "weight_decay": "of both optimizers",
+    "warmup_steps": "linear warm-up of the learning rate",
+    "max_grad_norm": "clip the host's gradient to this norm",
+    "seed_max_grad_norm": "clip the seed's gradient to this norm",
+    "accumulation_steps": "batches per optimizer step",
+    "host_steps": "steps of the host alone",
+    "incubate_steps": "steps the seed learns in isolation",
+    "blend_steps": "steps over which alpha rises",
+    "finish_steps": "steps after that",
+    "slot": "where the seed is grafted",
+    "blueprint": "what is grafted: conv, depthwise, squeeze_excite, norm; mlp, low_rank, attention",
+    "alpha_kind": "the ramp: linear, cosine, sigmoid",
+    "min_gain": "share of the validation loss that a seed must save to be kept",
+    "max_germinations": "seeds to try, should a rollback take one away",
+    "validate_every": "steps between looks at the validation data",
+    "snapshot_interval": "steps between captures",
+    "probation": "healthy losses before a capture counts as good",
+    "lr_factor": "multiplies the learning rate at each rollback",
+    "max_rollbacks": "so many within 1000 steps end the run",
+    "absolute_threshold": "a loss up to this is no anomaly",
+    "sensitivity": "standard deviations above the mean that make an anomaly",
+    "multiplier": "times the mean that make an anomaly",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tolaria train``."""
+    parser.add_argument(
+        "task", nargs="?", default="digits", help=f"one of {', '.join(list_tasks())} (default: digits)"
+    )
+    length = parser.add_argument_group("length")
+    length.add_argument(
+        "--steps", type=int, metavar="N", help="optimizer steps in all; the phases keep their shares"
+    )
+    length.add_argument("--epochs", type=float, metavar="N", help="passes over the training data in all")
+    training = parser.add_argument_group("training (defaults are the task's)")
+    for name, kind in _SETTINGS.items():
+        training.add_argument(_flag(name), type=kind, metavar=_letter(kind), help=_HELP[name])
+    training.add_argument("--no-grow", action="store_true", help="leave the host alone, for as many steps")
+    machine = parser.add_argument_group("where and how")
+    machine.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    machine.add_argument(
+        "--backend", choices=("auto", "fused", "reference"), help="which implementation the ops use"
+    )
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    machine.add_argument("--amp", choices=("float16", "bfloat16"), help="train under autocast")
+    machine.add_argument(
+        "--rng-seed", type=int, default=0, metavar="N", help="model, data order and seed (default: 0)"
+    )
+    machine.add_argument("--data-dir", metavar="DIR", help="where a task that needs files finds them")
+    governor = parser.add_argument_group("governor")
+    governor.add_argument("--no-governor", action="store_true", help="nobody watches over the run")
+    governor.add_argument("--strict", action="store_true", help="any threshold trips, the warm-up is bounded")
+    governor.add_argument("--log-only", action="store_true", help="judge and tell, never act")
+    governor.add_argument(
+        "--skip-anomalous-steps", action="store_true", help="judge before the optimizer steps"
+    )
+    for name, kind in _GOVERNOR.items():
+        governor.add_argument(_flag(name), type=kind, metavar=_letter(kind), help=_HELP[name])
+    kinds = f"break the run on purpose, repeatable: {', '.join(list_faults())}"
+    governor.add_argument("--inject", action="append", default=[], metavar="KIND@STEP", help=kinds)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="DIR", help="run folder (default: runs/<task>-<time>)")
+    output.add_argument("--overwrite", action="store_true", help="the run folder may hold an earlier run")
+    output.add_argument("--no-plot", action="store_true", help="do not draw run.png")
+    output.add_argument("--quiet", action="store_true", help="only the closing line")
+    output.add_argument("--json", action="store_true", help="print the summary as JSON, nothing else")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _letter(kind: type) -> str:
+    return {int: "N", float: "X"}.get(kind, "NAME")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; 0 if the run ended as planned, 1 if it diverged, 2 for a bad option, 130 after Ctrl-C."""
+    if arguments.task == "list":
+        for name in list_tasks():
+            print(f"{name:<10} {get_task(name).summary}")
+        return 0
+    display = choose_display(quiet=arguments.quiet or arguments.json)
+    folder = Path(arguments.out) if arguments.out is not None else default_folder(arguments.task)
+    try:
+        result = _train(arguments, folder, display)
+    except MissingDependencyError:
+        raise
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if display.context is None:  # nothing has begun: the command line is to blame
+            print(f"tolaria train: {error}", file=sys.stderr)
+            return 2
+        if display.result is not None:
+            _close(arguments, folder, display)
+        raise
+    finally:
+        display.close()
+    _close(arguments, folder, display)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _train(arguments: argparse.Namespace, folder: Path, display: QuietDisplay) -> GrowthResult:
+    given = vars(arguments)
+    changes = {name: given[name] for name in _SETTINGS if given[name] is not None}
+    options = {name: given[name] for name in _GOVERNOR if given[name] is not None}
+    options |= {name: True for name in ("log_only", "skip_anomalous_steps") if given[name]}
+    phases = [_flag(name) for name in _PHASES if name in changes]
+    if phases and (arguments.steps is not None or arguments.epochs is not None):
+        raise ValueError(f"{phases[0]}: expected not to come with --steps or --epochs, which set every phase")
+    return run_task(
+        arguments.task, out=folder, overwrite=arguments.overwrite, plot=not arguments.no_plot,
+        device=arguments.device, rng_seed=arguments.rng_seed, backend=arguments.backend,
+        threads=arguments.threads, amp=arguments.amp, data_dir=arguments.data_dir,
+        steps=arguments.steps, epochs=arguments.epochs,
+        grow_seed=not arguments.no_grow, use_governor=not arguments.no_governor, strict=arguments.strict,
+        governor_options=options, inject=arguments.inject, observers=[display], **changes,
+    )  # fmt: skip
+
+
+def _close(arguments: argparse.Namespace, folder: Path, display: QuietDisplay) -> None:
+    """What the run came to, as a table, a line or JSON."""
+    if arguments.json:
+        print((folder / "summary.json").read_text(encoding="utf-8"), end="")
+        return
+    rows = display.rows()
+    if arguments.quiet:
+        said = dict(rows)
+        print(f"{arguments.task}: {said['at the end, test']}; {said['steps']}; {folder}")
+        return
+    print_table([*rows, ("run folder", str(folder))])

@@ -1,0 +1,8 @@
+"""Whole runs: train a task, keep everything it said in a folder, draw it, load the model again."""
+
+from tolaria.runs.folder import RunFolder, read_lines
+from tolaria.runs.plot import plot_run
+from tolaria.runs.run import default_folder, run_task
+from tolaria.runs.storage import load_model, save_model
+
+__all__ = ["RunFolder", "default_folder", "load_model", "plot_run", "read_lines", "run_task", "save_model"]

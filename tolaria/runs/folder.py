@@ -1,0 +1,229 @@
+"""The run folder: whatever a run said, in files that other programs can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+import tolaria
+from tolaria._optional import require
+from tolaria.runs.plot import plot_run
+from tolaria.runs.storage import save_model
+from tolaria.train.faults import Fault
+from tolaria.train.observers import (
+    GrowthObserver,
+    PhaseRecord,
+    SeedRecord,
+    StepRecord,
+    StoryContext,
+    ValidationRecord,
+)
+
+if TYPE_CHECKING:
+    from tolaria.governor import GovernorEvent
+    from tolaria.train.story import GrowthResult
+
+_FETCH_EVERY = 50  # steps between transfers of losses from the device
+
+
+class RunFolder(GrowthObserver):
+    """Writes a run into a folder while it goes on; an interrupted run leaves a complete folder, too.
+
+    ``config.json`` (before the first step), ``metrics.jsonl`` (a line per step, validation and phase),
+    ``events.jsonl`` (what the governor said, what happened to the seed, what was broken on purpose),
+    ``model.safetensors`` and ``model.json`` (see :func:`tolaria.runs.load_model`), ``summary.json``,
+    ``run.png``.
+
+    Args:
+        path: created with its parents; must be empty if it exists.
+        overwrite: whether files of an earlier run in ``path`` may be replaced.
+        plot: whether to draw ``run.png`` at the end.
+        config: what ``config.json`` says beside task, settings and governor.
+        faults: those that the run breaks on purpose, for ``events.jsonl``.
+
+    Raises:
+        ValueError: the folder holds files already, or is a file.
+        MissingDependencyError: matplotlib or safetensors is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        plot: bool = True,
+        config: Mapping[str, object] | None = None,
+        faults: Sequence[Fault] = (),
+    ) -> None:
+        require("safetensors.torch", feature="a run folder", package="safetensors", extra="train")
+        if plot:
+            require("matplotlib", feature="run.png", package="matplotlib", extra="train")
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out: expected a folder, got the file {self.path}")
+        if not overwrite and self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(
+                f"out: expected an empty or new folder, {self.path} holds files; name another one"
+            )
+        self._plot, self._config, self._faults = plot, dict(config or {}), list(faults)
+        self._pending: list[tuple[StepRecord, torch.Tensor]] = []
+        self._metrics: IO[str] | None = None
+        self._events: IO[str] | None = None
+        self.summary: dict[str, Any] = {}
+        """What ``summary.json`` says, once the run is over."""
+
+    def on_start(self, context: StoryContext) -> None:
+        """Create the folder and its files."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+            self._events = (self.path / "events.jsonl").open("w", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"out: expected a folder that can be written, got {self.path}: {error}"
+            ) from error
+        governor = context.governor
+        config = {
+            "task": context.task.name,
+            "slot": context.slot,
+            "total_steps": context.total_steps,
+            "settings": asdict(context.settings),
+            "governor": None if governor is None else asdict(governor.config),
+            "random_guess_loss": context.task.guess_loss,
+            "faults": [getattr(fault, "name", type(fault).__name__) for fault in self._faults],
+            "versions": {
+                "tolaria": tolaria.__version__, "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            **self._config,
+        }  # fmt: skip
+        self._write_json("config.json", config)
+
+    def on_step(self, record: StepRecord) -> None:
+        """Keep the step; every now and then fetch the losses of many in one transfer."""
+        self._pending.append((record, record.alpha.clone()))
+        for fault in self._faults:
+            if fault.step == record.step:
+                name = getattr(fault, "name", type(fault).__name__)
+                self._event({"kind": "fault", "step": record.step, "name": name})
+        if len(self._pending) >= _FETCH_EVERY:
+            self._flush()
+
+    def on_events(self, events: Sequence[GovernorEvent]) -> None:
+        """Write what the governor said."""
+        for event in events:
+            self._event(event.as_dict())
+
+    def on_seed(self, record: SeedRecord) -> None:
+        """Write what happened to the seed."""
+        self._event({"kind": "seed", **asdict(record), "stage": record.stage.name})
+
+    def on_validation(self, record: ValidationRecord) -> None:
+        """Write the figures."""
+        self._flush()
+        figures = record.metrics._asdict()
+        self._line({"kind": "validation", "step": record.step, "phase": record.phase, **figures})
+
+    def on_phase_end(self, record: PhaseRecord) -> None:
+        """Write which steps the phase took."""
+        self._flush()
+        self._line({"kind": "phase", **asdict(record)})
+
+    def on_finish(self, result: GrowthResult) -> None:
+        """Close the files, save the model, draw the picture."""
+        self._flush()
+        for file in (self._metrics, self._events):
+            if file is not None:
+                file.close()
+        self.summary = {"out": str(self.path), **summarize(result)}
+        self._write_json("summary.json", self.summary)
+        save_model(result.model, self.path, task=result.task)
+        if self._plot:
+            plot_run(self.path)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        held = [torch.stack((record.loss.double(), alpha.double())) for record, alpha in self._pending]
+        for (record, _), (loss, alpha) in zip(self._pending, torch.stack(held).tolist(), strict=True):
+            self._line({
+                "kind": "step", "step": record.step, "phase": record.phase, "stage": record.stage.name,
+                "loss": loss, "alpha": alpha, "lr": record.lr,
+            })  # fmt: skip
+        self._pending.clear()
+        if self._metrics is not None:
+            self._metrics.flush()
+
+    def _line(self, values: Mapping[str, object]) -> None:
+        assert self._metrics is not None, "on_start comes first"
+        self._metrics.write(_dump(values) + "\n")
+
+    def _event(self, values: Mapping[str, object]) -> None:
+        assert self._events is not None, "on_start comes first"
+        self._events.write(_dump(values) + "\n")
+        self._events.flush()
+
+    def _write_json(self, name: str, values: Mapping[str, object]) -> None:
+        (self.path / name).write_text(_dump(values, indent=2) + "\n", encoding="utf-8")
+
+
+def summarize(result: GrowthResult) -> dict[str, Any]:
+    """What became of a run, as JSON values."""
+    seeds = {id(p) for p in result.model.seed_parameters()}
+    parameters = {id(p): p.numel() for p in result.model.parameters()}
+    return {
+        "task": result.task,
+        "outcome": result.outcome,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        "interrupted": result.interrupted,
+        "diverged": None if result.error is None else str(result.error),
+        "rollbacks": result.rollbacks,
+        "host_parameters": sum(n for key, n in parameters.items() if key not in seeds),
+        "seed_parameters": sum(n for key, n in parameters.items() if key in seeds),
+        "host_test": None if result.host_test is None else result.host_test._asdict(),
+        "test": None if result.test is None else result.test._asdict(),
+        "phases": [asdict(phase) for phase in result.phases],
+        "seed": [{**asdict(seed), "stage": seed.stage.name} for seed in result.seeds],
+    }
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a ``.jsonl`` file that a run wrote; numbers that JSON does not know are floats again."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [_thaw(json.loads(line)) for line in lines if line.strip()]
+
+
+_ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _dump(value: object, indent: int | None = None) -> str:
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    """JSON has no NaN: non-finite numbers become strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _thaw(value: Any) -> Any:  # noqa: ANN401  (whatever JSON holds)
+    if isinstance(value, str):
+        return _ODD.get(value, value)
+    if isinstance(value, dict):
+        return {key: _thaw(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_thaw(each) for each in value]
+    return value
