@@ -110,7 +110,7 @@ class RunFolder(GrowthObserver):
         """Keep the step; every now and then fetch the losses of many in one transfer."""
         self._pending.append((record, record.alpha.clone()))
         for fault in self._faults:
-            if fault.step == record.step:
+            if fault.strikes(record.step) and not fault.strikes(record.step - 1):
                 name = getattr(fault, "name", type(fault).__name__)
                 self._event({"kind": "fault", "step": record.step, "name": name})
         if len(self._pending) >= _FETCH_EVERY:

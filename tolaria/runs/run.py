@@ -18,7 +18,7 @@ from tolaria.nn.device import validate_device
 from tolaria.runs.folder import RunFolder
 from tolaria.tasks.data import TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings, create_model, get_task
-from tolaria.train.faults import Fault, parse_fault
+from tolaria.train.faults import Fault, InjectedFault, parse_fault
 from tolaria.train.observers import GrowthObserver
 from tolaria.train.story import GrowthResult, governor_config_for, grow
 
@@ -101,7 +101,8 @@ def run_task(
         batch_size=chosen.batch_size, rng_seed=rng_seed, data_dir=None if data_dir is None else Path(data_dir)
     )
     chosen = _with_length(chosen, data, steps, epochs, grow_seed=grow_seed)
-    late = [f"step {fault.step}" for fault in faults if fault.step > chosen.total_steps]
+    named = [fault for fault in faults if isinstance(fault, InjectedFault)]
+    late = [f"step {fault.step}" for fault in named if fault.step > chosen.total_steps]
     if late:
         raise ValueError(
             f"inject: expected steps up to {chosen.total_steps}, the last of this run, got {', '.join(late)}"
