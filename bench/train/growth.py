@@ -2,9 +2,9 @@
 
     python bench/train/growth.py --task digits --seeds 5
 
-Three runs per seed, from the same weights and the same order of data: grown; host alone for as many steps; host
-alone for as many steps as fit into the time that the grown run took. Time is the process's own, so that a busy
-machine favours neither; validation during the run is left out.
+Three runs per seed, from the same weights and the same order of data: grown; host alone for as many steps;
+host alone for as many steps as fit into the time that the grown run took. Time is the process's own, so that
+a busy machine favours neither; validation during the run is left out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def paired(name: str, grown: list[float], other: list[float]) -> None:
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     wins = sum(gap > 0 for gap in gaps)
     print(
-        f"{name}: {statistics.mean(gaps):+.3f} +- {error:.3f} (standard error), ahead in {wins} of {len(gaps)}"
+        f"{name}: {statistics.mean(gaps):+.3f} +- {error:.3f} (s.e.), ahead in {wins} of {len(gaps)}"
     )
 
 
@@ -88,8 +88,8 @@ def main() -> None:
             )
     for name in ("same steps", "same time"):
         ours, theirs = runs["grown"], runs[name]
-        paired(f"accuracy over host alone, {name}", [r.accuracy for r in ours], [r.accuracy for r in theirs])
-        paired(f"loss below host alone, {name}", [-r.loss for r in ours], [-r.loss for r in theirs])
+        paired(f"accuracy, {name}", [r.accuracy for r in ours], [r.accuracy for r in theirs])
+        paired(f"loss below, {name}", [-r.loss for r in ours], [-r.loss for r in theirs])
     if arguments.json:
         about = {"torch": torch.__version__, "machine": platform.machine(), "threads": arguments.threads}
         table = {name: [vars(run) for run in each] for name, each in runs.items()}

@@ -102,7 +102,7 @@ def test_cifar10_is_read_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_cifar10_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="cifar-10-python.tar.gz"):
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-python\.tar\.gz"):
         get_task("cifar10").load_data(batch_size=32, rng_seed=0, data_dir=tmp_path)
 
 

@@ -71,10 +71,10 @@ def test_unknown_tasks_are_named(name: str, error: type[Exception], match: str) 
 
 def test_a_bad_spec_lists_every_field() -> None:
     with pytest.raises(
-        ConfigError, match="num_classes: .*got 1; model_factory: .*got 3; random_guess_loss: .*got -1"
+        ConfigError, match=r"num_classes: .*got 1; model_factory: .*got 3; random_guess_loss: .*got -1"
     ):
         spec(num_classes=1, model_factory=3, random_guess_loss=-1.0)
-    with pytest.raises(ConfigError, match="lr: .*got nan; alpha_kind: .*got 'cubic'"):
+    with pytest.raises(ConfigError, match=r"lr: .*got nan; alpha_kind: .*got 'cubic'"):
         TrainSettings(lr=math.nan, alpha_kind="cubic")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="did you mean 'host_steps'"):
         TrainSettings().replace(host_step=3)

@@ -45,8 +45,8 @@ TASK = TaskSpec(
     load_data=load,
     example_input=lambda: torch.zeros(2, 1, 8, 8),
     defaults=TrainSettings(
-        batch_size=16, host_steps=40, incubate_steps=10, blend_steps=10, finish_steps=20, lr=1e-2, seed_lr=1e-2,
-        warmup_steps=5, slot="stage0", validate_every=20, min_gain=-10.0,
+        batch_size=16, host_steps=40, incubate_steps=10, blend_steps=10, finish_steps=20, lr=1e-2,
+        seed_lr=1e-2, warmup_steps=5, slot="stage0", validate_every=20, min_gain=-10.0,
     ),
 )  # fmt: skip
 EAGER = GovernorConfig(snapshot_interval=5)

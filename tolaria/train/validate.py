@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tolaria import ops
 from tolaria.nn.device import validate_device
 from tolaria.nn.randomness import preserve_random_state
+from tolaria.ops import MetricsField
 from tolaria.tasks.spec import TaskType
 from tolaria.train.batch import call_model, check_task_type, for_criterion, split_batch, to_device
 from tolaria.train.step import Criterion
@@ -101,13 +103,14 @@ def validate_and_get_metrics(
 
 def _per_class(sums: list[float], num_classes: int) -> list[float]:
     """Percent per class, NaN where there was none; classes that the model does not know are absent."""
-    known = (len(sums) - 3) // 2
+    first = len(MetricsField)
+    known = (len(sums) - first) // 2
     if known > num_classes:
         raise ValueError(
             f"num_classes: expected at least {known}, the classes that the model tells apart, "
             f"got {num_classes}"
         )
-    correct, count = sums[3 : 3 + known], sums[3 + known :]
+    correct, count = sums[first : first + known], sums[first + known :]
     shares = [100.0 * hits / n if n else math.nan for hits, n in zip(correct, count, strict=True)]
     return shares + [math.nan] * (num_classes - known)
 
@@ -119,41 +122,42 @@ class _Tally:
         self.criterion, self.task_type = criterion, task_type
         self.ignore_index = int(getattr(criterion, "ignore_index", _IGNORE))
         self.is_plain = is_plain_cross_entropy(criterion)
-        self.sums: Tensor | None = None
+        self.metrics: ops.MetricsAccumulator | None = None
+        self.loss_sum: Tensor | None = None
 
     def over(self, model: nn.Module, loader: Iterable[object], device: torch.device) -> _Tally:
         """Take in every batch."""
         for batch in loader:
             inputs, targets = split_batch(batch)
             inputs, targets = to_device(inputs, device), to_device(targets, device)
-            logits, labels = for_criterion(call_model(model, inputs), targets, self.task_type)
-            self.add(logits, labels)
+            self.add(*for_criterion(call_model(model, inputs), targets, self.task_type))
         return self
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Take in one batch: logits (N, C) or (N, C, ...), labels (N,) or (N, ...)."""
         classes = _class_labels(logits, labels)
-        flat = logits.movedim(1, -1).flatten(0, -2) if logits.dim() > 2 else logits
-        if self.sums is None:
-            self.sums = torch.zeros(3 + 2 * flat.shape[-1], dtype=torch.float64, device=flat.device)
-        self._count(self.sums, flat, classes.flatten())
+        if self.metrics is None:
+            self.metrics = ops.MetricsAccumulator(
+                logits.shape[1], device=logits.device, ignore_index=self.ignore_index
+            )
+        self.metrics.update(logits, classes)
+        if self.is_plain:
+            return
         loss = self.criterion(logits, labels).double()
         counted = (classes != self.ignore_index).sum()
         if loss.dim() or getattr(self.criterion, "reduction", "mean") == "sum":
-            self.sums[0] += loss.sum()
+            share = loss.sum()
         else:  # selected, since the mean over nothing is NaN
-            self.sums[0] += torch.where(counted > 0, loss * counted, 0.0)
+            share = torch.where(counted > 0, loss * counted, 0.0)
+        self.loss_sum = share if self.loss_sum is None else self.loss_sum + share
 
-    def _count(self, sums: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Loss sum, correct, count, correct per class, count per class."""
-        counts = labels != self.ignore_index
-        hits = (logits.argmax(dim=-1) == labels) & counts
-        index = torch.where(counts, labels, 0)
-        classes = logits.shape[-1]
-        sums[1] += hits.sum()
-        sums[2] += counts.sum()
-        sums[3 : 3 + classes].index_add_(0, index, hits.double())
-        sums[3 + classes :].index_add_(0, index, counts.double())
+    def sums(self) -> Tensor | None:
+        """The accumulator's values, with the criterion's own loss; None if there was no batch."""
+        if self.metrics is None:
+            return None
+        if self.loss_sum is not None:
+            self.metrics.values[MetricsField.LOSS_SUM] = self.loss_sum
+        return self.metrics.values
 
 
 def _class_labels(logits: Tensor, labels: Tensor) -> Tensor:
@@ -169,20 +173,22 @@ def _class_labels(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _fetch(*tallies: _Tally) -> list[list[float]]:
-    """The sums of every tally, in one transfer; one that saw no batch gives three zeros."""
-    held = [tally.sums for tally in tallies if tally.sums is not None]
+    """The sums of every tally, in one transfer; zeros for one that saw no batch."""
+    held = [sums for sums in (tally.sums() for tally in tallies) if sums is not None]
     values = torch.cat(held).tolist() if held else []  # sync: the one transfer
-    sums = []
+    found = []
     for tally in tallies:
-        size = 0 if tally.sums is None else tally.sums.numel()
-        sums.append(values[:size] or [0.0] * 3)
+        size = 0 if tally.metrics is None else tally.metrics.values.numel()
+        found.append(values[:size] or [0.0] * len(MetricsField))
         values = values[size:]
-    return sums
+    return found
 
 
 def _mean_and_accuracy(sums: list[float]) -> tuple[float, float]:
-    loss, correct, count = sums[:3]
-    return (loss / count, 100.0 * correct / count) if count else (math.nan, math.nan)
+    count = sums[MetricsField.COUNT]
+    if not count:
+        return math.nan, math.nan
+    return sums[MetricsField.LOSS_SUM] / count, 100.0 * sums[MetricsField.CORRECT] / count
 
 
 def is_plain_cross_entropy(criterion: object) -> bool:
