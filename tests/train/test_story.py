@@ -164,6 +164,25 @@ def test_a_dropped_seed_is_followed_by_another_if_time_permits(step: int) -> Non
     assert all(torch.isfinite(p).all() for p in result.model.state_dict().values())
 
 
+def test_a_fossil_that_a_rollback_took_is_noticed() -> None:
+    faults = [parse_fault("nan-loss@61")]  # before a capture with the fossil can have been promoted
+    diary = Diary()
+    result = grow(TASK, observers=[diary], governor_config=EAGER, faults=faults, finish_steps=60)
+    assert result.steps == 120
+    assert diary.stages.count(SeedStage.GERMINATED) == 2
+    assert [r.stage for r in result.seeds if "rollback" in r.reason] == [SeedStage.CULLED]
+    assert result.outcome in ("fossilized", "culled")
+    assert diary.phases == ["host", "incubate", "blend", "finish", "incubate", "blend", "finish"]
+
+
+def test_a_fossil_survives_a_rollback_once_it_was_captured() -> None:
+    faults = [parse_fault("nan-loss@66")]
+    result = grow(TASK, governor_config=EAGER, faults=faults)
+    assert result.rollbacks == 1
+    assert result.outcome == "fossilized"
+    assert result.model.slot("stage0").stage is SeedStage.FOSSILIZED
+
+
 def test_without_a_governor_a_fault_is_not_caught() -> None:
     result = grow(TASK, use_governor=False, faults=[parse_fault("nan-weight@30")])
     assert not all(torch.isfinite(p).all() for p in result.model.parameters())

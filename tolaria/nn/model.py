@@ -40,8 +40,13 @@ class MorphogeneticModel(nn.Module):
         example_input: Tensor | tuple[Tensor, ...] | None = None,
     ) -> None:
         super().__init__()
-        own = {m.name: m for m in host.modules() if isinstance(m, SeedSlot)}
+        own = [m.name for m in host.modules() if isinstance(m, SeedSlot)]
         paths = _slot_paths(host, slots, has_own=bool(own))
+        twice = sorted({name for name in own if own.count(name) > 1 or name in paths})
+        if twice:
+            raise ValueError(
+                f"slots: expected each name once, got {twice} more than once; rename the host's own"
+            )
         self.host = host
         self._paths = paths
         self.example_input = example_input
@@ -191,7 +196,7 @@ class MorphogeneticModel(nn.Module):
         else:
             handle = chosen.register_forward_pre_hook(look)
         try:
-            with _undisturbed(self):
+            with _undisturbed(self), torch.autocast(device.type, enabled=False):
                 self(*inputs)
         finally:
             handle.remove()

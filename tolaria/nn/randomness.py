@@ -97,7 +97,8 @@ class RandomStream:
 
     During a backward pass (activation checkpointing re-runs the forward there) the stream replays what the
     latest forward drew, so that both runs see the same dropout masks. A module called several times in one
-    forward and checkpointed as one is the case this does not cover.
+    forward and checkpointed as one is the case this does not cover. Generators are swapped on the host, so a
+    seed that draws random numbers cannot be recorded in a CUDA graph.
 
     Args:
         names: the streams that the seed draws from.

@@ -273,7 +273,7 @@ class SeedSlot(nn.Module):
         return [] if self._stage is SeedStage.FOSSILIZED else [self.alpha, self.alpha_limit]
 
     def incubating_tensors(self) -> list[Tensor]:
-        """Parameters and buffers of a seed that cannot reach the loss yet; a non-finite value there culls it alone."""
+        """Tensors of a seed that cannot reach the loss yet; a non-finite value there culls it alone."""
         if self.seed is None or self._stage not in (SeedStage.GERMINATED, SeedStage.TRAINING):
             return []
         return [*self.seed.parameters(), *self.seed.buffers()]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from tolaria.errors import TrainingDivergedError
 from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.stage import SeedStage
 from tolaria.tasks.spec import TaskSpec, TrainSettings
@@ -15,7 +16,6 @@ from tolaria.train.validate import Metrics
 
 if TYPE_CHECKING:
     from tolaria.governor import GovernorEvent, TolariaGovernor
-    from tolaria.train.story import GrowthResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,43 @@ class SeedRecord:
     """What was grafted."""
     reason: str
     """Why, in words for people."""
+
+
+@dataclass(slots=True)
+class GrowthResult:
+    """What became of the network."""
+
+    task: str
+    """The task's name."""
+    settings: TrainSettings
+    """How it was trained."""
+    model: MorphogeneticModel
+    """The network as it is at the end."""
+    slot: str
+    """Where the seed was grafted."""
+    outcome: str = "none"
+    """``"fossilized"``, ``"culled"`` (it did not earn its place), ``"dropped"`` (by a rollback) or
+    ``"none"``."""
+    steps: int = 0
+    """Optimizer steps taken."""
+    seconds: float = 0.0
+    """Wall time, validation included."""
+    interrupted: bool = False
+    """Ctrl-C cut the run short."""
+    error: TrainingDivergedError | None = None
+    """Why the run ended early, if it diverged."""
+    rollbacks: int = 0
+    """How often the governor put the state back."""
+    phases: list[PhaseRecord] = field(default_factory=list)
+    """The parts of the story."""
+    validations: list[ValidationRecord] = field(default_factory=list)
+    """Every look at the validation data."""
+    seeds: list[SeedRecord] = field(default_factory=list)
+    """What happened to the seeds."""
+    host_test: Metrics | None = None
+    """On the test data, when the host had trained alone."""
+    test: Metrics | None = None
+    """On the test data, at the end."""
 
 
 class GrowthObserver:
