@@ -20,6 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "tolaria.cli.train",
         "grow a network on a task, under the governor's eye, and leave a run folder",
     ),
+    "chaos": (
+        "tolaria.cli.chaos",
+        "break training runs in every way there is, and print what the governor made of it",
+    ),
     "doctor": (
         "tolaria.cli.doctor",
         "report versions, build, backends, devices, and what to do",

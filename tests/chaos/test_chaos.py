@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tolaria.chaos import (
+    ChaosRun,
+    InterruptedCapture,
+    PoisonedCapture,
+    Ramp,
+    chosen_faults,
+    execute,
+    list_chaos_faults,
+    random_faults,
+    run_table,
+    task_run,
+)
+from tolaria.cli.main import main
+from tolaria.governor import GovernorConfig
+from tolaria.tasks import get_task
+from tolaria.train import governor_config_for
+
+INTERVAL = 10
+
+
+def make_run(**settings: object) -> ChaosRun:
+    """Somebody's own model: a perceptron with batch norm that tells two clouds apart."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (512,), generator=generator)
+    points = torch.randn(512, 4, generator=generator) + 2.0 * labels[:, None]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+
+    def accuracy(trained: nn.Module) -> float:
+        trained.eval()
+        with torch.no_grad():
+            return 100.0 * float((trained(points).argmax(1) == labels).float().mean())
+
+    return ChaosRun(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        batches=[(points[i : i + 64], labels[i : i + 64]) for i in range(0, 512, 64)],
+        criterion=nn.CrossEntropyLoss(),
+        evaluate=accuracy,
+        random_guess_loss=math.log(2),
+        config=GovernorConfig(snapshot_interval=INTERVAL, **settings),
+    )
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", list_chaos_faults())
+def test_fault_ends_as_promised(name):
+    (fault,) = chosen_faults([name])
+    outcome = execute(make_run(), fault, steps=90, start=43)
+    assert outcome.is_finite
+    if fault.detectable:
+        assert outcome.is_caught, "not caught"
+        assert outcome.bit_exact, "restored state differs from what was captured"
+        # interval + probation + min_panics, per rollback
+        assert outcome.steps_lost <= outcome.rollbacks * (INTERVAL + 2 + 2)
+        assert outcome.score > 90.0
+
+
+def test_undisturbed_run_is_left_alone():
+    outcome = execute(make_run(), steps=80)
+    assert (outcome.rollbacks, outcome.reason, outcome.bit_exact) == (0, None, None)
+    assert outcome.score > 90.0
+
+
+def test_poisoned_capture_is_never_promoted():
+    outcome = execute(make_run(), PoisonedCapture(), steps=60, start=41)
+    assert (outcome.start, outcome.reason, outcome.detected_after) == (50, "NON_FINITE_STATE", 0)
+    assert outcome.bit_exact
+
+
+def test_interrupted_capture_is_not_restored():
+    outcome = execute(make_run(), InterruptedCapture(), steps=60, start=41)
+    assert (outcome.start, outcome.reason) == (50, "NON_FINITE")
+    assert outcome.bit_exact
+
+
+@pytest.mark.parametrize("fault", random_faults(40, rng_seed=1), ids=lambda fault: fault.name)
+def test_non_finite_value_anywhere_ends_healthy(fault):
+    outcome = execute(make_run(), fault, steps=70, start=20 + 7 * int(fault.name.split("#")[1]) % 31)
+    assert outcome.is_as_promised, outcome
+    assert outcome.steps_lost <= outcome.rollbacks * (INTERVAL + 2 + 2)
+
+
+def test_ramp_is_the_default_rules_blind_spot_and_strict_sees_it():
+    reasons = []
+    for strict in (False, True):
+        config = governor_config_for(get_task("digits"), strict=strict, snapshot_interval=50)
+        outcome = execute(task_run("digits", config=config), Ramp(30), steps=180, start=150)
+        reasons.append(outcome.reason)
+    assert reasons == [None, "ANOMALY"]
+
+
+def test_table_compares_with_the_undisturbed_run():
+    told = []
+    table = run_table(
+        make_run, faults=chosen_faults(["nan-loss", "collapse"]), steps=60, on_outcome=told.append
+    )
+    assert [outcome.fault for outcome in told] == ["nothing", "nan-loss", "collapse"]
+    assert table.undisturbed is told[0]
+    assert "2 of 2 faults rolled back" in table.summary()
+    lines = str(table).splitlines()
+    assert lines[0].split()[:3] == ["fault", "at", "caught"]
+    assert lines[1].startswith("nan-loss")
+    assert "bit-exact" in lines[1]
+    assert table.is_as_promised
+
+
+def test_fault_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="expected a start from 1 to"):
+        execute(make_run(), Ramp(40), steps=50, start=30)
+    with pytest.raises(ValueError, match="did you mean 'nan-buffer'"):
+        chosen_faults(["nan-bufer"])
+
+
+def test_command_prints_the_table(capsys, tmp_path):
+    arguments = ["chaos", "--faults", "nan-loss,single-spike", "--steps", "60", "--snapshot-interval", "10"]
+    assert main([*arguments, "--out", str(tmp_path / "table.json")]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 2 faults rolled back, 1 sat through" in said
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert [outcome["fault"] for outcome in written["outcomes"]] == ["nan-loss", "single-spike"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--faults", "nan-los"], "did you mean 'nan-loss'"),
+        (["--random", "0"], "count: expected an integer >= 1"),
+        (["--steps", "0"], "steps"),
+        (["--snapshot-interval", "1"], "snapshot_interval"),
+        (["digts"], "did you mean 'digits'"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, sentence, capsys):
+    assert main(["chaos", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.splitlines()) == 1

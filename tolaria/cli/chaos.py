@@ -1,0 +1,107 @@
+"""``tolaria chaos``: break the training of a task in every way; a thin shell around :mod:`tolaria.chaos`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from tolaria.chaos import Outcome, chosen_faults, list_chaos_faults, random_faults, run_table, task_run
+from tolaria.chaos.table import header_line, outcome_line
+from tolaria.errors import MissingDependencyError
+from tolaria.nn.device import validate_device
+from tolaria.tasks import get_task, list_tasks
+from tolaria.train import governor_config_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tolaria chaos``."""
+    parser.add_argument(
+        "task", nargs="?", default="digits", help=f"one of {', '.join(list_tasks())} (default: digits)"
+    )
+    parser.add_argument(
+        "--faults", metavar="A,B", help=f"some of {', '.join(list_chaos_faults())} (default: all)"
+    )
+    parser.add_argument(
+        "--random", type=int, metavar="N", help="N times NaN or infinity in a random place instead"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=300, metavar="N", help="optimizer steps of every run (default: 300)"
+    )
+    parser.add_argument("--start", type=int, metavar="N", help="first step of every fault (default: drawn)")
+    parser.add_argument(
+        "--snapshot-interval", type=int, default=50, metavar="N", help="steps between captures (50)"
+    )
+    parser.add_argument("--strict", action="store_true", help="the governor's strict settings")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--rng-seed", type=_rng_seed, default=0, metavar="N", help="weights, data order, places (default: 0)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the table as JSON, nothing else")
+    parser.add_argument("--out", metavar="FILE", help="write the table as JSON to this file, too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table; 0 if every fault ended as promised, 1 if not, 2 for a bad option."""
+    logging.getLogger("tolaria.governor").setLevel(logging.CRITICAL)  # one fault is a sink that raises
+    try:
+        device = validate_device(arguments.device)
+        spec = get_task(arguments.task)
+        config = governor_config_for(
+            spec, strict=arguments.strict, snapshot_interval=arguments.snapshot_interval
+        )
+        if arguments.random is not None:
+            faults = random_faults(arguments.random, rng_seed=arguments.rng_seed)
+        else:
+            names = None if arguments.faults is None else [n.strip() for n in arguments.faults.split(",")]
+            faults = chosen_faults(names)
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        printer = _Printer(silent=arguments.json)
+        table = run_table(
+            lambda: task_run(spec, device=device, rng_seed=arguments.rng_seed, config=config),
+            faults=faults, steps=arguments.steps, start=arguments.start, rng_seed=arguments.rng_seed,
+            on_outcome=printer,
+        )  # fmt: skip
+    except MissingDependencyError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        print(f"tolaria chaos: {error}", file=sys.stderr)
+        return 2
+    text = json.dumps(table.as_dict(), indent=2)
+    if arguments.out is not None:
+        Path(arguments.out).write_text(text + "\n", encoding="utf-8")
+    if arguments.json:
+        print(text)
+    else:
+        print(f"\n{table.summary()}")
+    return 0 if table.is_as_promised else 1
+
+
+class _Printer:
+    """Prints rows as they come."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self.silent, self.undisturbed = silent, 0.0
+
+    def __call__(self, outcome: Outcome) -> None:
+        """A row; the undisturbed run's score is the last column of the others."""
+        if self.silent:
+            return
+        if outcome.fault == "nothing":
+            self.undisturbed = outcome.score
+            print(header_line(), flush=True)
+            return
+        print(outcome_line(outcome, self.undisturbed), flush=True)
+
+
+def _rng_seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {2**31 - 1}, got {text}")
+    return value
