@@ -59,4 +59,16 @@ void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& t
 void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
                           const std::optional<at::Tensor>& mailbox);
 
+#ifdef TOLARIA_WITH_CUDA
+void governor_step_cuda(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
+                        const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
+                        const std::optional<at::Tensor>& mailbox);
+void governor_order_cuda(at::Tensor& state, const at::Tensor& config, int64_t column, int64_t order, int64_t reason,
+                         int64_t tensor_index, const std::optional<at::Tensor>& mailbox);
+void snapshot_capture_cuda(at::Tensor& state, int64_t column, const at::Tensor& table, int64_t part,
+                           const std::optional<at::Tensor>& mailbox);
+void snapshot_restore_cuda(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
+                           const std::optional<at::Tensor>& mailbox);
+#endif
+
 }  // namespace tolaria

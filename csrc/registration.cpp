@@ -64,6 +64,15 @@ TORCH_LIBRARY_IMPL(tolaria, SparseCsrCPU, m) { m.impl("tensor_stats", &tolaria::
 TORCH_LIBRARY_IMPL(tolaria, SparseCsrCUDA, m) { m.impl("tensor_stats", &tolaria::tensor_stats_refuse); }
 TORCH_LIBRARY_IMPL(tolaria, QuantizedCPU, m) { m.impl("tensor_stats", &tolaria::tensor_stats_refuse); }
 
+#ifdef TOLARIA_WITH_CUDA
+TORCH_LIBRARY_IMPL(tolaria, CUDA, m) {
+  m.impl("governor_step_", &tolaria::governor_step_cuda);
+  m.impl("governor_order_", &tolaria::governor_order_cuda);
+  m.impl("snapshot_capture_", &tolaria::snapshot_capture_cuda);
+  m.impl("snapshot_restore_", &tolaria::snapshot_restore_cuda);
+}
+#endif
+
 // `import tolaria._C` only runs the static registrations above; there is nothing in the module itself.
 extern "C" PyObject* PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

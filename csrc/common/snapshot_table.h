@@ -1,33 +1,60 @@
 // The table of captured memory: which bytes go where. An int64 matrix of kTableColumns, on the device of the state.
 //
-// Row 0 is a header: [rows of part 0, rows in all]. Rows of part 0 come first. Each row is a contiguous run of bytes, so
-// dtype and shape do not matter to a copy; `check` says how to look for non-finite values on the way.
+// Row 0 is a header; rows of part 0 come first, then those of part 1. Each row is a contiguous run of bytes, so dtype and
+// shape do not matter to a copy; `check` says how to look for non-finite values on the way. The matrix may have spare
+// rows: a CUDA graph keeps its address while the number of rows, which is read on the device, changes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/macros/Macros.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <limits>
 
 namespace tolaria {
 
+struct SnapshotHeader {
+  int64_t part0_rows;
+  int64_t rows;
+  // Scratch of the CUDA kernels, 0 and kNoTensor between launches: blocks that are done, first non-finite tensor.
+  unsigned long long blocks_done[2];
+  unsigned long long first_bad[2];
+};
+
 struct SnapshotRow {
   int64_t live;     // address of the live bytes
-  int64_t slot[2];  // addresses in the two slots; 0 in a row that is zeroed at a restore and never captured
+  int64_t slot[2];  // addresses in the two slots
   int64_t bytes;
   int64_t check;    // CheckKind
   int64_t tensor;   // index of the tensor this run belongs to, for reports
 };
 constexpr int64_t kTableColumns = sizeof(SnapshotRow) / sizeof(int64_t);
+static_assert(sizeof(SnapshotHeader) == sizeof(SnapshotRow), "the header is row 0");
 
-enum CheckKind : int64_t { kCheckNone = 0, kCheckFloat = 1, kCheckDouble = 2, kCheckHalf = 3, kCheckBFloat16 = 4 };
+constexpr unsigned long long kNoTensor = std::numeric_limits<int64_t>::max();
+
+// kZeroed: a capture writes zeros instead of the live bytes, so that a restore brings zeros.
+enum CheckKind : int64_t {
+  kCheckNone = 0,
+  kCheckFloat = 1,
+  kCheckDouble = 2,
+  kCheckHalf = 3,
+  kCheckBFloat16 = 4,
+  kZeroed = 5
+};
 
 struct SnapshotTable {
-  const int64_t* header;
+  const SnapshotHeader* header;
   const SnapshotRow* rows;
-  int64_t begin(int part) const { return part == 0 ? 0 : header[0]; }
-  int64_t end(int part) const { return part == 0 ? header[0] : header[1]; }
+  C10_HOST_DEVICE int64_t begin(int part) const { return part == 0 ? 0 : header->part0_rows; }
+  C10_HOST_DEVICE int64_t end(int part) const { return part == 0 ? header->part0_rows : header->rows; }
 };
+
+inline SnapshotTable snapshot_table(const at::Tensor& table) {
+  const int64_t* data = table.const_data_ptr<int64_t>();
+  return {reinterpret_cast<const SnapshotHeader*>(data), reinterpret_cast<const SnapshotRow*>(data + kTableColumns)};
+}
 
 inline void check_snapshot_table(const at::Tensor& state, const at::Tensor& table) {
   TORCH_CHECK_VALUE(table.scalar_type() == at::kLong && table.dim() == 2 && table.is_contiguous() &&

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "common/governor_checks.h"
+#include "common/governor_batch.h"
 #include "common/multiversion.h"
 #include "ops.h"
 
@@ -15,27 +15,6 @@ namespace {
 
 constexpr int kLanes = 8;          // governors whose windows are summed side by side: two 256-bit vectors of float64
 constexpr int64_t kRowGrain = 256;  // governors per task; one costs about 50 ns, a task hand-over several us
-
-struct Batch {
-  double* state;
-  int64_t n;
-  int window;
-  double* mailbox;
-  int64_t mailbox_row;
-  int64_t ring_records;
-
-  math::Governor operator[](int64_t i) const {
-    return {state + i, n, window, mailbox == nullptr ? nullptr : mailbox + i * mailbox_row, ring_records};
-  }
-};
-
-Batch batch_of(at::Tensor& state, const std::optional<at::Tensor>& mailbox) {
-  const int window = governor_window(state);
-  const int64_t records = check_mailbox(state, mailbox);
-  const int64_t row = mailbox.has_value() ? mailbox->size(1) : 0;
-  return {state.mutable_data_ptr<double>(), state.size(1), window,
-          mailbox.has_value() ? mailbox->mutable_data_ptr<double>() : nullptr, row, records};
-}
 
 // Welford over the windows of kLanes neighbouring governors, the same operations lane by lane as window_moments.
 TOLARIA_MULTIVERSION void lane_moments(const double* sizes, const double* losses, int64_t stride, int window,
@@ -51,22 +30,7 @@ TOLARIA_MULTIVERSION void lane_moments(const double* sizes, const double* losses
   }
 }
 
-struct Losses {
-  const void* data;
-  at::ScalarType dtype;
-  const void* nonfinite;
-  at::ScalarType nonfinite_dtype;
-  const void* active;
-  at::ScalarType active_dtype;
-
-  bool is_active(int64_t i) const { return active == nullptr || load_as_double(active, active_dtype, i) != 0.0; }
-  bool is_nonfinite(int64_t i) const {
-    // A NaN flag counts as raised.
-    return nonfinite != nullptr && !(load_as_double(nonfinite, nonfinite_dtype, i) == 0.0);
-  }
-};
-
-void judge_range(const Batch& batch, const double* config, const Losses& losses, int64_t begin, int64_t end) {
+void judge_range(const GovernorBatch& batch, const double* config, const GovernorLosses& losses, int64_t begin, int64_t end) {
   double mean[kLanes], m2[kLanes];
   for (int64_t i = begin; i < end; i += kLanes) {
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, end - i));
@@ -78,7 +42,7 @@ void judge_range(const Batch& batch, const double* config, const Losses& losses,
       if (!losses.is_active(i + l)) continue;
       const math::Governor g = batch[i + l];
       const math::Moments m = lanes == kLanes ? math::Moments{mean[l], m2[l]} : math::window_moments(g);
-      math::judge(g, config, m, load_as_double(losses.data, losses.dtype, i + l), losses.is_nonfinite(i + l));
+      math::judge(g, config, m, losses[i + l], losses.is_nonfinite(i + l));
     }
   }
 }
@@ -103,17 +67,10 @@ std::vector<std::string> governor_fields() {
 void governor_step_cpu(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
                        const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
                        const std::optional<at::Tensor>& mailbox) {
-  const Batch batch = batch_of(state, mailbox);
+  const GovernorBatch batch = governor_batch(state, mailbox);
   check_governor_config(state, config);
-  const at::Tensor x = check_loss(state, loss);
-  const auto flags = check_flag(state, nonfinite, "nonfinite");
-  const auto mask = check_flag(state, active, "active");
-  const Losses losses{x.const_data_ptr(),
-                      x.scalar_type(),
-                      flags ? flags->const_data_ptr() : nullptr,
-                      flags ? flags->scalar_type() : at::kBool,
-                      mask ? mask->const_data_ptr() : nullptr,
-                      mask ? mask->scalar_type() : at::kBool};
+  const GovernorArguments arguments(state, loss, nonfinite, active);
+  const GovernorLosses& losses = arguments.losses;
   const double* c = config.const_data_ptr<double>();
   if (batch.n <= kRowGrain) return judge_range(batch, c, losses, 0, batch.n);
   at::parallel_for(0, batch.n, kRowGrain, [&](int64_t begin, int64_t end) { judge_range(batch, c, losses, begin, end); });
@@ -121,7 +78,7 @@ void governor_step_cpu(at::Tensor& state, const at::Tensor& config, const at::Te
 
 void governor_order_cpu(at::Tensor& state, const at::Tensor& config, int64_t column, int64_t order, int64_t reason,
                         int64_t tensor_index, const std::optional<at::Tensor>& mailbox) {
-  const Batch batch = batch_of(state, mailbox);
+  const GovernorBatch batch = governor_batch(state, mailbox);
   check_governor_config(state, config);
   check_column(state, column);
   math::give_order(batch[column], config.const_data_ptr<double>(), static_cast<math::Order>(order),

@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/governor_checks.h"
+#include "common/governor_batch.h"
 #include "common/multiversion.h"
 #include "common/snapshot_table.h"
 #include "ops.h"
@@ -39,10 +39,10 @@ TOLARIA_MULTIVERSION bool any_nonfinite(const void* data, int64_t bytes, int64_t
   }
 }
 
-SnapshotTable table_of(const at::Tensor& table) {
-  const int64_t* data = table.const_data_ptr<int64_t>();
-  const SnapshotTable view{data, reinterpret_cast<const SnapshotRow*>(data + kTableColumns)};
-  TORCH_CHECK_VALUE(0 <= data[0] && data[0] <= data[1] && data[1] < table.size(0), "table: header says ", data[1],
+SnapshotTable checked_table(const at::Tensor& table) {
+  const SnapshotTable view = snapshot_table(table);
+  const int64_t first = view.end(0), rows = view.end(1);
+  TORCH_CHECK_VALUE(0 <= first && first <= rows && rows < table.size(0), "table: header says ", rows,
                     " rows, the matrix holds ", table.size(0) - 1);
   return view;
 }
@@ -78,29 +78,24 @@ T* address(int64_t base, int64_t offset) {
   return reinterpret_cast<T*>(base + offset);
 }
 
-math::Governor governor_of(at::Tensor& state, int64_t column, const std::optional<at::Tensor>& mailbox) {
-  const int window = governor_window(state);
-  const int64_t records = check_mailbox(state, mailbox);
-  check_column(state, column);
-  double* row = mailbox.has_value() ? mailbox->mutable_data_ptr<double>() + column * mailbox->size(1) : nullptr;
-  return {state.mutable_data_ptr<double>() + column, state.size(1), window, row, records};
-}
-
 }  // namespace
 
 void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& table, int64_t part,
                           const std::optional<at::Tensor>& mailbox) {
-  const math::Governor g = governor_of(state, column, mailbox);
+  const math::Governor g = governor_at(state, column, mailbox);
   check_snapshot_table(state, table);
   TORCH_CHECK_VALUE(part >= 0 && part < math::kCaptureParts, "part: expected 0 or 1, got ", part);
   const double order = g[math::field::capture_order_0 + static_cast<int>(part)];
   if (order < 0.0) return;
   const int slot = static_cast<int>(order);
-  const SnapshotTable t = table_of(table);
+  const SnapshotTable t = checked_table(table);
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> first_bad{kNone};
   for_each_block(t.rows, t.begin(part), t.end(part), [&](const SnapshotRow& row, int64_t offset, int64_t bytes) {
-    if (row.slot[slot] == 0) return;
+    if (row.check == kZeroed) {
+      std::memset(address<char>(row.slot[slot], offset), 0, bytes);
+      return;
+    }
     const char* source = address<const char>(row.live, offset);
     if (row.check != kCheckNone && any_nonfinite(source, bytes, row.check)) {
       int64_t seen = first_bad.load(std::memory_order_relaxed);
@@ -115,19 +110,14 @@ void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& t
 
 void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
                           const std::optional<at::Tensor>& mailbox) {
-  const math::Governor g = governor_of(state, column, mailbox);
+  const math::Governor g = governor_at(state, column, mailbox);
   check_governor_config(state, config);
   check_snapshot_table(state, table);
   if (g[math::field::restore_order] == 0.0) return;
   const int slot = static_cast<int>(g[math::field::last_good]);
-  const SnapshotTable t = table_of(table);
+  const SnapshotTable t = checked_table(table);
   for_each_block(t.rows, 0, t.end(1), [&](const SnapshotRow& row, int64_t offset, int64_t bytes) {
-    char* target = address<char>(row.live, offset);
-    if (row.slot[slot] == 0) {
-      std::memset(target, 0, bytes);
-    } else {
-      std::memcpy(target, address<const char>(row.slot[slot], offset), bytes);
-    }
+    std::memcpy(address<char>(row.live, offset), address<const char>(row.slot[slot], offset), bytes);
   });
   math::commit_rollback(g, config.const_data_ptr<double>());
   math::write_status(g);

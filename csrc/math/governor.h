@@ -54,6 +54,14 @@ C10_HOST_DEVICE inline Moments window_moments(const Governor& g) {
 
 C10_HOST_DEVICE inline bool is_finite(double x) { return x - x == 0.0; }
 
+// Makes what this thread wrote visible to the host before what it writes next.
+C10_HOST_DEVICE inline void publish() {
+#ifdef __CUDA_ARCH__
+  __threadfence_system();
+#endif
+}
+
+// The rollback count comes last: a host that sees it move finds the words that describe that rollback.
 C10_HOST_DEVICE inline void write_status(const Governor& g) {
   if (g.mailbox == nullptr) return;
   double* s = g.mailbox;
@@ -61,7 +69,6 @@ C10_HOST_DEVICE inline void write_status(const Governor& g) {
   s[status::step] = g[field::step];
   s[status::reason] = g[field::reason];
   s[status::rollback] = g[field::rollback];
-  s[status::rollback_count] = g[field::rollback_count];
   s[status::restored_capture] = g[field::restored_capture];
   s[status::restored_step] = g[field::restored_step];
   s[status::last_good_capture] = g[field::slot_capture_0 + good];
@@ -69,6 +76,9 @@ C10_HOST_DEVICE inline void write_status(const Governor& g) {
   s[status::capture_count] = g[field::capture_count];
   s[status::promotion_count] = g[field::promotion_count];
   s[status::tensor_index] = g[field::tensor_index];
+  s[status::anchor_step] = g[field::anchor_step];
+  publish();
+  s[status::rollback_count] = g[field::rollback_count];
 }
 
 // Appends one record to the ring; the count of records is written after the record itself.
@@ -93,9 +103,7 @@ C10_HOST_DEVICE inline void emit(const Governor& g, EventKind kind, double captu
   r[record::capture_step] = capture_step;
   r[record::steps_lost] = g[field::steps_lost];
   r[record::rollback_count] = g[field::rollback_count];
-#ifdef __CUDA_ARCH__
-  __threadfence_system();
-#endif
+  publish();
   g.mailbox[status::events] = sequence + 1.0;
 }
 

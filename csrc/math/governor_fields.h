@@ -31,7 +31,7 @@ namespace tolaria::math {
 // A mailbox row: status words, then a ring of records. The device writes it, the host only reads.
 #define TOLARIA_GOVERNOR_STATUS(X)                                                                       \
   X(events) X(step) X(reason) X(rollback) X(rollback_count) X(restored_capture) X(restored_step)         \
-  X(last_good_capture) X(last_good_step) X(capture_count) X(promotion_count) X(tensor_index)
+  X(last_good_capture) X(last_good_step) X(capture_count) X(promotion_count) X(tensor_index) X(anchor_step)
 #define TOLARIA_GOVERNOR_RECORD(X)                                                                       \
   X(kind) X(step) X(reason) X(rollback) X(loss) X(mean) X(std) X(threshold_absolute)                     \
   X(threshold_statistical) X(threshold_multiplier) X(panics) X(tensor_index) X(capture_id)               \

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,13 +12,13 @@ from torch.optim import Optimizer
 from tolaria import ops
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import check_ranks
-from tolaria.governor.engine import SnapshotEngine
+from tolaria.governor.attach import checked_optimizers, make_engine, make_mailbox, resolve_random_guess_loss, single_device
+from tolaria.governor.engine import Engine
 from tolaria.governor.events import GovernorEvent, MailboxReader, RollbackEvent
-from tolaria.governor.governor import checked_optimizers, resolve_random_guess_loss, single_device
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.sinks import Sink, deliver
 from tolaria.governor.tracked import Stateful, TrackedState
-from tolaria.ops import PanicReason, StateField
+from tolaria.ops import PanicReason, StateField, StatusField
 
 _MAX_EVENTS_KEPT = 65536
 
@@ -62,13 +61,12 @@ class GovernorBank:
         self._sinks = list(sinks)
         self._state = ops.governor_state(n, window=self.config.window, attached=False, device=device)
         self._settings = self.config.to_tensor(self.random_guess_loss, device)
-        self._mailbox = ops.governor_mailbox(n, records=min(self.config.event_capacity, 16))
-        self._view: npt.NDArray[np.float64] = self._state.numpy()
+        self._mailbox = make_mailbox(n, min(self.config.event_capacity, 16), self._state.device)
         boxes = self._mailbox.numpy()
         self._readers = [MailboxReader(boxes[i], i, -self.config.death_penalty) for i in range(n)]
         self._written = boxes[:, 0]
         self._seen = np.zeros(n)
-        self._engines: dict[int, SnapshotEngine] = {}
+        self._engines: dict[int, Engine] = {}
         self._policies: dict[int, RollbackPolicy] = {}
         self._events: list[GovernorEvent] = []
 
@@ -109,20 +107,24 @@ class GovernorBank:
             device=device,
         )
         before = self._state[:, i].clone()
-        self._state[:, i] = ops.governor_state(1, window=self.config.window)[:, 0]
+        self._state[:, i] = ops.governor_state(1, window=self.config.window, device=self._state.device)[:, 0]
         self._state[StateField.events, i] = before[StateField.events]
         try:
-            engine = SnapshotEngine(i, self._state, self.config, self._settings, self._mailbox, tracked)
+            engine = make_engine(
+                i, self._state, self.config, self._settings, self._mailbox, self._readers[i], tracked
+            )
         except Exception:
             self._state[:, i] = before
             raise
         self._engines[i] = engine
         self._policies[i] = RollbackPolicy(self.config, tracked)
-        self._tell(engine.attach_event(int(self._view[StateField.step, i])))
+        self._tell(engine.attach_event())
 
     def detach(self, i: int) -> None:
         """Let go of row ``i``'s model and slots; the row is judged on."""
-        self._engines.pop(i, None)
+        engine = self._engines.pop(i, None)
+        if engine is not None:
+            engine.close()
         self._policies.pop(i, None)
         self._state[StateField.attached, i] = 0.0
 
@@ -142,10 +144,13 @@ class GovernorBank:
             TypeError: a dtype does not fit.
             TrainingDivergedError: an attached row rolls back too often.
         """
+        for engine in self._engines.values():
+            engine.judged()
         ops.governor_step_(self._state, self._settings, losses, None, active, self._mailbox)
         mask = None if active is None else active.reshape(-1)
         for i, engine in self._engines.items():
-            if mask is None or bool(mask[i]):
+            # An inactive row keeps its orders; on the CPU they would be looked at again, so it is passed over.
+            if mask is None or mask.is_cuda or bool(mask[i]):
                 for event in engine.act():
                     self._tell(event)
         reward = self._state[StateField.reward]
@@ -162,12 +167,12 @@ class GovernorBank:
     @property
     def reasons(self) -> list[PanicReason]:
         """Reason of every row's last verdict."""
-        return [PanicReason(int(r)) for r in self._view[StateField.reason]]
+        return [PanicReason(reader.status(StatusField.reason)) for reader in self._readers]
 
     @property
     def rollback_counts(self) -> list[int]:
         """Rollbacks of every row."""
-        return [int(r) for r in self._view[StateField.rollback_count]]
+        return [reader.status(StatusField.rollback_count) for reader in self._readers]
 
     def _drain(self) -> None:
         for i in np.flatnonzero(self._written != self._seen).tolist():
@@ -175,6 +180,8 @@ class GovernorBank:
             names = engine.slots.names if engine else []
             nbytes = engine.slots.table.nbytes if engine else 0
             self._seen[i] = self._written[i]
+            if engine:
+                engine.reconcile()
             for event in self._readers[i].read(names, nbytes):
                 if isinstance(event, RollbackEvent) and i in self._policies:
                     self._policies[i].after_rollback(event.report)

@@ -1,11 +1,13 @@
-"""One governed model: carries out the orders that the judge wrote into its column of the state (CPU tensors).
+"""One governed model: carries out the orders that the judge wrote into its column of the state.
 
-The judge decides, in ``governor_step_``; this file only obeys: capture to the ordered slot, restore from the last known
-good one, and put the host-side parts back beside the tensors.
+The judge decides, in ``governor_step_``; an engine only obeys: capture to the ordered slot, restore from the last known
+good one, and put the host-side parts back beside the tensors. This one serves tensors in CPU memory, where the host sees
+the orders at once; :mod:`tolaria.governor.device_engine` serves CUDA.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,14 +18,14 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.events import AttachEvent, GovernorEvent, SeedCulledEvent, StructureEvent
+from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, SeedCulledEvent, StructureEvent
 from tolaria.governor.slots import Slots
 from tolaria.governor.tracked import HostState, TrackedState
-from tolaria.ops import Order, PanicReason, StateField
+from tolaria.ops import Order, PanicReason, StateField, StatusField
 
 
-class SnapshotEngine:
-    """Snapshots and rollbacks of one model whose tensors are in CPU memory.
+class Engine(ABC):
+    """What both kinds of engine share.
 
     Args:
         column: which governor of ``state`` gives the orders.
@@ -31,10 +33,12 @@ class SnapshotEngine:
         config: the settings.
         settings: the same as a tensor.
         mailbox: where the ops write events.
+        reader: reads that mailbox's row.
         tracked: what is covered.
 
     Raises:
         ValueError: a parameter is not finite.
+        SnapshotError: there is no memory for the slots.
     """
 
     def __init__(
@@ -44,24 +48,72 @@ class SnapshotEngine:
         config: GovernorConfig,
         settings: Tensor,
         mailbox: Tensor,
+        reader: MailboxReader,
         tracked: TrackedState,
     ) -> None:
         self._column = column
         self._state = state
-        self._view: npt.NDArray[np.float64] = state.numpy()[:, column]
         self._config = config
         self._settings = settings
         self._mailbox = mailbox
+        self._reader = reader
         self.tracked = tracked
-        self.slots = Slots(tracked.device)
+        self.slots = Slots(tracked.device, config.storage)
         self.defer_panics = False
         """Leave a poisoned capture to the next judgement, where ranks agree on it, instead of panicking at once."""
-        self._host: list[HostState | None] = [None, None]
         self._structure = tracked.structure()
         self._seed_holders = list(tracked.seed_holders())
-        self._restored_at = -1
         self._find_exempt()
-        self.adopt_current_state()
+
+    @property
+    def step_count(self) -> int:
+        """Judgements so far, as far as the host knows."""
+        return self._reader.status(StatusField.step)
+
+    # -- what an engine does ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def act(self) -> Iterator[GovernorEvent]:
+        """Carry out what the last judgement ordered; yields events that the ops cannot know."""
+
+    @abstractmethod
+    def capture(self) -> Iterator[GovernorEvent]:
+        """Copy the state to the slot that was ordered by hand."""
+
+    @abstractmethod
+    def restore(self) -> Iterator[GovernorEvent]:
+        """Put the last known good state back, in place; the order must have been given."""
+
+    @abstractmethod
+    def adopt_current_state(self) -> None:
+        """Capture the state as it is and make it the last known good one at once; may wait for the device.
+
+        Raises:
+            ValueError: a covered tensor holds a non-finite value; the last known good state stays what it was.
+        """
+
+    def judged(self) -> None:
+        """A judgement is about to be enqueued."""
+
+    def reconcile(self) -> None:
+        """Put host-side parts back for a rollback that the device has carried out meanwhile."""
+
+    def wait(self) -> None:
+        """Make the current stream wait for a capture in flight."""
+
+    def synchronize(self) -> None:
+        """Wait for everything that was enqueued."""
+
+    def begin_step(self) -> None:
+        """Head of a step that is being recorded in a CUDA graph."""
+
+    def hook(self, optimizer: Optimizer) -> None:
+        """Watch one more optimizer."""
+
+    def close(self) -> None:
+        """Let go of hooks and memory."""
+
+    # -- shared -------------------------------------------------------------------------------------------------
 
     def _find_exempt(self) -> None:
         """Tensors that are non-finite from the start are copied but not searched; a parameter may not be."""
@@ -76,10 +128,10 @@ class SnapshotEngine:
             )
         self.slots.exempt = {t.key for t in bad}
 
-    def attach_event(self, step: int) -> AttachEvent:
+    def attach_event(self) -> AttachEvent:
         """What was attached, for telemetry."""
         return AttachEvent(
-            step=step,
+            step=self.step_count,
             row=self._column,
             tensors=len(self.slots.places),
             state_bytes=self.slots.table.nbytes,
@@ -88,7 +140,77 @@ class SnapshotEngine:
             generators=self.tracked.generator_names(),
         )
 
-    # -- orders -------------------------------------------------------------------------------------------------
+    def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
+        """Give an order from outside the rule."""
+        ops.governor_order_(self._state, self._settings, self._column, order, reason, tensor, self._mailbox)
+
+    def cull_poisoned_seeds(self) -> Iterator[GovernorEvent]:
+        """Cull, alone, every incubating seed that holds a non-finite value; the host cannot have felt it."""
+        for name, holder in self._seed_holders:
+            tensors = holder.incubating_tensors()
+            if tensors and float(ops.tensor_stats(tensors)[2]) > 0:
+                self.tracked.retire(tensors)
+                holder.cull()
+                self._structure = ()
+                yield SeedCulledEvent(step=self.step_count, row=self._column, name=name)
+
+    @abstractmethod
+    def _kept_host_states(self) -> list[HostState]:
+        """The host-side parts of every capture that may still be restored."""
+
+    def remove_optimizer(self, optimizer: Optimizer) -> None:
+        """Stop covering ``optimizer``; the captures forget it too."""
+        optimizers = self.tracked.optimizers
+        index = next((i for i, known in enumerate(optimizers) if known is optimizer), None)
+        if index is None:
+            return
+        del optimizers[index]
+        for host in self._kept_host_states():
+            if index < len(host.optimizers):
+                del host.optimizers[index]
+        self.slots.forget_optimizer(index)
+
+    def sync_structure(self) -> Iterator[GovernorEvent]:
+        """Look for tensors that came, went or moved, and lay the slots out anew if there are any."""
+        known = len(self.slots.places)
+        tensors = self.tracked.tensors()
+        for t in tensors:
+            # A mask that joins later is judged by its birth value, as one present at attach.
+            fresh = known and t.kind == "buffer" and t.key not in self.slots.places
+            if fresh and not bool(torch.isfinite(t.tensor).all()):
+                self.slots.exempt.add(t.key)
+        changed = self.slots.sync(tensors)
+        self._structure = self.tracked.structure()
+        self._seed_holders = list(self.tracked.seed_holders())
+        if changed and known and len(self.slots.places) != known:
+            yield StructureEvent(
+                step=self.step_count,
+                row=self._column,
+                tensors=len(self.slots.places),
+                state_bytes=self.slots.table.nbytes,
+            )
+
+
+class HostEngine(Engine):
+    """Snapshots and rollbacks of a model in CPU memory; arguments as for :class:`Engine`."""
+
+    def __init__(
+        self,
+        column: int,
+        state: Tensor,
+        config: GovernorConfig,
+        settings: Tensor,
+        mailbox: Tensor,
+        reader: MailboxReader,
+        tracked: TrackedState,
+    ) -> None:
+        super().__init__(column, state, config, settings, mailbox, reader, tracked)
+        self._view: npt.NDArray[np.float64] = state.numpy()[:, column]
+        self._host: list[HostState | None] = [None, None]
+        self.adopt_current_state()
+
+    def _kept_host_states(self) -> list[HostState]:
+        return [host for host in self._host if host is not None]
 
     def act(self) -> Iterator[GovernorEvent]:
         """Carry out what the last judgement ordered; yields events the ops cannot know."""
@@ -99,18 +221,8 @@ class SnapshotEngine:
         elif self.tracked.structure() != self._structure:
             yield from self.sync_structure()
         interval = self._config.seed_check_interval
-        if interval and self._seed_holders and self._view[StateField.step] % interval == 0:
+        if interval and self._seed_holders and self.step_count % interval == 0:
             yield from self.cull_poisoned_seeds()
-
-    def cull_poisoned_seeds(self) -> Iterator[GovernorEvent]:
-        """Cull, alone, every incubating seed that holds a non-finite value; the host cannot have felt it."""
-        for name, holder in self._seed_holders:
-            tensors = holder.incubating_tensors()
-            if tensors and float(ops.tensor_stats(tensors)[2]) > 0:
-                self.tracked.retire(tensors)
-                holder.cull()
-                self._structure = ()
-                yield SeedCulledEvent(step=int(self._view[StateField.step]), row=self._column, name=name)
 
     def capture(self) -> Iterator[GovernorEvent]:
         """Copy the state to the ordered slot. A non-finite value found on the way is a panic and rolls back."""
@@ -137,16 +249,11 @@ class SnapshotEngine:
         slot = int(self._view[StateField.last_good])
         host = self._host[slot]
         assert host is not None, "the last known good slot always has its host-side parts"
-        for key, tensor in self.slots.missing_live(slot):
+        for key, tensor in self.slots.missing_live(slot, host.keys):
             self.tracked.recreate(key, tensor)
         ops.snapshot_restore_(self._state, self._column, self._settings, self.slots.table, self._mailbox)
         self.tracked.load_host_state(host)
-        self._restored_at = int(self._view[StateField.step])
         self._structure = ()  # dropped seeds and groups: look again before the next capture
-
-    def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
-        """Give an order from outside the rule."""
-        ops.governor_order_(self._state, self._settings, self._column, order, reason, tensor, self._mailbox)
 
     def adopt_current_state(self) -> None:
         """Capture the state as it is and make it the last known good one at once.
@@ -162,39 +269,3 @@ class SnapshotEngine:
             raise ValueError(f"model: expected a finite state, got NaN or infinity in {self.slots.names[bad]}")
         self.order(Order.PROMOTE)
 
-    @property
-    def just_restored(self) -> bool:
-        """Whether the last judgement's order has been carried out already."""
-        return self._restored_at == int(self._view[StateField.step])
-
-    def remove_optimizer(self, optimizer: Optimizer) -> None:
-        """Stop covering ``optimizer``; the captures forget it too."""
-        optimizers = self.tracked.optimizers
-        index = next((i for i, known in enumerate(optimizers) if known is optimizer), None)
-        if index is None:
-            return
-        del optimizers[index]
-        for host in self._host:
-            if host is not None and index < len(host.optimizers):
-                del host.optimizers[index]
-        self.slots.forget_optimizer(index)
-
-    def sync_structure(self) -> Iterator[GovernorEvent]:
-        """Look for tensors that came, went or moved, and lay the slots out anew if there are any."""
-        known = len(self.slots.places)
-        tensors = self.tracked.tensors()
-        for t in tensors:
-            # A mask that joins later is judged by its birth value, as one present at attach.
-            fresh = known and t.kind == "buffer" and t.key not in self.slots.places
-            if fresh and not bool(torch.isfinite(t.tensor).all()):
-                self.slots.exempt.add(t.key)
-        changed = self.slots.sync(tensors)
-        self._structure = self.tracked.structure()
-        self._seed_holders = list(self.tracked.seed_holders())
-        if changed and known and len(self.slots.places) != known:
-            yield StructureEvent(
-                step=int(self._view[StateField.step]),
-                row=self._column,
-                tensors=len(self.slots.places),
-                state_bytes=self.slots.table.nbytes,
-            )

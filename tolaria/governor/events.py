@@ -155,6 +155,9 @@ class MailboxReader:
             yield DroppedEventsEvent(step=self.status(StatusField.step), row=self._row, dropped=lost)
         while self._read < written:
             record = self._ring[self._read % len(self._ring)].tolist()
+            if int(self._status[StatusField.events]) - self._read > len(self._ring):
+                yield from self.read(names, capture_bytes)  # the device lapped us while we read: count it as dropped
+                return
             self._read += 1
             yield self._decode(record, names, capture_bytes)
 

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,14 +16,14 @@ from tolaria import ops
 from tolaria.errors import TolariaError
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import agree, check_ranks
-from tolaria.governor.engine import SnapshotEngine
+from tolaria.governor.attach import checked_optimizers, make_engine, make_mailbox, resolve_random_guess_loss, single_device
 from tolaria.governor.events import GovernorEvent, MailboxReader, RollbackEvent
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.sinks import Sink, deliver
 from tolaria.governor.skipping import StepSkipper
 from tolaria.governor.tracked import Stateful, TrackedState
 from tolaria.governor.verdict import GovernorReport, Verdict
-from tolaria.ops import Order, StateField, memory_row
+from tolaria.ops import Order, StateField, StatusField, memory_row
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -110,18 +109,19 @@ class TolariaGovernor:
         )
         self._build(tracked)
         self._skipper = StepSkipper(tracked) if self.config.skip_anomalous_steps else None
-        self._tell(self._engine.attach_event(self.step_count))
+        self._tell(self._engine.attach_event())
 
     def _build(self, tracked: TrackedState) -> None:
-        self._state = ops.governor_state(1, window=self.config.window, device=tracked.device)
-        self._settings = self.config.to_tensor(self.random_guess_loss, tracked.device)
-        self._mailbox = ops.governor_mailbox(1, records=self.config.event_capacity)
-        self._view: npt.NDArray[np.float64] = self._state.numpy()[:, 0]
-        self._engine = SnapshotEngine(0, self._state, self.config, self._settings, self._mailbox, tracked)
-        self._engine.defer_panics = self._group is not None
+        device = tracked.device
+        self._state = ops.governor_state(1, window=self.config.window, device=device)
+        self._settings = self.config.to_tensor(self.random_guess_loss, device)
+        self._mailbox = make_mailbox(1, self.config.event_capacity, device)
         self._reader = MailboxReader(self._mailbox.numpy()[0], 0, -self.config.death_penalty)
+        self._engine = make_engine(0, self._state, self.config, self._settings, self._mailbox, self._reader, tracked)
+        self._engine.defer_panics = self._group is not None
         self._reader.skip_all()
         self._policy = RollbackPolicy(self.config, tracked)
+        self._scalar = torch.zeros(1, dtype=torch.float64, device=device)
         self._latest: Verdict | None = None
 
     # -- every step ---------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class TolariaGovernor:
         verdict = Verdict(self._state[:_VERDICT_FIELDS, 0].clone())
         self._latest = verdict
         if self._skipper is not None:
-            self._skipper.after_verdict(skip=self._view[StateField.reason] != 0.0)
+            self._skipper.after_verdict(self._state[StateField.reason])
         return verdict
 
     def step(self, loss: Tensor | float | Verdict, *, nonfinite: Tensor | bool | None = None) -> None:
@@ -170,8 +170,15 @@ class TolariaGovernor:
             self._tell(event)
         if self._skipper is not None:
             self._skipper.after_step()
-        if self._reader.has_news:
-            self._drain()
+        self._drain()
+
+    def begin_step(self) -> None:
+        """Head of a step that is being recorded in a CUDA graph; does nothing elsewhere.
+
+        Recorded here, the capture that the step before ordered runs beside this step's forward and backward; without
+        it, it is recorded where :meth:`step` is, after the optimizer step, and overlaps nothing.
+        """
+        self._engine.begin_step()
 
     def _judge(self, loss: Tensor | float, nonfinite: Tensor | bool | None) -> None:
         if self._closed:
@@ -180,6 +187,7 @@ class TolariaGovernor:
             loss = self._as_tensor("loss", loss)
         if nonfinite is not None and not isinstance(nonfinite, Tensor):
             nonfinite = torch.tensor(bool(nonfinite), device=self._state.device)
+        self._engine.judged()
         if self._group is not None:
             loss, nonfinite = agree(self._group, self._state, loss, nonfinite)
         self._latest = None
@@ -188,35 +196,37 @@ class TolariaGovernor:
     def _as_tensor(self, name: str, value: object) -> Tensor:
         if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
             raise TypeError(f"{name}: expected a number or a floating tensor of one element, got {type(value).__name__}")
-        return torch.tensor(float(value), dtype=torch.float64, device=self._state.device)
+        return self._scalar.fill_(float(value))
 
     # -- by hand ------------------------------------------------------------------------------------------------
 
     def execute_rollback(self) -> GovernorReport:
         """Restore the last known good state now.
 
-        The reason is the pending one, or MANUAL. If the last judgement's order was already carried out, nothing
-        happens and its report is returned again.
+        The reason is the pending one, or MANUAL. If a rollback was already carried out since the last judgement, nothing
+        happens and its report is returned again. On CUDA it waits for the device, to return the report.
 
         Raises:
             TrainingDivergedError: rollbacks come too often.
         """
-        if not (self._engine.just_restored and self._last_report is not None):
+        self._engine.synchronize()  # sync: the report is wanted now
+        self._drain()
+        last = self._last_report
+        if last is None or last.step != self.step_count or last.rollback_count != self.rollback_count:
             self._engine.order(Order.ROLLBACK)
             for event in self._engine.restore():
                 self._tell(event)
+            self._engine.synchronize()
             self._drain()
         assert self._last_report is not None
         return self._last_report
 
-    def snapshot(self) -> int:
-        """Capture now, on probation; it replaces a candidate, never the last known good state. Returns its id."""
+    def snapshot(self) -> None:
+        """Capture now, on probation; it replaces a candidate, never the last known good state."""
         self._engine.order(Order.CAPTURE)
-        capture_id = int(self._view[StateField.capture_count])
         for event in self._engine.capture():
             self._tell(event)
         self._drain()
-        return capture_id
 
     def reset(self) -> None:
         """Forget all losses and make the current state the last known good one, as at attach.
@@ -235,10 +245,12 @@ class TolariaGovernor:
         self._drain()
 
     def wait(self) -> None:
-        """Make later work on the current stream wait for captures in flight (nothing to do on the CPU).
+        """Make later work on the current stream wait for a capture in flight (nothing to do on the CPU).
 
-        Call it before changing captured tensors in place outside an optimizer step.
+        Call it before changing captured tensors in place outside an optimizer step, and before replaying a CUDA graph
+        right after an eager step. It makes the stream wait, not the host.
         """
+        self._engine.wait()
 
     def close(self) -> None:
         """Let go of the model, the hooks and the slots; further calls are an error."""
@@ -246,6 +258,7 @@ class TolariaGovernor:
             self._closed = True
             if self._skipper is not None:
                 self._skipper.close()
+            self._engine.close()
 
     # -- telemetry ----------------------------------------------------------------------------------------------
 
@@ -261,6 +274,7 @@ class TolariaGovernor:
 
     def synchronize(self) -> list[GovernorEvent]:
         """Wait until everything ordered so far is done, then :meth:`poll`."""
+        self._engine.synchronize()
         return self.poll()
 
     def add_sink(self, sink: Sink) -> None:
@@ -274,6 +288,9 @@ class TolariaGovernor:
         deliver(self._sinks, event)
 
     def _drain(self) -> None:
+        if not self._reader.has_news:
+            return
+        self._engine.reconcile()
         slots = self._engine.slots
         for event in self._reader.read(slots.names, slots.table.nbytes):
             if isinstance(event, RollbackEvent):
@@ -284,28 +301,27 @@ class TolariaGovernor:
             self._tell(event)
         self._policy.check_budget()
 
-    # -- what it knows ------------------------------------------------------------------------------------------
+    # -- what it knows: on CUDA as of the last status word that arrived; synchronize() first for the latest ------
 
     @property
     def step_count(self) -> int:
         """Losses judged so far."""
-        return int(self._view[StateField.step])
+        return self._reader.status(StatusField.step)
 
     @property
     def rollback_count(self) -> int:
         """Rollbacks so far."""
-        return int(self._view[StateField.rollback_count])
+        return self._reader.status(StatusField.rollback_count)
+
+    @property
+    def last_good_step(self) -> int:
+        """Step of the last known good capture; 0 is the state at attach."""
+        return self._reader.status(StatusField.last_good_step)
 
     @property
     def last_report(self) -> GovernorReport | None:
         """The last rollback, as far as the host knows."""
         return self._last_report
-
-    @property
-    def last_good_step(self) -> int:
-        """Step of the last known good capture; 0 is the state at attach."""
-        good = int(self._view[StateField.last_good])
-        return int(self._view[StateField.slot_step_0 + good])
 
     @property
     def offending_steps(self) -> tuple[int, ...]:
@@ -314,16 +330,21 @@ class TolariaGovernor:
 
     @property
     def history(self) -> list[float]:
-        """The healthy losses of the window, oldest first."""
+        """The healthy losses of the window, oldest first. On CUDA it waits for the device."""
+        column: list[float] = self._state[:, 0].tolist()  # sync: for people
         window = self.config.window
-        size = int(self._view[memory_row(0, window, ops.MemoryField.history_size)])
+        size = int(column[memory_row(0, window, ops.MemoryField.history_size)])
         start = memory_row(0, window, len(ops.MemoryField))
-        return [float(x) for x in self._view[start : start + size]]
+        return column[start : start + size]
 
     @property
     def lifetime(self) -> dict[str, float]:
-        """Count, mean, population standard deviation, minimum and maximum of all healthy losses."""
-        count, mean, m2, low, high = (float(self._view[StateField.life_count + i]) for i in range(5))
+        """Count, mean, population standard deviation, minimum and maximum of all healthy losses.
+
+        On CUDA it waits for the device.
+        """
+        fields = self._state[StateField.life_count : StateField.life_max + 1, 0]
+        count, mean, m2, low, high = fields.tolist()  # sync: for people
         std = math.sqrt(m2 / count) if count else math.nan
         return {"count": count, "mean": mean if count else math.nan, "std": std, "min": low, "max": high}
 
@@ -335,6 +356,7 @@ class TolariaGovernor:
         if optimizer not in self._engine.tracked.optimizers:
             self._engine.tracked.optimizers.append(optimizer)
             self.notify_structure_changed()
+            self._engine.hook(optimizer)
             if self._skipper is not None:
                 self._skipper.hook(optimizer)
 
@@ -376,15 +398,15 @@ class TolariaGovernor:
         expected = (memory_row(3, config.window, 0), 1)
         if tuple(saved.shape) != expected or saved.dtype != torch.float64:
             raise ValueError(f"state: expected float64 statistics of shape {expected}, got {saved.dtype} {tuple(saved.shape)}")
-        before = self.config, self.random_guess_loss, self._state, self._settings, self._mailbox, self._view
-        engine, reader = self._engine, self._reader
+        former = self._engine
+        before = dict(vars(self))
         try:
             self.config, self.random_guess_loss = config, state["random_guess_loss"]
-            self._build(engine.tracked)
+            self._build(former.tracked)
         except ValueError:
-            self.config, self.random_guess_loss, self._state, self._settings, self._mailbox, self._view = before
-            self._engine, self._reader = engine, reader
+            vars(self).update(before)
             raise
+        former.close()
         fresh = self._state.clone()
         self._state.copy_(saved)
         for field in range(StateField.capture_order_0, StateField.restore_order + 1):
@@ -393,51 +415,3 @@ class TolariaGovernor:
             self._state[field] = fresh[field]
         self._engine.adopt_current_state()
         self._reader.skip_all()
-
-
-def checked_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    """The optimizers as a list, after a look at the types.
-
-    Raises:
-        TypeError: the model is no module, or an optimizer none.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    for i, optimizer in enumerate(listed):
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizers[{i}]: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return listed
-
-
-def single_device(model: nn.Module, optimizers: Sequence[Optimizer]) -> torch.device:
-    """The one device that the model's parameters are on; the optimizers' if it has none.
-
-    Raises:
-        RuntimeError: they are on several.
-    """
-    parameters = list(model.parameters()) or [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    devices = {p.device for p in parameters}
-    if len(devices) > 1:
-        raise RuntimeError(
-            f"model: its parameters are on {', '.join(sorted(map(str, devices)))}; one governor covers one device, "
-            "so put the model on one or give each part a governor of its own"
-        )
-    return devices.pop() if devices else torch.device("cpu")
-
-
-def resolve_random_guess_loss(num_classes: int | None, random_guess_loss: float | None) -> float | None:
-    """The loss of guessing: as given, or ln(num_classes), or None.
-
-    Raises:
-        ValueError: ``num_classes`` below 2, or a loss that is not positive and finite.
-    """
-    if random_guess_loss is not None:
-        if not (isinstance(random_guess_loss, int | float) and 0 < random_guess_loss < math.inf):
-            raise ValueError(f"random_guess_loss: expected a positive finite number, got {random_guess_loss!r}")
-        return float(random_guess_loss)
-    if num_classes is None:
-        return None
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f"num_classes: expected an integer of at least 2, got {num_classes!r}")
-    return math.log(num_classes)

@@ -18,10 +18,14 @@ _SCALED_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
 def clear_gradients(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Drop every gradient, and with it what was accumulated, since it belongs to the undone state."""
-    model.zero_grad(set_to_none=True)
+    """Drop every gradient, and with it what was accumulated, since it belongs to the undone state.
+
+    On CUDA gradients are zeroed where they are: a recorded graph keeps their addresses.
+    """
+    on_device = any(p.is_cuda for p in model.parameters())
+    model.zero_grad(set_to_none=not on_device)
     for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not on_device)
 
 
 def scale_learning_rates(optimizers: Iterable[Optimizer], schedulers: Iterable[object], factor: float) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from tolaria.errors import ConfigError
 from tolaria.governor.tracked import TrackedState
 
 
@@ -16,35 +17,68 @@ class StepSkipper:
     """Makes ``optimizer.step()`` do nothing after an unhealthy verdict, and undoes what the forward did to buffers.
 
     On the CPU a step without gradients is a step not taken: parameters, moments and step counters stay as they are,
-    for every optimizer of torch. (An optimizer that calls a closure computes new gradients; it is not skipped.) The
-    buffers are copied after every step, since the next forward changes them before its loss can be judged.
+    for every optimizer of torch. (An optimizer that calls a closure computes new gradients; it is not skipped.) On CUDA
+    the host does not know the verdict: a fused optimizer skips by itself when its ``found_inf`` is set, which is merged
+    with GradScaler's.
+
+    The buffers are copied after every step, since the next forward changes them before its loss can be judged.
+
+    Raises:
+        ConfigError: an optimizer on CUDA is not fused.
     """
 
     def __init__(self, tracked: TrackedState) -> None:
         self._tracked = tracked
+        self._on_device = tracked.device.type == "cuda"
         self._skip = False
+        self._flag = torch.zeros(1, dtype=torch.float32, device=tracked.device)
         self._handles: list[RemovableHandle] = []
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
+        self._lent: dict[int, bool] = {}
         for optimizer in tracked.optimizers:
             self.hook(optimizer)
         self.after_step()
 
     def hook(self, optimizer: Optimizer) -> None:
         """Watch one more optimizer."""
-        self._handles.append(optimizer.register_step_pre_hook(self._before_optimizer_step))
+        if self._on_device and not all(group.get("fused") for group in optimizer.param_groups):
+            raise ConfigError(
+                f"skip_anomalous_steps: expected optimizers made with fused=True on CUDA, got "
+                f"{type(optimizer).__name__} without it; nothing else can leave out a step that the host knows nothing of"
+            )
+        before = self._set_found_inf if self._on_device else self._drop_gradients
+        self._handles.append(optimizer.register_step_pre_hook(before))
+        if self._on_device:
+            self._handles.append(optimizer.register_step_post_hook(self._remove_found_inf))
 
-    def _before_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _drop_gradients(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._skip:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def after_verdict(self, *, skip: bool) -> None:
-        """Whether the optimizer steps up to the next call of :meth:`after_step` are left out."""
-        self._skip = skip
-        if skip and self._buffers:
-            torch._foreach_copy_(self._buffers, self._copies)
+    def _set_found_inf(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        scalers = getattr(optimizer, "found_inf", None)
+        self._lent[id(optimizer)] = not hasattr(optimizer, "grad_scale")
+        if self._lent[id(optimizer)]:
+            optimizer.grad_scale = None
+        optimizer.found_inf = self._flag if scalers is None else torch.maximum(scalers, self._flag)
+
+    def _remove_found_inf(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._lent.pop(id(optimizer), False):  # GradScaler removes what it set itself
+            del optimizer.grad_scale, optimizer.found_inf
+
+    def after_verdict(self, reason: Tensor) -> None:
+        """Leave out the optimizer steps up to the next call of :meth:`after_step` unless ``reason`` ``(1,)`` is 0."""
+        if not self._on_device:
+            self._skip = bool(reason != 0)
+            if self._skip and self._buffers:
+                torch._foreach_copy_(self._buffers, self._copies)
+            return
+        self._flag.copy_(reason != 0)
+        for buffer, copy in zip(self._buffers, self._copies, strict=True):
+            buffer.copy_(torch.where(self._flag.to(torch.bool), copy, buffer))
 
     def after_step(self) -> None:
         """The step is over: what the buffers hold now is what an undone forward goes back to."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tolaria.errors import SnapshotError
+from tolaria.governor.memory import allocate
 from tolaria.governor.tracked import Kind, TrackedTensor
 from tolaria.ops import SnapshotEntry, SnapshotTable, live_view, slot_view
 
@@ -25,134 +27,153 @@ class Place:
     """Kept alive while the place exists, since the key may hold its id."""
     live: Tensor
     """Distinct elements of the tensor as it was last seen."""
+    memory: tuple[Tensor, Tensor]
+    """Its bytes in either slot."""
     slots: tuple[Tensor, Tensor]
+    """The same, with the tensor's dtype and shape."""
     present: list[bool]
-    """Per slot: whether the last capture into it covered the tensor."""
+    """Per slot: whether the last capture into it covered the tensor (known on the CPU, where the host decides)."""
     is_live: bool = True
-    """False: the owner dropped the tensor, but the slot that may be restored still has it."""
+    """False: the owner dropped the tensor, but a slot that may be restored still has it."""
 
 
 class Slots:
-    """Two copies of the covered state, allocated once and laid out anew only when the structure changes.
+    """Two copies of the covered state.
 
-    A tensor that appears later gets its value at that moment in both slots (its birth value); the slots' copies of
-    the others are carried over bit for bit.
+    Memory is taken once; growth adds to it, so that what a slot holds stays where it is, and a tensor that goes away
+    leaves its room to the next of the same size. A tensor that appears later gets its value at that moment in both
+    slots (its birth value), optimizer state what it was before the first step.
+
+    Args:
+        device: where the live tensors are.
+        storage: ``"pinned"`` or ``"device"``; on the CPU slots are ordinary memory either way.
     """
 
-    def __init__(self, device: torch.device, *, pinned: bool = False, on_device: bool = False) -> None:
+    def __init__(self, device: torch.device, storage: str = "pinned") -> None:
         self.device = device
-        self._arena_device = device if on_device else torch.device("cpu")
-        self._pinned = pinned
+        self._storage = storage
         self.places: dict[Hashable, Place] = {}
         self.exempt: set[Hashable] = set()
         self.names: list[str] = []
-        self.table = SnapshotTable((), device=device)
-        self._arenas: tuple[Tensor, Tensor] | None = None
-        self._seen: list[tuple[int, Hashable, torch.Size, bool]] = []
+        self.table = SnapshotTable(device=device)
+        self.segments: list[Tensor] = []
+        self._free: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._seen: list[tuple[object, ...]] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of both slots."""
-        return 0 if self._arenas is None else 2 * self._arenas[0].numel()
+        return sum(segment.numel() for segment in self.segments)
 
-    def sync(self, tensors: list[TrackedTensor], zeroed: Iterable[Tensor] = ()) -> bool:
+    def is_current(self, tensors: Sequence[TrackedTensor]) -> bool:
+        """Whether these are the tensors that the table points to."""
+        return self._signature(tensors) == self._seen
+
+    @staticmethod
+    def _signature(tensors: Sequence[TrackedTensor]) -> list[tuple[object, ...]]:
+        return [(t.tensor.data_ptr(), t.key, t.tensor.shape, t.watched, t.zeroed) for t in tensors]
+
+    def sync(self, tensors: Sequence[TrackedTensor]) -> bool:
         """Bring the places in line with ``tensors``; True when something had changed.
 
         Raises:
-            SnapshotError: a tensor cannot be copied byte by byte (sparse, quantized).
+            SnapshotError: a tensor cannot be copied byte by byte (sparse, quantized), or memory ran out. Nothing has
+                changed then.
         """
-        seen = [(t.tensor.data_ptr(), t.key, t.tensor.shape, t.watched) for t in tensors]
-        if seen == self._seen:
+        signature = self._signature(tensors)
+        if signature == self._seen:
             return False
         for tracked in tensors:
             if tracked.tensor.layout != torch.strided or tracked.tensor.is_quantized:
                 raise SnapshotError(
-                    f"{tracked.name}: expected a dense tensor, got layout {tracked.tensor.layout}; a snapshot copies bytes"
+                    f"{tracked.name}: expected a dense tensor, got layout {tracked.tensor.layout}; "
+                    "a snapshot copies bytes"
                 )
         live = {t.key: (t, live_view(t.tensor)) for t in tensors}
-        if self._same_layout(live):
-            for key, (_, view) in live.items():
-                self.places[key].live = view
-        else:
-            self._lay_out(live)
+        fresh = {key: found for key, found in live.items() if not self._matches(key, *found)}
+        room = self._room_for([view for _, view in fresh.values()])
+        self._drop(key for key, p in self.places.items() if key in fresh or (key not in live and not any(p.present)))
+        for (key, (tracked, view)), memory in zip(fresh.items(), room, strict=True):
+            self.places[key] = self._born(tracked, view, memory)
         for key, place in self.places.items():
             place.is_live = key in live
-        self._seen = seen
-        unwatched = {t.key for t in tensors if not t.watched}
-        self._build_table(self.exempt | unwatched, zeroed)
+            if place.is_live:
+                place.live = live[key][1]
+        self._seen = signature
+        self._build_table(live)
         return True
 
-    def _same_layout(self, live: dict[Hashable, tuple[TrackedTensor, Tensor]]) -> bool:
-        return all(
-            key in self.places
-            and self.places[key].owner is tracked.owner
-            and self.places[key].live.shape == view.shape
-            and self.places[key].live.stride() == view.stride()
-            and self.places[key].live.dtype == view.dtype
-            for key, (tracked, view) in live.items()
-        )
+    def _matches(self, key: Hashable, tracked: TrackedTensor, view: Tensor) -> bool:
+        place = self.places.get(key)
+        if place is None or (tracked.kind == "optimizer" and place.owner is not tracked.owner):
+            return False
+        before = (place.live.shape, place.live.stride(), place.live.dtype)
+        return before == (view.shape, view.stride(), view.dtype)
 
-    def _lay_out(self, live: dict[Hashable, tuple[TrackedTensor, Tensor]]) -> None:
-        old = self.places
-        kept = {key: place for key, place in old.items() if key not in live and any(place.present)}
-        wanted = {key: (t.name, t.kind, t.owner, view) for key, (t, view) in live.items()}
-        wanted |= {key: (p.name, p.kind, p.owner, p.live) for key, p in kept.items()}
-        offsets, total = {}, 0
-        for key, (*_, view) in wanted.items():
-            offsets[key] = total
-            total += -(-view.numel() * view.element_size() // _ALIGN) * _ALIGN
-        self._arenas = (self._arena(total), self._arena(total))
-        self.places = {}
-        for key, (name, kind, owner, view) in wanted.items():
-            slots = (
-                slot_view(self._arenas[0], offsets[key], view),
-                slot_view(self._arenas[1], offsets[key], view),
-            )
-            before = old.get(key)
-            same = before is not None and before.live.shape == view.shape and before.live.dtype == view.dtype
-            for s in (0, 1):
-                slots[s].copy_(before.slots[s] if same and before is not None else view)
-            # Model tensors born later belong to both slots with their birth value; optimizer state does not.
-            present = list(before.present) if same and before is not None else [kind in ("parameter", "buffer")] * 2
-            self.places[key] = Place(name, kind, owner, view, slots, present)
+    def _room_for(self, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Room in both slots for each view: what is free, and one new segment for the rest."""
+        sizes = [-(-view.numel() * view.element_size() // _ALIGN) * _ALIGN for view in views]
+        free = {size: list(pairs) for size, pairs in self._free.items()}
+        found = [free[size].pop() if free.get(size) else None for size in sizes]
+        missing = sum(size for size, pair in zip(sizes, found, strict=True) if pair is None)
+        segments = [allocate(missing, self.device, self._storage) for _ in (0, 1)] if missing else []
+        self._free = defaultdict(list, free)
+        self.segments += segments
+        room, offset = [], 0
+        for size, pair in zip(sizes, found, strict=True):
+            if pair is None:
+                empty = torch.empty(0, dtype=torch.uint8)
+                pair = (segments[0][offset : offset + size], segments[1][offset : offset + size]) if size else (empty, empty)
+                offset += size
+            room.append(pair)
+        return room
 
-    def _arena(self, nbytes: int) -> Tensor:
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._arena_device, pin_memory=self._pinned)
-        except RuntimeError as error:
-            raise SnapshotError(
-                f"the snapshot slots need two buffers of {nbytes / 2**20:.1f} MiB "
-                f"({'page-locked ' if self._pinned else ''}memory on {self._arena_device}), which could not be had: "
-                f"{error}; use a smaller model or another GovernorConfig.storage"
-            ) from error
+    def _drop(self, keys: Iterable[Hashable]) -> None:
+        for key in list(keys):
+            place = self.places.pop(key)
+            self._free[place.memory[0].numel()].append(place.memory)
 
-    def _build_table(self, unsearched: set[Hashable], zeroed: Iterable[Tensor]) -> None:
+    @staticmethod
+    def _born(tracked: TrackedTensor, view: Tensor, memory: tuple[Tensor, Tensor]) -> Place:
+        slots = (slot_view(memory[0], 0, view), slot_view(memory[1], 0, view))
+        value = view
+        if tracked.zeroed or tracked.kind == "optimizer":
+            value = torch.full_like(view, 0 if tracked.zeroed else tracked.fresh_value or 0)
+        for slot in slots:
+            slot.copy_(value, non_blocking=True)
+        # Model tensors born later belong to both slots with their birth value; other state does not.
+        present = [tracked.kind in ("parameter", "buffer")] * 2
+        return Place(tracked.name, tracked.kind, tracked.owner, view, memory, slots, present)
+
+    def _build_table(self, live: dict[Hashable, tuple[TrackedTensor, Tensor]]) -> None:
         self.names = [place.name for place in self.places.values()]
-        entries = [
-            SnapshotEntry(
-                place.live,
-                place.slots,
-                1 if place.kind in ("parameter", "optimizer") else 0,
-                -1 if key in unsearched else index,
+        entries = []
+        for index, (key, place) in enumerate(self.places.items()):
+            if key not in live:
+                continue
+            tracked = live[key][0]
+            searched = tracked.watched and key not in self.exempt
+            entries.append(
+                SnapshotEntry(place.live, place.slots, tracked.part, index if searched else -1, tracked.zeroed)
             )
-            for index, (key, place) in enumerate(self.places.items())
-            if place.is_live
-        ]
-        entries += [SnapshotEntry(live_view(t), None, 0, -1) for t in zeroed]
-        self.table = SnapshotTable(entries, device=self.device)
+        self.table.update(entries)
 
     def mark_captured(self, slot: int) -> frozenset[Hashable]:
         """Note that slot now holds exactly the live tensors; returns their keys."""
         for place in self.places.values():
             place.present[slot] = place.is_live
+        return self.live_keys()
+
+    def live_keys(self) -> frozenset[Hashable]:
+        """Keys of the tensors that a capture covers now."""
         return frozenset(key for key, place in self.places.items() if place.is_live)
 
-    def missing_live(self, slot: int) -> list[tuple[Hashable, Tensor]]:
-        """Tensors that ``slot`` holds but whose owner dropped them, as fresh copies in the model's memory."""
+    def missing_live(self, slot: int, keys: frozenset[Hashable]) -> list[tuple[Hashable, Tensor]]:
+        """Tensors of ``keys`` that ``slot`` holds but whose owner dropped them, as fresh copies on their device."""
         return [
             (key, place.slots[slot].to(self.device, copy=True))
             for key, place in self.places.items()
-            if not place.is_live and place.present[slot]
+            if not place.is_live and key in keys
         ]
 
     def forget_optimizer(self, index: int) -> None:
@@ -161,6 +182,7 @@ class Slots:
         for key, place in self.places.items():
             if isinstance(key, tuple) and key[0] in ("state", "group"):
                 if key[1] == index:
+                    self._free[place.memory[0].numel()].append(place.memory)
                     continue
                 if key[1] > index:
                     key = (key[0], key[1] - 1, *key[2:])

@@ -58,6 +58,10 @@ class TrackedTensor:
     """The parameter that optimizer state belongs to; elsewhere the tensor itself."""
     watched: bool = True
     """Whether a non-finite value in it is the run's trouble; an incubating seed's is not."""
+    zeroed: bool = False
+    """A capture taken now restores it as 0: the alpha of a seed that is no fossil yet."""
+    fresh_value: float | None = None
+    """Optimizer state: what it holds before the first step, if that is the same as not being there."""
 
     @property
     def part(self) -> int:
@@ -85,6 +89,18 @@ class HostState:
     modules: dict[str, dict[str, Any]]
     rng: dict[str, Any]
     keys: frozenset[Hashable] = field(default_factory=frozenset)
+
+
+def fresh_value(optimizer: Optimizer, group: Mapping[str, Any], key: str) -> float | None:
+    """What a state tensor holds before the first step, if having that is the same as having no state; else None."""
+    name = type(optimizer).__name__
+    if name == "SGD":
+        return 0.0 if key == "momentum_buffer" and not group.get("dampening") else None
+    if name in ("Adam", "AdamW", "Adamax", "RMSprop", "Adadelta", "RAdam"):
+        return 0.0
+    if name == "NAdam":
+        return 1.0 if key == "mu_product" else 0.0
+    return None
 
 
 _SCALER_TENSORS = ("_scale", "_growth_tracker")
@@ -140,8 +156,11 @@ class TrackedState:
         for candidate in self._candidates():
             found.setdefault(id(candidate.tensor), candidate)
         incubating = {id(t) for _, module in self.seed_holders() for t in module.incubating_tensors()}
+        zeroed = {id(t) for _, module in self.participants() for t in module.zero_alpha_tensors()}
         return [
-            replace(t, watched=False) if id(t.owner) in incubating else t
+            replace(t, watched=id(t.owner) not in incubating, zeroed=id(t.tensor) in zeroed)
+            if id(t.owner) in incubating or id(t.tensor) in zeroed
+            else t
             for t in found.values()
             if t.tensor.device == self.device and t.owner not in self._retired
         ]
@@ -179,7 +198,8 @@ class TrackedState:
                     if isinstance(value, Tensor):
                         named = f"optimizer[{i}].{key}({name})"
                         key_ = ("state", i, id(parameter), key)
-                        yield TrackedTensor(key_, named, value, "optimizer", parameter)
+                        fresh = fresh_value(optimizer, group, key)
+                        yield TrackedTensor(key_, named, value, "optimizer", parameter, fresh_value=fresh)
 
     def structure(self) -> tuple[int, ...]:
         """A cheap sign of growth: parameters per group of every optimizer."""
@@ -248,10 +268,16 @@ class TrackedState:
         own = (f"generator[{i}]" for i in range(len(self.generators)))
         return ("torch.cpu", *device, "python.random", "numpy.random", *own)
 
-    def load_host_state(self, host: HostState) -> None:
-        """Put every host-side part back; what came into being after the capture is removed."""
+    def load_host_state(self, host: HostState, *, keep_fresh: bool = False) -> None:
+        """Put every host-side part back; what came into being after the capture is removed.
+
+        Args:
+            host: from :meth:`host_state`.
+            keep_fresh: leave optimizer state that was put back to its value before the first step where it is, so that
+                addresses stay what they were.
+        """
         for optimizer, captured in zip(self.optimizers, host.optimizers, strict=False):
-            self._load_optimizer(optimizer, captured)
+            self._load_optimizer(optimizer, captured, keep_fresh=keep_fresh)
         for optimizer in self.optimizers[len(host.optimizers) :]:  # unknown at the capture: it starts afresh
             optimizer.state.clear()
         for scheduler, state in zip(self.schedulers, host.schedulers, strict=False):
@@ -264,19 +290,23 @@ class TrackedState:
         self._load_rng(host.rng)
 
     @staticmethod
-    def _load_optimizer(optimizer: Optimizer, captured: OptimizerHost) -> None:
+    def _load_optimizer(optimizer: Optimizer, captured: OptimizerHost, *, keep_fresh: bool) -> None:
         del optimizer.param_groups[len(captured.groups) :]
         for group, values in zip(optimizer.param_groups, captured.groups, strict=False):
             group.update(copy.deepcopy(values))
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for parameter in list(optimizer.state):
-            keys = captured.state_keys.get(id(parameter))
-            if keys is None:
-                del optimizer.state[parameter]
-                continue
-            state = optimizer.state[parameter]
-            for key in [k for k in state if k not in keys]:
+            keys = captured.state_keys.get(id(parameter), set())
+            state, group = optimizer.state[parameter], groups.get(id(parameter))
+            late = [k for k in state if k not in keys]
+            if keep_fresh and group is not None and not keys:
+                fresh = [isinstance(state[k], Tensor) and fresh_value(optimizer, group, k) is not None for k in late]
+                late = [] if all(fresh) and all(state[k].device == parameter.device for k in late) else late
+            for key in late:
                 del state[key]
             state.update(copy.deepcopy(captured.values.get(id(parameter), {})))
+            if not state:
+                del optimizer.state[parameter]
 
     def _load_scaler(self, host: HostState) -> None:
         if self.scaler is None or host.scaler is None:

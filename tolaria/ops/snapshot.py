@@ -24,8 +24,12 @@ _CHECK_KIND = {
     torch.float16: 3,
     torch.bfloat16: 4,
 }
+_ZEROED = 5
 _COLUMNS = 6
+_NO_TENSOR = 2**63 - 1
 _MAX_RUNS = 65536
+_BLOCK_BYTES = 1 << 16
+"""On CUDA a row is at most this long, so that a row is a fair share for one block (256 16-byte words a thread group)."""
 
 
 def live_view(tensor: Tensor) -> Tensor:
@@ -85,45 +89,64 @@ class SnapshotEntry:
 
     live: Tensor
     """What is copied from and back to; see :func:`live_view`."""
-    slots: tuple[Tensor, Tensor] | None
-    """Where to, in either slot; see :func:`slot_view`. None: never captured, zeroed at a restore."""
+    slots: tuple[Tensor, Tensor]
+    """Where to, in either slot; see :func:`slot_view`."""
     part: int
     """0: copied at once, on the current stream; 1: may be copied later, on a side stream."""
     report_index: int
     """What a capture reports when it finds a non-finite value here; -1: not looked for."""
+    zeroed: bool = False
+    """A capture writes zeros instead, so that a restore brings zeros: the alpha of a seed that will be dropped."""
 
 
 class SnapshotTable:
     """Addresses of everything that a capture or a restore touches; owns the tensors it points to.
 
     Attributes:
-        data: int64 ``(1 + rows, 6)``, what the compiled ops read: a header, then the rows of part 0, then of part 1.
+        data: int64 ``(1 + capacity, 6)`` on ``device``, what the compiled ops read: a header, then the rows of part 0,
+            then of part 1, then spare room on CUDA, so that recorded graphs stay valid while the structure changes.
         entries: the tensors behind the rows.
     """
 
-    def __init__(self, entries: Sequence[SnapshotEntry], *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, entries: Sequence[SnapshotEntry] = (), *, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.entries: tuple[SnapshotEntry, ...] = ()
+        self.data = torch.zeros(1, _COLUMNS, dtype=torch.int64, device=self.device)
+        self.update(entries)
+
+    def update(self, entries: Sequence[SnapshotEntry]) -> None:
+        """Replace the entries; in place, at the same address, wherever the spare room suffices.
+
+        On CUDA the new rows are uploaded on the current stream, from page-locked memory, without waiting.
+        """
         self.entries = tuple(sorted(entries, key=lambda entry: entry.part))
         rows = [row for entry in self.entries for row in self._rows(entry)]
-        first = sum(1 for entry in self.entries if entry.part == 0 for _ in _runs(entry.live))
-        header = [first, len(rows), 0, 0, 0, 0]
-        self.data = torch.tensor([header, *rows], dtype=torch.int64).to(device)
+        first = sum(1 for entry in self.entries if entry.part == 0 for _ in self._rows(entry))
+        matrix = torch.tensor([[first, len(rows), 0, 0, _NO_TENSOR, _NO_TENSOR], *rows], dtype=torch.int64)
+        if self.device.type == "cpu":
+            self.data = matrix
+            return
+        if len(matrix) > len(self.data):
+            self.data = torch.zeros(2 * len(matrix), _COLUMNS, dtype=torch.int64, device=self.device)
+        self.data[: len(matrix)].copy_(matrix.pin_memory(), non_blocking=True)
 
-    @staticmethod
-    def _rows(entry: SnapshotEntry) -> Iterator[list[int]]:
+    def fits(self, rows: int) -> bool:
+        """Whether so many rows fit without a new address."""
+        return rows < len(self.data)
+
+    def _rows(self, entry: SnapshotEntry) -> Iterator[list[int]]:
         check = _CHECK_KIND.get(entry.live.dtype, 0) if entry.report_index >= 0 else 0
-        bases = (0, 0) if entry.slots is None else (entry.slots[0].data_ptr(), entry.slots[1].data_ptr())
+        check = _ZEROED if entry.zeroed else check
+        longest = 1 << 62 if self.device.type == "cpu" else _BLOCK_BYTES
         for address, offset, nbytes in _runs(entry.live):
-            places = [base + offset if base else 0 for base in bases]
-            yield [address, *places, nbytes, check, entry.report_index]
+            for start in range(0, nbytes, longest):
+                places = [slot.data_ptr() + offset + start for slot in entry.slots]
+                yield [address + start, *places, min(longest, nbytes - start), check, entry.report_index]
 
     @property
     def nbytes(self) -> int:
         """Bytes that one capture writes."""
-        return sum(e.live.numel() * e.live.element_size() for e in self.entries if e.slots is not None)
-
-    def addresses(self) -> list[int]:
-        """Where the live tensors lie, to notice that one was replaced."""
-        return [entry.live.data_ptr() for entry in self.entries]
+        return sum(e.live.numel() * e.live.element_size() for e in self.entries)
 
 
 def snapshot_capture_(
@@ -147,12 +170,12 @@ def snapshot_capture_(
     if _backend.fused(state):
         torch.ops.tolaria.snapshot_capture_.default(state, column, table.data, part, mailbox)
         return
-    kept = [e for e in table.entries if e.part == part and e.slots is not None]
+    kept = [e for e in table.entries if e.part == part]
     reference.snapshot_capture_(
         state,
         column,
-        [e.live for e in kept],
-        [e.slots for e in kept if e.slots is not None],
+        [torch.zeros_like(e.live) if e.zeroed else e.live for e in kept],
+        [e.slots for e in kept],
         [e.report_index if e.live.dtype in _CHECK_KIND else -1 for e in kept],
         part,
         mailbox,
@@ -164,7 +187,7 @@ def snapshot_restore_(
 ) -> None:
     """Carry out a restore that was ordered for governor ``column``; nothing without an order.
 
-    Every tensor of ``table`` gets the bytes of the last known good slot, in place; entries without slots are zeroed.
+    Every tensor of ``table`` gets the bytes of the last known good slot, in place.
     The governor's memory of that slot becomes the live one.
 
     Args:
@@ -177,13 +200,5 @@ def snapshot_restore_(
     if _backend.fused(state):
         torch.ops.tolaria.snapshot_restore_.default(state, column, config, table.data, mailbox)
         return
-    kept = [e for e in table.entries if e.slots is not None]
-    reference.snapshot_restore_(
-        state,
-        column,
-        config,
-        [e.live for e in kept],
-        [e.slots for e in kept if e.slots is not None],
-        [e.live for e in table.entries if e.slots is None],
-        mailbox,
-    )
+    live, slots = [e.live for e in table.entries], [e.slots for e in table.entries]
+    reference.snapshot_restore_(state, column, config, live, slots, mailbox)

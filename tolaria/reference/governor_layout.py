@@ -50,7 +50,7 @@ StatusField = IntEnum(
     "StatusField",
     [
         "events", "step", "reason", "rollback", "rollback_count", "restored_capture", "restored_step",
-        "last_good_capture", "last_good_step", "capture_count", "promotion_count", "tensor_index",
+        "last_good_capture", "last_good_step", "capture_count", "promotion_count", "tensor_index", "anchor_step",
     ],
     start=0,
 )  # fmt: skip

@@ -48,7 +48,6 @@ def snapshot_restore_(
     config: Tensor,
     live: Sequence[Tensor],
     slots: Sequence[tuple[Tensor, Tensor]],
-    zeroed: Sequence[Tensor],
     mailbox: Tensor | None = None,
 ) -> None:
     """Reference of :func:`tolaria.ops.snapshot_restore_`."""
@@ -57,8 +56,6 @@ def snapshot_restore_(
     slot = int(state[StateField.last_good, column])
     if live:
         torch._foreach_copy_(list(live), [pair[slot] for pair in slots])
-    if zeroed:
-        torch._foreach_zero_(list(zeroed))
     g = Governors(state, config, mailbox)
     row = torch.zeros(state.shape[1], dtype=torch.bool, device=state.device)
     row[column] = True

@@ -1,0 +1,81 @@
+// The governor ops' arguments, checked and turned into plain structs that both the CPU loop and the CUDA kernel take.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "common/governor_checks.h"
+#include "math/governor.h"
+
+namespace tolaria {
+
+// n governors side by side, with their rows of the mailbox.
+struct GovernorBatch {
+  double* state;
+  int64_t n;
+  int window;
+  double* mailbox;
+  int64_t mailbox_row;
+  int64_t ring_records;
+
+  C10_HOST_DEVICE math::Governor operator[](int64_t i) const {
+    return {state + i, n, window, mailbox == nullptr ? nullptr : mailbox + i * mailbox_row, ring_records};
+  }
+};
+
+inline GovernorBatch governor_batch(at::Tensor& state, const std::optional<at::Tensor>& mailbox) {
+  const int window = governor_window(state);
+  const int64_t records = check_mailbox(state, mailbox);
+  const int64_t row = mailbox.has_value() ? mailbox->size(1) : 0;
+  return {state.mutable_data_ptr<double>(), state.size(1), window,
+          mailbox.has_value() ? mailbox->mutable_data_ptr<double>() : nullptr, row, records};
+}
+
+inline math::Governor governor_at(at::Tensor& state, int64_t column, const std::optional<at::Tensor>& mailbox) {
+  check_column(state, column);
+  return governor_batch(state, mailbox)[column];
+}
+
+// What is judged: a loss for each governor, and two optional flags.
+struct GovernorLosses {
+  const void* loss;
+  at::ScalarType loss_dtype;
+  const void* nonfinite;
+  at::ScalarType nonfinite_dtype;
+  const void* active;
+  at::ScalarType active_dtype;
+
+  C10_HOST_DEVICE double operator[](int64_t i) const { return load_as_double(loss, loss_dtype, i); }
+  C10_HOST_DEVICE bool is_active(int64_t i) const {
+    return active == nullptr || load_as_double(active, active_dtype, i) != 0.0;
+  }
+  // A NaN flag counts as raised.
+  C10_HOST_DEVICE bool is_nonfinite(int64_t i) const {
+    return nonfinite != nullptr && !(load_as_double(nonfinite, nonfinite_dtype, i) == 0.0);
+  }
+};
+
+// Keeps alive what `losses` points to (an argument that was not contiguous was copied).
+struct GovernorArguments {
+  GovernorArguments(const at::Tensor& state, const at::Tensor& loss, const std::optional<at::Tensor>& nonfinite,
+                    const std::optional<at::Tensor>& active)
+      : loss_(check_loss(state, loss)),
+        nonfinite_(check_flag(state, nonfinite, "nonfinite")),
+        active_(check_flag(state, active, "active")),
+        losses{loss_.const_data_ptr(),
+               loss_.scalar_type(),
+               nonfinite_ ? nonfinite_->const_data_ptr() : nullptr,
+               nonfinite_ ? nonfinite_->scalar_type() : at::kBool,
+               active_ ? active_->const_data_ptr() : nullptr,
+               active_ ? active_->scalar_type() : at::kBool} {}
+
+ private:
+  at::Tensor loss_;
+  std::optional<at::Tensor> nonfinite_, active_;
+
+ public:
+  GovernorLosses losses;
+};
+
+}  // namespace tolaria

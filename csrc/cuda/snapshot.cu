@@ -1,0 +1,182 @@
+// tolaria::snapshot_capture_ and snapshot_restore_ on CUDA: one launch for any number of tensors.
+//
+// Every block reads the order first and returns at once if there is none, so the host can enqueue the same work at every
+// step without knowing. Blocks take rows of the table in turn; the last block to finish does the bookkeeping. Orders are
+// only cleared there, when every block has read them.
+#include <ATen/core/Tensor.h>
+
+#include "common/governor_batch.h"
+#include "common/snapshot_table.h"
+#include "cuda/launch.cuh"
+#include "ops.h"
+
+namespace tolaria {
+namespace {
+
+// Copies go at the speed of the bus, which few blocks saturate; more would only take multiprocessors from training.
+constexpr int kCaptureBlocksPerMultiprocessor = 1;
+constexpr int kCaptureMultiprocessorShare = 4;  // a capture uses at most a quarter of the device
+constexpr int kCaptureThreads = cuda::kBlock;
+
+template <typename word_t>
+__device__ bool has_nonfinite(word_t word, int64_t check) {
+  // Non-finite: every exponent bit set. 16-bit types lie two to a 32-bit word.
+  if constexpr (sizeof(word_t) == 2) {
+    const unsigned mask = check == kCheckHalf ? 0x7c00u : 0x7f80u;
+    return (word & mask) == mask;
+  } else if constexpr (sizeof(word_t) == 4) {
+    if (check == kCheckFloat) return (word & 0x7f800000u) == 0x7f800000u;
+    const unsigned mask = check == kCheckHalf ? 0x7c00u : 0x7f80u;
+    return (word & mask) == mask || ((word >> 16) & mask) == mask;
+  } else {
+    return (word & 0x7ff0000000000000ull) == 0x7ff0000000000000ull;
+  }
+}
+
+__device__ bool has_nonfinite(uint4 v, int64_t check) {
+  if (check == kCheckDouble) {  // the exponent is in the high word of each pair
+    return (v.y & 0x7ff00000u) == 0x7ff00000u || (v.w & 0x7ff00000u) == 0x7ff00000u;
+  }
+  return has_nonfinite(v.x, check) || has_nonfinite(v.y, check) || has_nonfinite(v.z, check) ||
+         has_nonfinite(v.w, check);
+}
+
+// One row by one block, word by word; true if a thread met a non-finite value. `words` counts word_t.
+template <typename word_t>
+__device__ bool copy_words(char* target, const char* source, int64_t words, int64_t check) {
+  bool bad = false;
+  auto* to = reinterpret_cast<word_t*>(target);
+  const auto* from = reinterpret_cast<const word_t*>(source);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < words; i += kCaptureThreads) {
+    const word_t word = from[i];
+    to[i] = word;
+    if constexpr (sizeof(word_t) >= 2) {
+      if (check != kCheckNone) bad |= has_nonfinite(word, check);
+    }
+  }
+  return bad;
+}
+
+// Width of the widest access that both addresses allow.
+__device__ int alignment(const void* a, const void* b) {
+  const auto bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
+  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
+}
+
+// The widest words first, then narrower ones for what is left. A searched row is whole elements at addresses aligned to
+// them, so no word is narrower than an element; bytes only occur where nothing is searched.
+__device__ bool copy_bytes(char* target, const char* source, int64_t bytes, int64_t check) {
+  const int width = alignment(target, source);
+  int64_t done = 0;
+  bool bad = false;
+  const auto advance = [&](auto word, bool fits) {
+    using word_t = decltype(word);
+    if (!fits) return;
+    const int64_t words = (bytes - done) / static_cast<int64_t>(sizeof(word_t));
+    bad |= copy_words<word_t>(target + done, source + done, words, check);
+    done += words * static_cast<int64_t>(sizeof(word_t));
+  };
+  advance(uint4{}, width >= 16);
+  if (check == kCheckDouble) {
+    advance(0ull, width >= 8);
+    return bad;
+  }
+  advance(0u, width >= 4);
+  advance(static_cast<unsigned short>(0), width >= 2);
+  advance(static_cast<unsigned char>(0), true);
+  return bad;
+}
+
+__device__ void zero_bytes(char* target, int64_t bytes) {
+  for (int64_t i = threadIdx.x; i < bytes; i += kCaptureThreads) target[i] = 0;
+}
+
+// True in every thread of the block that finishes last; all that other blocks wrote is visible to it.
+__device__ bool is_last_block(unsigned long long* blocks_done) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(blocks_done, 1ull) == gridDim.x - 1;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+__global__ void __launch_bounds__(kCaptureThreads)
+    snapshot_capture_kernel(math::Governor g, SnapshotHeader* header, const SnapshotRow* rows, int part) {
+  const double order = g[math::field::capture_order_0 + part];
+  if (order < 0.0) return;
+  const int slot = static_cast<int>(order);
+  const SnapshotTable table{header, rows};
+  const int64_t end = table.end(part);
+  for (int64_t r = table.begin(part) + blockIdx.x; r < end; r += gridDim.x) {
+    const SnapshotRow row = rows[r];
+    auto* target = reinterpret_cast<char*>(row.slot[slot]);
+    bool bad = false;
+    if (row.check == kZeroed) {
+      zero_bytes(target, row.bytes);
+    } else {
+      bad = copy_bytes(target, reinterpret_cast<const char*>(row.live), row.bytes, row.check);
+    }
+    if (__syncthreads_or(bad) && threadIdx.x == 0) {
+      atomicMin(&header->first_bad[part], static_cast<unsigned long long>(row.tensor));
+    }
+  }
+  if (is_last_block(&header->blocks_done[part]) && threadIdx.x == 0) {
+    const unsigned long long bad = atomicExch(&header->first_bad[part], kNoTensor);
+    header->blocks_done[part] = 0;
+    math::finish_capture_part(g, part, bad == kNoTensor ? -1.0 : static_cast<double>(bad));
+  }
+}
+
+__global__ void __launch_bounds__(kCaptureThreads)
+    snapshot_restore_kernel(math::Governor g, const double* config, SnapshotHeader* header, const SnapshotRow* rows) {
+  if (g[math::field::restore_order] == 0.0) return;
+  const int slot = static_cast<int>(g[math::field::last_good]);
+  const int64_t end = header->rows;
+  for (int64_t r = blockIdx.x; r < end; r += gridDim.x) {
+    const SnapshotRow row = rows[r];
+    copy_bytes(reinterpret_cast<char*>(row.live), reinterpret_cast<const char*>(row.slot[slot]), row.bytes,
+               kCheckNone);
+  }
+  if (is_last_block(&header->blocks_done[0]) && threadIdx.x == 0) {
+    header->blocks_done[0] = 0;
+    math::commit_rollback(g, config);
+    math::write_status(g);
+  }
+}
+
+// Rows are split to this many bytes when the table is made, so one row is a fair share for a block.
+unsigned blocks_for(const at::Tensor& table, int share) {
+  const int64_t limit = std::max(1, cuda::multiprocessors() * kCaptureBlocksPerMultiprocessor / share);
+  return static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(1, table.size(0) - 1), limit));
+}
+
+SnapshotHeader* header_of(const at::Tensor& table) {
+  return reinterpret_cast<SnapshotHeader*>(const_cast<int64_t*>(table.const_data_ptr<int64_t>()));
+}
+
+}  // namespace
+
+void snapshot_capture_cuda(at::Tensor& state, int64_t column, const at::Tensor& table, int64_t part,
+                           const std::optional<at::Tensor>& mailbox) {
+  const c10::cuda::CUDAGuard guard(state.device());
+  const math::Governor g = governor_at(state, column, mailbox);
+  check_snapshot_table(state, table);
+  TORCH_CHECK_VALUE(part >= 0 && part < math::kCaptureParts, "part: expected 0 or 1, got ", part);
+  TOLARIA_LAUNCH(snapshot_capture_kernel, blocks_for(table, kCaptureMultiprocessorShare), kCaptureThreads, g,
+                 header_of(table), snapshot_table(table).rows, static_cast<int>(part));
+}
+
+void snapshot_restore_cuda(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
+                           const std::optional<at::Tensor>& mailbox) {
+  const c10::cuda::CUDAGuard guard(state.device());
+  const math::Governor g = governor_at(state, column, mailbox);
+  check_governor_config(state, config);
+  check_snapshot_table(state, table);
+  TOLARIA_LAUNCH(snapshot_restore_kernel, blocks_for(table, 1), kCaptureThreads, g, config.const_data_ptr<double>(),
+                 header_of(table), snapshot_table(table).rows);
+}
+
+}  // namespace tolaria
