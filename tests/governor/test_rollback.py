@@ -205,14 +205,14 @@ def test_restore_keeps_every_address_and_a_capture_allocates_nothing(backend: st
     tensors += [v for s in run.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
     addresses = [t.data_ptr() for t in tensors]
     slots = governor._engine.slots
-    arenas = [a.data_ptr() for a in slots._arenas or ()]
-    table = slots.table
+    arenas = [segment.data_ptr() for segment in slots.segments]
+    table = slots.table.data
     run.train(batches(12, seed=2))
     governor.step(float("inf"))
     assert governor.rollback_count == 1
     assert [t.data_ptr() for t in tensors] == addresses
-    assert [a.data_ptr() for a in slots._arenas or ()] == arenas
-    assert slots.table is table, "the table is rebuilt only when the structure changes"
+    assert [segment.data_ptr() for segment in slots.segments] == arenas
+    assert slots.table.data is table, "the table is rebuilt only when the structure changes"
 
 
 def test_poisoned_buffer_is_found_by_the_capture_and_never_promoted(backend: str) -> None:

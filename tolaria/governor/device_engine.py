@@ -25,7 +25,7 @@ from tolaria.errors import TolariaError
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import GovernorEvent, MailboxReader, SeedCulledEvent
-from tolaria.governor.memory import allocate, release
+from tolaria.governor.memory import allocate
 from tolaria.governor.tracked import HostState, TrackedState
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 
@@ -79,7 +79,7 @@ class DeviceEngine(Engine):
             self.adopt_current_state()
         for optimizer in tracked.optimizers:
             self.hook(optimizer)
-        self._finalizer = weakref.finalize(self, _let_go, self._flight, self.slots.segments, self._handles)
+        self._finalizer = weakref.finalize(self, _let_go, self._flight, self._handles, self.slots, mailbox)
 
     def hook(self, optimizer: Optimizer) -> None:
         """Make ``optimizer`` wait for a capture in flight before it changes what is being captured."""
@@ -279,11 +279,9 @@ class DeviceEngine(Engine):
                 self._seed_flags[name] = (flag, tensors)
 
 
-def _let_go(flight: _Flight, segments: list[Tensor], handles: list[RemovableHandle]) -> None:
-    """The end of an engine: no capture may still write the slots when their memory goes."""
+def _let_go(flight: _Flight, handles: list[RemovableHandle], *memory: object) -> None:
+    """The end of an engine: no capture may still write ``memory``, which lives as long as this call's arguments."""
     for handle in handles:
         handle.remove()
     if flight.started:
         flight.done.synchronize()  # sync: once, when the governor goes
-    release(segments)
-    segments.clear()

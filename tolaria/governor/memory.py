@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+import weakref
 
 import torch
 from torch import Tensor
@@ -44,11 +44,6 @@ def _page_locked(nbytes: int) -> Tensor:
     status = runtime.cudaHostRegister(whole.data_ptr(), nbytes, 1)  # 1: valid in every CUDA context
     if int(status) != 0:
         raise MemoryError(f"cudaHostRegister failed with {status}")
+    # The storage holds the pages; when it lets go of them they are unlocked, before they are unmapped.
+    weakref.finalize(pages, runtime.cudaHostUnregister, whole.data_ptr())
     return whole[:nbytes]
-
-
-def release(buffers: Iterable[Tensor]) -> None:
-    """Unlock the pages of page-locked buffers from :func:`allocate`; the device must be done with them."""
-    for buffer in buffers:
-        if buffer.device.type == "cpu" and buffer.is_pinned():
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())

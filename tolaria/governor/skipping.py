@@ -77,8 +77,9 @@ class StepSkipper:
                 torch._foreach_copy_(self._buffers, self._copies)
             return
         self._flag.copy_(reason != 0)
+        skip = self._flag.view(()) != 0
         for buffer, copy in zip(self._buffers, self._copies, strict=True):
-            buffer.copy_(torch.where(self._flag.to(torch.bool), copy, buffer))
+            buffer.copy_(torch.where(skip, copy, buffer))
 
     def after_step(self) -> None:
         """The step is over: what the buffers hold now is what an undone forward goes back to."""
