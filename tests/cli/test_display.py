@@ -31,4 +31,4 @@ def test_live_display_shows_seed_and_rollback(tmp_path, monkeypatch):
         assert part in said
     names = [name for name, _ in display.rows()]
     assert names == ["host alone, test", "at the end, test", "seed", "parameters", "governor", "steps"]
-    assert "1 rollbacks" in dict(display.rows())["governor"]
+    assert "1 rollback," in dict(display.rows())["governor"]

@@ -33,6 +33,11 @@ def _words(reason: PanicReason) -> str:
     return reason.name.replace("_", " ").lower()
 
 
+def count(number: int, one: str, many: str | None = None) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def describe(event: GovernorEvent) -> str | None:
     """An event in words; None for the routine ones."""
     if isinstance(event, RollbackEvent):
@@ -43,7 +48,7 @@ def describe(event: GovernorEvent) -> str | None:
             f"loss {report.loss:.4g}, {report.steps_lost} steps lost"
         )
     if isinstance(event, VerdictEvent) and not event.rollback:
-        return f"anomaly: {_words(event.reason)}, loss {event.loss:.4g} (mean {event.mean:.4g})"
+        return f"{_words(event.reason)}, sat through: loss {event.loss:.4g} (mean {event.mean:.4g})"
     return None
 
 
@@ -96,8 +101,8 @@ class QuietDisplay(GrowthObserver):
         governed = "off"
         if context.governor is not None:
             governed = (
-                f"{self.captures} captures, {self.anomalies} anomalies, {self.rollbacks} rollbacks, "
-                f"{self.steps_lost} steps lost"
+                f"{count(self.captures, 'capture')}, {count(self.anomalies, 'anomaly', 'anomalies')}, "
+                f"{count(self.rollbacks, 'rollback')}, {count(self.steps_lost, 'step')} lost"
             )
         rows.append(("governor", governed))
         ended = " (interrupted)" if result.interrupted else " (diverged)" if result.error is not None else ""
@@ -260,8 +265,8 @@ class RichDisplay(QuietDisplay):
                 "validation", f"{_metrics(self._validation.metrics, context)} (step {self._validation.step})"
             )
         governed = "[yellow]off[/]" if context.governor is None else (
-            f"{self.captures} captures, known good: step {self.last_good}, "
-            f"{self.anomalies} anomalies, {self.rollbacks} rollbacks"
+            f"{count(self.captures, 'capture')}, known good: step {self.last_good}, "
+            f"{count(self.anomalies, 'anomaly', 'anomalies')}, {count(self.rollbacks, 'rollback')}"
         )  # fmt: skip
         grid.add_row("governor", governed)
         yield grid

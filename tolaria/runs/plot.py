@@ -169,8 +169,9 @@ def _draw_accuracy(axis: Any, run: RunData) -> None:  # noqa: ANN401
         axis.plot(
             at, [value], marker="D", markersize=6, color=_SMOOTH, linestyle="none", zorder=5, clip_on=False
         )
-        axis.annotate(f"{text} {value:.2f}%", (at[0], value), xytext=(-8, -13), textcoords="offset points",
-                      fontsize=8, ha="right", color=_SMOOTH)  # fmt: skip
+        axis.annotate(f"{text} {value:.2f}%", (at[0], value), xytext=(-9, -4), textcoords="offset points",
+                      fontsize=8, ha="right", color=_SMOOTH, zorder=6,
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})  # fmt: skip
     axis.set_ylabel("accuracy (%)")
     finite = sorted(v for v in [*values, *seen] if math.isfinite(v))
     if finite:
