@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import tolaria
 from tolaria.cli.display import sparkline
 from tolaria.cli.main import main
 
@@ -84,7 +87,13 @@ def test_divergence_ends_the_run_with_a_complete_folder(tmp_path, capsys):
 def test_ctrl_c_leaves_a_complete_folder(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "tolaria", "train", "digits", "--threads", "1", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(tolaria.__file__).parents[1]),
+    }  # the package under test
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:

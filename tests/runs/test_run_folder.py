@@ -9,6 +9,7 @@ import torch
 from tolaria.errors import TolariaError
 from tolaria.runs import RunFolder, load_model, plot_run, read_lines, run_task, save_model
 from tolaria.tasks import create_model
+from tolaria.train import GrowthObserver
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,28 @@ def test_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="expected a folder, got the file"):
         RunFolder(tmp_path / "file", plot=False)
+
+
+class Interrupter(GrowthObserver):
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def on_phase_start(self, phase: str, step: int) -> None:
+        if phase == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("phase", ["host", "blend"])
+def test_run_interrupted_anywhere_leaves_a_complete_folder(phase, tmp_path):
+    result = run_task("digits", out=tmp_path, steps=40, threads=1, observers=[Interrupter(phase)])
+    assert result.interrupted
+    assert json.loads((tmp_path / "summary.json").read_text())["interrupted"] is True
+    assert (tmp_path / "run.png").exists()
+    assert load_model(tmp_path).structure() == result.model.structure()
+
+
+def test_run_that_nobody_watches_is_drawn_in_spite_of_nan(tmp_path):
+    result = run_task("digits", out=tmp_path, steps=40, threads=1, use_governor=False, inject=["nan-loss@1"])
+    assert math.isnan(read_lines(tmp_path / "metrics.jsonl")[0]["loss"])
+    assert result.rollbacks == 0
+    assert (tmp_path / "run.png").exists()
