@@ -461,6 +461,8 @@ def test_blueprints_can_be_registered_once() -> None:
     assert torch.equal(slot(IMAGE), 2 * IMAGE)
 
 
+# Without an extension dynamo traces the reference's autograd functions, and warns of its own way of doing so.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_slot_works_under_torch_compile() -> None:
     slot = slot_in(SeedStage.BLENDING, Doubling)
     assert slot.schedule is not None

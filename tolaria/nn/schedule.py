@@ -26,7 +26,8 @@ def alpha_fraction(kind: ScheduleKind, fraction: float) -> float:
     if kind == "cosine":
         return 0.5 * (1.0 - math.cos(math.pi * fraction))
     low = 1.0 / (1.0 + math.exp(_SIGMOID_SPAN))
-    return (1.0 / (1.0 + math.exp(_SIGMOID_SPAN * (1.0 - 2.0 * fraction))) - low) / (1.0 - 2.0 * low)
+    value = 1.0 / (1.0 + math.exp(_SIGMOID_SPAN * (1.0 - 2.0 * fraction)))
+    return min(1.0, max(0.0, (value - low) / (1.0 - 2.0 * low)))  # rounding may pass the ends
 
 
 class AlphaSchedule:
