@@ -1,4 +1,4 @@
-"""The snapshot ops as ops: what torch.library asks of them. Captures and restores are tested in tests/governor."""
+"""The snapshot ops as ops: what torch.library asks of them. Their rule is tested in tests/governor."""
 
 import pytest
 import torch
