@@ -19,6 +19,10 @@ at::Tensor blend_autograd(const at::Tensor& host, const at::Tensor& seed, const 
 TensorTriple blend_backward_cpu(const at::Tensor& grad, const std::optional<at::Tensor>& host,
                                 const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
                                 at::ScalarType seed_dtype, std::array<bool, 3> output_mask);
+at::Tensor blend_cuda(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha);
+TensorTriple blend_backward_cuda(const at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                 const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                 at::ScalarType seed_dtype, std::array<bool, 3> output_mask);
 TensorTriple blend_backward_autograd(const at::Tensor& grad, const std::optional<at::Tensor>& host,
                                      const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
                                      at::ScalarType seed_dtype, std::array<bool, 3> output_mask);
@@ -27,14 +31,18 @@ TensorTriple blend_backward_autograd(const at::Tensor& grad, const std::optional
 at::Tensor seed_gate_cpu(const at::Tensor& features, const at::Tensor& alpha);
 at::Tensor seed_gate_autograd(const at::Tensor& features, const at::Tensor& alpha);
 at::Tensor seed_gate_backward_cpu(const at::Tensor& grad, const at::Tensor& alpha);
+at::Tensor seed_gate_cuda(const at::Tensor& features, const at::Tensor& alpha);
+at::Tensor seed_gate_backward_cuda(const at::Tensor& grad, const at::Tensor& alpha);
 at::Tensor seed_gate_backward_autograd(const at::Tensor& grad, const at::Tensor& alpha);
 
 // straight_through
 at::Tensor straight_through_cpu(const at::Tensor& host, const at::Tensor& seed);
+at::Tensor straight_through_cuda(const at::Tensor& host, const at::Tensor& seed);
 at::Tensor straight_through_autograd(const at::Tensor& host, const at::Tensor& seed);
 
 // tensor_stats: `refuse` serves the layouts that are an error
 at::Tensor tensor_stats_cpu(const c10::List<std::optional<at::Tensor>>& tensors);
+at::Tensor tensor_stats_cuda(const c10::List<std::optional<at::Tensor>>& tensors);
 at::Tensor tensor_stats_autograd(const c10::List<std::optional<at::Tensor>>& tensors);
 at::Tensor tensor_stats_refuse(const c10::List<std::optional<at::Tensor>>& tensors);
 
@@ -42,6 +50,8 @@ at::Tensor tensor_stats_refuse(const c10::List<std::optional<at::Tensor>>& tenso
 std::vector<std::string> metrics_fields();
 void classification_metrics_cpu(at::Tensor& acc, const at::Tensor& logits, const at::Tensor& labels,
                                 int64_t ignore_index, int64_t topk);
+void classification_metrics_cuda(at::Tensor& acc, const at::Tensor& logits, const at::Tensor& labels,
+                                 int64_t ignore_index, int64_t topk);
 void classification_metrics_autograd(at::Tensor& acc, const at::Tensor& logits, const at::Tensor& labels,
                                      int64_t ignore_index, int64_t topk);
 

@@ -57,6 +57,18 @@ TORCH_LIBRARY_IMPL(tolaria, Autograd, m) {
   m.impl("classification_metrics_", &tolaria::classification_metrics_autograd);
 }
 
+#ifdef TOLARIA_WITH_CUDA
+TORCH_LIBRARY_IMPL(tolaria, CUDA, m) {
+  m.impl("blend", &tolaria::blend_cuda);
+  m.impl("blend_backward", &tolaria::blend_backward_cuda);
+  m.impl("seed_gate", &tolaria::seed_gate_cuda);
+  m.impl("seed_gate_backward", &tolaria::seed_gate_backward_cuda);
+  m.impl("straight_through", &tolaria::straight_through_cuda);
+  m.impl("tensor_stats", &tolaria::tensor_stats_cuda);
+  m.impl("classification_metrics_", &tolaria::classification_metrics_cuda);
+}
+#endif
+
 // Layouts that no op takes get the same words as everything else, rather than torch's "no kernel for this backend".
 TORCH_LIBRARY_IMPL(tolaria, SparseCPU, m) { m.impl("tensor_stats", &tolaria::tensor_stats_refuse); }
 TORCH_LIBRARY_IMPL(tolaria, SparseCUDA, m) { m.impl("tensor_stats", &tolaria::tensor_stats_refuse); }

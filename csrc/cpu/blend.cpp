@@ -3,9 +3,9 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <cstring>
 
+#include "common/blend_plan.h"
 #include "common/checks.h"
 #include "common/dispatch.h"
 #include "common/layout.h"
@@ -190,36 +190,21 @@ at::Tensor run_with_alpha_sums(const AlphaLayout& layout, const at::Tensor& orde
   return sums_to_alpha(sums, layout, order, alpha);
 }
 
-template <typename scalar_t>
-const scalar_t* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<scalar_t>() : nullptr;
-}
-
-template <typename scalar_t>
-scalar_t* mutable_data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
-}
-
 }  // namespace
 
 at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha) {
   check_pair("blend", host, seed);
   check_alpha("blend", alpha, "host", host);
   const auto host_type = host.scalar_type(), seed_type = seed.scalar_type();
-  if (!is_fused_pair_of(host_type, seed_type)) {
-    const auto type = c10::promoteTypes(host_type, seed_type);
-    return blend_cpu(host.to(type), seed.to(type), alpha).to(host_type);
-  }
-  at::Tensor out = at::empty_like(host);
-  if (out.numel() == 0) return out;
-  const at::Tensor h = in_order_of(host, out, host_type), s = in_order_of(seed, out, seed_type);
-  const AlphaLayout layout = make_alpha_layout(alpha, out, acc_type_of(host_type, seed_type));
+  if (!is_fused_pair_of(host_type, seed_type)) return blend_promoted(&blend_cpu, host, seed, alpha);
+  const BlendPlan plan(host, seed, alpha);
+  if (plan.out.numel() == 0) return plan.out;
   TOLARIA_DISPATCH_PAIR(host_type, seed_type, "tolaria::blend", [&] {
-    const BlendForward<host_t, seed_t, acc_t> op{h.const_data_ptr<host_t>(), s.const_data_ptr<seed_t>(),
-                                                 out.mutable_data_ptr<host_t>()};
-    cpu::for_each_run<acc_t>(layout, op);
+    const BlendForward<host_t, seed_t, acc_t> op{plan.host.const_data_ptr<host_t>(), plan.seed.const_data_ptr<seed_t>(),
+                                                 plan.out.mutable_data_ptr<host_t>()};
+    cpu::for_each_run<acc_t>(plan.layout, op);
   });
-  return out;
+  return plan.out;
 }
 
 TensorTriple blend_backward_cpu(const at::Tensor& grad, const std::optional<at::Tensor>& host,
@@ -228,45 +213,31 @@ TensorTriple blend_backward_cpu(const at::Tensor& grad, const std::optional<at::
   check_blend_backward(grad, host, seed, alpha, seed_dtype, output_mask);
   const auto host_dtype = grad.scalar_type();
   if (!is_fused_pair_of(host_dtype, seed_dtype)) {
-    const auto type = c10::promoteTypes(host_dtype, seed_dtype);
-    const auto promoted = [&](const std::optional<at::Tensor>& t) { return t ? std::optional(t->to(type)) : t; };
-    auto [grad_host, grad_seed, grad_alpha] =
-        blend_backward_cpu(grad.to(type), promoted(host), promoted(seed), alpha, type, output_mask);
-    if (output_mask[0]) grad_host = grad_host.to(host_dtype);
-    if (output_mask[1]) grad_seed = grad_seed.to(seed_dtype);
-    return {grad_host, grad_seed, grad_alpha};
+    return blend_backward_promoted(&blend_backward_cpu, grad, host, seed, alpha, seed_dtype, output_mask);
   }
-  const at::Tensor order = gradient_order(grad, host);
-  at::Tensor grad_host, grad_seed, grad_alpha, h, s;
-  if (output_mask[0]) grad_host = at::empty_like(order);
-  if (output_mask[1]) grad_seed = at::empty_like(order, order.options().dtype(seed_dtype));
+  const BlendBackwardPlan plan(grad, host, seed, alpha, seed_dtype, output_mask);
+  at::Tensor grad_alpha;
   if (grad.numel() == 0) {
     if (output_mask[2]) grad_alpha = at::zeros(alpha.sizes(), alpha.options());
-    return {grad_host, grad_seed, grad_alpha};
-  }
-  const at::Tensor g = in_order_of(grad, order, host_dtype);
-  const AlphaLayout layout = make_alpha_layout(alpha, order, acc_type_of(host_dtype, seed_dtype));
-  if (output_mask[2]) {
-    h = in_order_of(*host, order, host_dtype);
-    s = in_order_of(*seed, order, seed_dtype);
+    return {plan.grad_host, plan.grad_seed, grad_alpha};
   }
   TOLARIA_DISPATCH_PAIR(host_dtype, seed_dtype, "tolaria::blend_backward", [&] {
     const BlendBackward<host_t, seed_t, acc_t> op{
-        g.const_data_ptr<host_t>(),
-        data_or_null<host_t>(h),
-        data_or_null<seed_t>(s),
-        mutable_data_or_null<host_t>(grad_host),
-        mutable_data_or_null<seed_t>(grad_seed),
+        plan.grad.const_data_ptr<host_t>(),
+        data_or_null<host_t>(plan.host),
+        data_or_null<seed_t>(plan.seed),
+        mutable_data_or_null<host_t>(plan.grad_host),
+        mutable_data_or_null<seed_t>(plan.grad_seed),
         nullptr,
         nullptr,
     };
     if (output_mask[2]) {
-      grad_alpha = run_with_alpha_sums<acc_t>(layout, order, alpha, op);
+      grad_alpha = run_with_alpha_sums<acc_t>(plan.layout, plan.order, alpha, op);
     } else {
-      cpu::for_each_run<acc_t>(layout, op);
+      cpu::for_each_run<acc_t>(plan.layout, op);
     }
   });
-  return {grad_host, grad_seed, grad_alpha};
+  return {plan.grad_host, plan.grad_seed, grad_alpha};
 }
 
 at::Tensor seed_gate_cpu(const at::Tensor& features, const at::Tensor& alpha) {

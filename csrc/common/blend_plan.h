@@ -1,0 +1,79 @@
+// What both devices prepare before blend's kernels run: operands in one memory order, outputs, alpha's layout.
+#pragma once
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <array>
+#include <optional>
+
+#include "common/checks.h"
+#include "common/dispatch.h"
+#include "common/layout.h"
+#include "ops.h"
+
+namespace tolaria {
+
+struct BlendPlan {
+  at::Tensor host, seed, out;
+  AlphaLayout layout;
+
+  BlendPlan(const at::Tensor& host_, const at::Tensor& seed_, const at::Tensor& alpha) : out(at::empty_like(host_)) {
+    if (out.numel() == 0) return;
+    host = in_order_of(host_, out, host_.scalar_type());
+    seed = in_order_of(seed_, out, seed_.scalar_type());
+    layout = make_alpha_layout(alpha, out, acc_type_of(host_.scalar_type(), seed_.scalar_type()));
+  }
+};
+
+// Tensors that are not needed stay undefined.
+struct BlendBackwardPlan {
+  at::Tensor order, grad, host, seed, grad_host, grad_seed;
+  AlphaLayout layout;
+
+  BlendBackwardPlan(const at::Tensor& grad_, const std::optional<at::Tensor>& host_,
+                    const std::optional<at::Tensor>& seed_, const at::Tensor& alpha, at::ScalarType seed_dtype,
+                    std::array<bool, 3> output_mask)
+      : order(gradient_order(grad_, host_)) {
+    if (output_mask[0]) grad_host = at::empty_like(order);
+    if (output_mask[1]) grad_seed = at::empty_like(order, order.options().dtype(seed_dtype));
+    if (grad_.numel() == 0) return;
+    grad = in_order_of(grad_, order, grad_.scalar_type());
+    layout = make_alpha_layout(alpha, order, acc_type_of(grad_.scalar_type(), seed_dtype));
+    if (output_mask[2]) {
+      host = in_order_of(*host_, order, grad_.scalar_type());
+      seed = in_order_of(*seed_, order, seed_dtype);
+    }
+  }
+};
+
+// Dtypes that no kernel takes together: forward and backward in the type of both, results back in their own.
+template <class Blend>
+at::Tensor blend_promoted(Blend blend, const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha) {
+  const auto type = c10::promoteTypes(host.scalar_type(), seed.scalar_type());
+  return blend(host.to(type), seed.to(type), alpha).to(host.scalar_type());
+}
+
+template <class Backward>
+TensorTriple blend_backward_promoted(Backward backward, const at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                     const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                     at::ScalarType seed_dtype, std::array<bool, 3> output_mask) {
+  const auto type = c10::promoteTypes(grad.scalar_type(), seed_dtype);
+  const auto promoted = [&](const std::optional<at::Tensor>& t) { return t ? std::optional(t->to(type)) : t; };
+  auto [grad_host, grad_seed, grad_alpha] =
+      backward(grad.to(type), promoted(host), promoted(seed), alpha, type, output_mask);
+  if (output_mask[0]) grad_host = grad_host.to(grad.scalar_type());
+  if (output_mask[1]) grad_seed = grad_seed.to(seed_dtype);
+  return {grad_host, grad_seed, grad_alpha};
+}
+
+template <typename scalar_t>
+const scalar_t* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<scalar_t>() : nullptr;
+}
+
+template <typename scalar_t>
+scalar_t* mutable_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+}
+
+}  // namespace tolaria

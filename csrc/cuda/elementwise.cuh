@@ -1,0 +1,117 @@
+// Drivers of the elementwise kernels: packs of up to 16 bytes, alpha by (outer, mid, inner), fixed partial sums.
+//
+// An op is a struct of pointers with a member
+//   template <int N> __device__ void apply(int64_t first, int count, const acc_t (&alpha)[N])
+// that handles `count` (N, but for the last pack) elements from `first` on.
+#pragma once
+
+#include <algorithm>
+
+#include "common/layout.h"
+#include "cuda/launch.cuh"
+
+namespace tolaria::cuda {
+
+// N values of one thread; aligned as a whole, so that it moves in one access (of 16 bytes where N fills them).
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T value[N];
+};
+
+template <int N, typename T>
+__device__ inline Pack<T, N> load(const T* data, int64_t first, int count) {
+  if (count == N) return *reinterpret_cast<const Pack<T, N>*>(data + first);
+  Pack<T, N> pack;
+#pragma unroll
+  for (int j = 0; j < N; ++j) pack.value[j] = j < count ? data[first + j] : T(0.0f);
+  return pack;
+}
+
+template <int N, typename T>
+__device__ inline void store(T* data, int64_t first, int count, const Pack<T, N>& pack) {
+  if (count == N) {
+    *reinterpret_cast<Pack<T, N>*>(data + first) = pack;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (j < count) data[first + j] = pack.value[j];
+  }
+}
+
+// Whether packs of N elements may be read from here.
+inline bool is_aligned(const void* data, size_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
+// How a pack finds its alphas: one for all; as many consecutive ones; or by walking over the rows it touches.
+enum class AlphaAccess { kScalar, kVector, kWalk };
+
+template <typename acc_t>
+struct AlphaView {
+  const acc_t* values;
+  int64_t mid, inner;
+
+  explicit AlphaView(const AlphaLayout& layout)
+      : values(layout.values.const_data_ptr<acc_t>()), mid(layout.mid), inner(layout.inner) {}
+
+  __device__ int64_t row_of(int64_t element) const {
+    if (((element | inner) >> 32) == 0) return static_cast<uint32_t>(element) / static_cast<uint32_t>(inner);
+    return element / inner;
+  }
+
+  template <int N, AlphaAccess access>
+  __device__ void read(int64_t first, int count, acc_t (&alpha)[N]) const {
+    if constexpr (access == AlphaAccess::kScalar) {
+      const acc_t value = values[0];
+#pragma unroll
+      for (int j = 0; j < N; ++j) alpha[j] = value;
+    } else if constexpr (access == AlphaAccess::kVector) {  // inner == 1
+      const Pack<acc_t, N> pack = load<N>(values, first < mid ? first : first % mid, count);
+#pragma unroll
+      for (int j = 0; j < N; ++j) alpha[j] = pack.value[j];
+    } else {
+      const int64_t row = row_of(first);
+      int64_t place = first - row * inner, index = row % mid;
+      acc_t value = values[index];
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        if (place == inner && j < count) {
+          place = 0;
+          if (++index == mid) index = 0;
+          value = values[index];
+        }
+        alpha[j] = value;
+        ++place;
+      }
+    }
+  }
+};
+
+template <typename acc_t, int N, AlphaAccess access, class Op>
+__global__ void __launch_bounds__(kBlock) map_kernel(Op op, AlphaView<acc_t> view, int64_t n) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlock * N;
+  for (int64_t first = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) * N; first < n; first += stride) {
+    const int count = n - first < N ? static_cast<int>(n - first) : N;
+    acc_t alpha[N];
+    view.template read<N, access>(first, count, alpha);
+    op.template apply<N>(first, count, alpha);
+  }
+}
+
+// Runs the op over all elements. N: elements of the widest access; `aligned`: whether every array allows it.
+template <int N, typename acc_t, class Op>
+void for_each_pack(const AlphaLayout& layout, bool aligned, const Op& op) {
+  const AlphaView<acc_t> view(layout);
+  const int64_t n = layout.outer * layout.mid * layout.inner;
+  const bool has_own_alphas = layout.inner == 1 && (layout.mid % N == 0 || layout.outer == 1);
+  if (!aligned) {
+    TOLARIA_LAUNCH((map_kernel<acc_t, 1, AlphaAccess::kWalk, Op>), grid_for(n, 1), kBlock, op, view, n);
+  } else if (layout.mid == 1) {
+    TOLARIA_LAUNCH((map_kernel<acc_t, N, AlphaAccess::kScalar, Op>), grid_for(n, N), kBlock, op, view, n);
+  } else if (has_own_alphas && is_aligned(view.values, N * sizeof(acc_t))) {
+    TOLARIA_LAUNCH((map_kernel<acc_t, N, AlphaAccess::kVector, Op>), grid_for(n, N), kBlock, op, view, n);
+  } else {
+    TOLARIA_LAUNCH((map_kernel<acc_t, N, AlphaAccess::kWalk, Op>), grid_for(n, N), kBlock, op, view, n);
+  }
+}
+
+}  // namespace tolaria::cuda
