@@ -5,11 +5,11 @@
 #include <ATen/ops/zeros.h>
 #include <array>
 #include <optional>
+#include <tuple>
 
 #include "common/checks.h"
 #include "common/dispatch.h"
 #include "common/layout.h"
-#include "ops.h"
 
 namespace tolaria {
 
@@ -54,9 +54,10 @@ at::Tensor blend_promoted(Blend blend, const at::Tensor& host, const at::Tensor&
 }
 
 template <class Backward>
-TensorTriple blend_backward_promoted(Backward backward, const at::Tensor& grad, const std::optional<at::Tensor>& host,
-                                     const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
-                                     at::ScalarType seed_dtype, std::array<bool, 3> output_mask) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> blend_backward_promoted(
+    Backward backward, const at::Tensor& grad, const std::optional<at::Tensor>& host,
+    const std::optional<at::Tensor>& seed, const at::Tensor& alpha, at::ScalarType seed_dtype,
+    std::array<bool, 3> output_mask) {
   const auto type = c10::promoteTypes(grad.scalar_type(), seed_dtype);
   const auto promoted = [&](const std::optional<at::Tensor>& t) { return t ? std::optional(t->to(type)) : t; };
   auto [grad_host, grad_seed, grad_alpha] =
