@@ -80,6 +80,15 @@ def test_a_bad_spec_lists_every_field() -> None:
         TrainSettings().replace(host_step=3)
 
 
+def test_options_belong_to_their_blueprint() -> None:
+    settings = TrainSettings(blueprint="mlp", blueprint_options={"expansion": 4.0})
+    assert settings.replace(lr=0.1).blueprint_options == {"expansion": 4.0}
+    assert settings.replace(blueprint="attention").blueprint_options == {}
+    assert settings.replace(blueprint="low_rank", blueprint_options={"rank": 2}).blueprint_options == {
+        "rank": 2
+    }
+
+
 def test_rng_seed_decides_the_weights_and_leaves_the_streams() -> None:
     before = random_state()
     one, two, three = (create_model("digits", rng_seed=s) for s in (1, 1, 2))

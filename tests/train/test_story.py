@@ -218,10 +218,13 @@ def test_bad_arguments_are_named_before_anything_runs() -> None:
         ({"blueprnt": "conv"}, "did you mean 'blueprint'"),
         ({"blueprint": "cnov"}, "did you mean 'conv'"),
         ({"slot": "stage9"}, "expected one of stage0, stage1, got 'stage9'"),
+        ({"blueprint": "mlp"}, r"expected features \(B, T, C\)"),
         ({"lr": -1, "batch_size": 0}, "batch_size: .*got 0; lr: .*got -1"),
     ):
         with pytest.raises(ValueError, match=match):
             grow(TASK, **changes)
+    with pytest.raises(TypeError, match=r"'conv' cannot be built with options \{'heads': 2\}"):
+        grow(TASK, blueprint_options={"heads": 2})
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         grow("digit")
 

@@ -105,6 +105,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
+        self.mixed = nn.Identity()  # an injection point
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.dropout = nn.Dropout(dropout)
@@ -112,7 +113,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape in and out."""
         mixed = attend(self.qkv(self.attention_norm(x_BTC)), self.heads, causal=True)
-        x_BTC = x_BTC + self.dropout(self.project(mixed))
+        x_BTC = self.mixed(x_BTC + self.dropout(self.project(mixed)))
         return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))  # type: ignore[no-any-return]
 
 
@@ -123,7 +124,8 @@ class TransformerHost(nn.Module):
         vocabulary: number of different symbols.
         context: longest sequence.
         width: features per position.
-        depth: number of blocks; the injection points are ``"block0"``, ``"block1"``, ...
+        depth: number of blocks; the injection points are ``"attention0"`` (between attention and perceptron),
+            ``"block0"`` (behind both), ``"attention1"``, ...
         heads: attention heads.
         expansion: hidden width of the perceptrons, in widths.
         dropout: on both residual branches.
@@ -155,7 +157,11 @@ class TransformerHost(nn.Module):
     @property
     def injection_points(self) -> Mapping[str, str]:
         """Name of each injection point, and the submodule behind which it lies."""
-        return {f"block{i}": f"blocks.{i}" for i in range(len(self.blocks))}
+        points = {}
+        for i in range(len(self.blocks)):
+            points[f"attention{i}"] = f"blocks.{i}.mixed"
+            points[f"block{i}"] = f"blocks.{i}"
+        return points
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Token ids (B, T), T <= context, to logits (B, T, vocabulary)."""

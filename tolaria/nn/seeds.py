@@ -129,14 +129,23 @@ def _call_factory(
         return blueprint(features, **options)
     known = get_blueprint(blueprint)
     if known.layout == "any":
-        return known.factory(features, **options)
+        return _built(known, features, options, where)
     dims, channel_dim, shape = (4, 1, "(B, C, H, W)") if known.layout == "image" else (3, 2, "(B, T, C)")
     if features.dim() != dims:
         raise ValueError(
             f"{where}: blueprint {blueprint!r} expected features {shape}, got shape {tuple(features.shape)}; "
             f"for {features.dim()}-dim features choose another or register your own"
         )
-    return known.factory(features.shape[channel_dim], **options)
+    return _built(known, features.shape[channel_dim], options, where)
+
+
+def _built(blueprint: Blueprint, argument: Tensor | int, options: Mapping[str, object], where: str) -> object:
+    try:
+        return blueprint.factory(argument, **options)
+    except TypeError as error:
+        raise TypeError(
+            f"{where}: blueprint {blueprint.name!r} cannot be built with options {dict(options)}: {error}"
+        ) from error
 
 
 # ---------------------------------------------------------------------- images

@@ -125,6 +125,8 @@ class TrainSettings:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"settings: expected one of {', '.join(known)}, got {name!r}{hint}")
+        if changes.get("blueprint", self.blueprint) != self.blueprint:
+            changes.setdefault("blueprint_options", {})  # the old one's mean nothing to the new one
         return replace(self, **changes)  # type: ignore[arg-type]
 
 

@@ -102,7 +102,7 @@ def load_text(*, batch_size: int = 32, rng_seed: int = 0, data_dir: Path | None 
 
 def _host() -> nn.Module:
     return create_host(
-        "transformer", vocabulary=len(load_corpus().symbols), context=CONTEXT, width=64, depth=2, heads=4
+        "transformer", vocabulary=len(load_corpus().symbols), context=CONTEXT, width=64, depth=1, heads=4
     )
 
 
@@ -115,7 +115,7 @@ def make_spec() -> TaskSpec:
     corpus = load_corpus()
     return TaskSpec(
         name="text",
-        summary="characters of Python's own documentation, a small transformer",
+        summary="characters of Python's own documentation, a transformer of one block",
         topology="transformer",
         task_type="lm",
         num_classes=len(corpus.symbols),
@@ -123,5 +123,16 @@ def make_spec() -> TaskSpec:
         load_data=load_text,
         example_input=_example,
         random_guess_loss=corpus.unigram_entropy(),
-        defaults=TrainSettings(batch_size=32, blueprint="mlp"),
+        defaults=TrainSettings(
+            batch_size=32,
+            host_steps=300,
+            incubate_steps=100,
+            blend_steps=100,
+            finish_steps=700,
+            lr=8e-3,
+            seed_lr=8e-3,
+            slot="block0",
+            blueprint="mlp",
+            blueprint_options={"expansion": 4.0},
+        ),
     )

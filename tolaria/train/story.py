@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,6 @@ import torch
 from tolaria.nn.device import validate_device
 from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.randomness import preserve_random_state
-from tolaria.nn.seeds import get_blueprint
 from tolaria.tasks.data import TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings, create_model, get_task
 from tolaria.train.faults import Fault
@@ -74,12 +74,11 @@ def grow(
     spec = task if isinstance(task, TaskSpec) else get_task(task)
     chosen = (settings if settings is not None else spec.defaults).replace(**changes)
     where = validate_device(device)
-    get_blueprint(chosen.blueprint)
     with preserve_random_state():
         torch.manual_seed(rng_seed)
         network = model.to(where) if model is not None else create_model(spec, where)
         slot = chosen.slot if chosen.slot is not None else list(network.slots)[-1]
-        network.slot(slot)
+        _rehearse(network, slot, chosen)
         material = data if data is not None else spec.load_data(
             batch_size=chosen.batch_size, rng_seed=rng_seed, data_dir=data_dir
         )  # fmt: skip
@@ -87,3 +86,10 @@ def grow(
         if use_governor:
             story.attach_governor(governor_config, sinks)
         return story.tell()
+
+
+def _rehearse(model: MorphogeneticModel, slot: str, settings: TrainSettings) -> None:
+    """Germinate in a copy: what does not fit is to fail now, not after the host was trained."""
+    model.slot(slot)
+    if settings.max_germinations:
+        copy.deepcopy(model).germinate(slot, settings.blueprint, options=settings.blueprint_options)
