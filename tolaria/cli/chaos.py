@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 
-from tolaria.chaos import Outcome, chosen_faults, list_chaos_faults, random_faults, run_table, task_run
+from tolaria.chaos import (
+    ChaosTable,
+    Outcome,
+    chosen_faults,
+    list_chaos_faults,
+    random_faults,
+    run_table,
+    task_run,
+)
 from tolaria.chaos.table import header_line, outcome_line
 from tolaria.errors import MissingDependencyError
 from tolaria.nn.device import validate_device
@@ -20,6 +28,7 @@ from tolaria.train import governor_config_for
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tolaria chaos``."""
+    parser.usage = "%(prog)s [TASK] [options]"
     parser.add_argument(
         "task", nargs="?", default="digits", help=f"one of {', '.join(list_tasks())} (default: digits)"
     )
@@ -49,48 +58,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; 0 if every fault ended as promised, 1 if not, 2 for a bad option."""
     logging.getLogger("tolaria.governor").setLevel(logging.CRITICAL)  # one fault is a sink that raises
+    printer = _Printer(silent=arguments.json)
     try:
-        device = validate_device(arguments.device)
-        spec = get_task(arguments.task)
-        config = governor_config_for(
-            spec, strict=arguments.strict, snapshot_interval=arguments.snapshot_interval
-        )
-        if arguments.random is not None:
-            faults = random_faults(arguments.random, rng_seed=arguments.rng_seed)
-        else:
-            names = None if arguments.faults is None else [n.strip() for n in arguments.faults.split(",")]
-            faults = chosen_faults(names)
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        printer = _Printer(silent=arguments.json)
-        table = run_table(
-            lambda: task_run(spec, device=device, rng_seed=arguments.rng_seed, config=config),
-            faults=faults, steps=arguments.steps, start=arguments.start, rng_seed=arguments.rng_seed,
-            on_outcome=printer,
-        )  # fmt: skip
+        table = _table(arguments, printer)
     except MissingDependencyError:
         raise
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
+        if printer.seen > 1:  # faults were being tried: this is no matter of the command line
+            raise
         print(f"tolaria chaos: {error}", file=sys.stderr)
         return 2
     text = json.dumps(table.as_dict(), indent=2)
     if arguments.out is not None:
         Path(arguments.out).write_text(text + "\n", encoding="utf-8")
-    if arguments.json:
-        print(text)
-    else:
-        print(f"\n{table.summary()}")
+    print(text if arguments.json else f"\n{table.summary()}")
     return 0 if table.is_as_promised else 1
+
+
+def _table(arguments: argparse.Namespace, printer: _Printer) -> ChaosTable:
+    device, spec = validate_device(arguments.device), get_task(arguments.task)
+    config = governor_config_for(spec, strict=arguments.strict, snapshot_interval=arguments.snapshot_interval)
+    if arguments.random is not None:
+        faults = random_faults(arguments.random, rng_seed=arguments.rng_seed)
+    else:
+        names = None if arguments.faults is None else [n.strip() for n in arguments.faults.split(",")]
+        faults = chosen_faults(names)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    if arguments.out is not None:
+        Path(arguments.out).touch()  # fails now, not after all the work
+    return run_table(
+        lambda: task_run(spec, device=device, rng_seed=arguments.rng_seed, config=config),
+        faults=faults, steps=arguments.steps, start=arguments.start, rng_seed=arguments.rng_seed,
+        on_outcome=printer,
+    )  # fmt: skip
 
 
 class _Printer:
     """Prints rows as they come."""
 
     def __init__(self, *, silent: bool) -> None:
-        self.silent, self.undisturbed = silent, 0.0
+        self.silent, self.undisturbed, self.seen = silent, 0.0, 0
 
     def __call__(self, outcome: Outcome) -> None:
         """A row; the undisturbed run's score is the last column of the others."""
+        self.seen += 1
         if self.silent:
             return
         if outcome.fault == "nothing":

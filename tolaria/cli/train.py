@@ -55,8 +55,12 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tolaria train``."""
+    parser.usage = "%(prog)s [TASK] [options]"
     parser.add_argument(
-        "task", nargs="?", default="digits", help=f"one of {', '.join(list_tasks())} (default: digits)"
+        "task",
+        nargs="?",
+        default="digits",
+        help=f"one of {', '.join(list_tasks())}, or list (default: digits)",
     )
     length = parser.add_argument_group("length")
     length.add_argument(
