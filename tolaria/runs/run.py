@@ -17,7 +17,7 @@ from tolaria._backend import backend as use_backend
 from tolaria.nn.device import validate_device
 from tolaria.runs.folder import RunFolder
 from tolaria.tasks.data import TaskData
-from tolaria.tasks.spec import TaskSpec, TrainSettings, create_model, get_task
+from tolaria.tasks.spec import TaskSpec, TrainSettings, get_task
 from tolaria.train.faults import Fault, InjectedFault, parse_fault
 from tolaria.train.observers import GrowthObserver
 from tolaria.train.story import GrowthResult, governor_config_for, grow
@@ -95,8 +95,6 @@ def run_task(
     chosen = spec.defaults.replace(**settings)
     if isinstance(rng_seed, bool) or not isinstance(rng_seed, int) or not 0 <= rng_seed < 2**31:
         raise ValueError(f"rng_seed: expected an integer from 0 to {2**31 - 1}, got {rng_seed!r}")
-    if grow_seed:
-        _try_seed(spec, chosen)
     data = spec.load_data(
         batch_size=chosen.batch_size, rng_seed=rng_seed, data_dir=None if data_dir is None else Path(data_dir)
     )
@@ -130,13 +128,6 @@ def default_folder(task: str) -> Path:
         number += 1
         chosen = base.with_name(f"{base.name}-{number}")
     return chosen
-
-
-def _try_seed(spec: TaskSpec, settings: TrainSettings) -> None:
-    """Raise now, not after the host was trained, if the seed does not fit."""
-    model = create_model(spec, rng_seed=0)
-    slot = settings.slot if settings.slot is not None else list(model.slots)[-1]
-    model.germinate(slot, settings.blueprint, rng_seed=0, options=settings.blueprint_options)
 
 
 def _with_length(
