@@ -39,10 +39,14 @@ class PlainRule:
         if resting:
             return "HEALTHY", False
         warm = len(self.history) < self.min_history
-        if not warm and self.guess is not None and self.last_healthy < 0.6 * self.guess:
-            if self.band[0] * self.guess <= x <= self.band[1] * self.guess:
-                self.pending += 1
-                return "LOBOTOMY", self.pending >= self.patience
+        if (
+            not warm
+            and self.guess is not None
+            and self.last_healthy < 0.6 * self.guess
+            and self.band[0] * self.guess <= x <= self.band[1] * self.guess
+        ):
+            self.pending += 1
+            return "LOBOTOMY", self.pending >= self.patience
         if x > self.warmup_bound if warm else self.explodes(x):
             self.consecutive += 1
             return "ANOMALY", self.consecutive >= self.min_panics

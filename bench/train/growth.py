@@ -55,9 +55,7 @@ def paired(name: str, grown: list[float], other: list[float]) -> None:
     gaps = [a - b for a, b in zip(grown, other, strict=True)]
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     wins = sum(gap > 0 for gap in gaps)
-    print(
-        f"{name}: {statistics.mean(gaps):+.3f} +- {error:.3f} (s.e.), ahead in {wins} of {len(gaps)}"
-    )
+    print(f"{name}: {statistics.mean(gaps):+.3f} +- {error:.3f} (s.e.), ahead in {wins} of {len(gaps)}")
 
 
 def main() -> None:

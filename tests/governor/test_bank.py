@@ -28,7 +28,8 @@ def test_reward_comes_once_per_rollback_and_inactive_rows_keep_every_byte() -> N
     assert bank.step(torch.ones(4), active=~active).tolist() == [0, 0, 0, 0]
     assert bank.rollback_counts == [1, 0, 0, 0]
     (event,) = [e for e in bank.poll() if isinstance(e, RollbackEvent)]
-    assert event.row == 0 and event.report.reason is PanicReason.NON_FINITE
+    assert event.row == 0
+    assert event.report.reason is PanicReason.NON_FINITE
 
 
 def test_rows_judge_as_single_governors_do() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.cuda
 
 
 def no_host_sync() -> AbstractContextManager[object]:
-    """Forbid host synchronisation with whatever watches here: the virtual device, else torch's own debug mode."""
+    """Forbid host synchronisation with whatever watches here: the virtual device or torch's debug mode."""
     try:
         import vgpu  # type: ignore[import-not-found]
     except ImportError:
@@ -95,12 +94,15 @@ class Run:
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(
-        torch.equal(a[k].contiguous().view(-1).view(torch.uint8), b[k].contiguous().view(-1).view(torch.uint8)) for k in a
+        torch.equal(
+            a[k].contiguous().view(-1).view(torch.uint8), b[k].contiguous().view(-1).view(torch.uint8)
+        )
+        for k in a
     )
 
 
 def story(run: Run, steps: int, poisoned: set[int]) -> list[tuple[str, int, int]]:
-    """Run with host syncs forbidden; returns the promotions and rollbacks, after checking every restore's bytes."""
+    """Run with host syncs forbidden; checks every restore's bytes; returns promotions and rollbacks."""
     restored: dict[int, dict[str, Tensor]] = {}
     with no_host_sync():
         for i in range(1, steps + 1):
@@ -126,7 +128,9 @@ POISONED = {13, 27, 28, 41}
 def test_rollbacks_restore_a_promoted_capture_bit_for_bit_without_host_sync() -> None:
     run = Run()
     log = story(run, 50, POISONED)
-    assert [(kind, step) for kind, step, _ in log if kind == "rollback"] == [("rollback", s) for s in sorted(POISONED)]
+    assert [(kind, step) for kind, step, _ in log if kind == "rollback"] == [
+        ("rollback", s) for s in sorted(POISONED)
+    ]
     promoted = {capture for kind, _, capture in log if kind == "promoted"}
     assert all(capture in promoted for kind, _, capture in log if kind == "rollback")
     assert run.governor.rollback_count == len(POISONED)
@@ -141,7 +145,9 @@ def test_same_story_as_on_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         model = nn.Linear(3, 3).to(device)
         config = GovernorConfig(snapshot_interval=5, probation=2)
-        governor = TolariaGovernor(model, torch.optim.SGD(model.parameters(), lr=0.1), config=config, num_classes=10)
+        governor = TolariaGovernor(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), config=config, num_classes=10
+        )
         for loss in losses:
             governor.step(torch.tensor(loss, device=device))
         governor.synchronize()
@@ -163,14 +169,17 @@ def test_found_infinity_in_a_buffer_rolls_back_and_is_named() -> None:
         run.step()
     run.governor.synchronize()
     report = run.governor.last_report
-    assert report is not None and report.reason is PanicReason.NON_FINITE_STATE
+    assert report is not None
+    assert report.reason is PanicReason.NON_FINITE_STATE
     assert report.tensor_name == "norm.running_var"
     assert bool(torch.isfinite(run.model.norm.running_var).all())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["fused", "capturable", "plain"])
 def test_rollback_then_training_equals_the_run_that_never_went_wrong(kind: str) -> None:
-    options: dict[str, Any] = {"fused": {}, "capturable": {"fused": False, "capturable": True}}.get(kind, {"fused": False})
+    options: dict[str, Any] = {"fused": {}, "capturable": {"fused": False, "capturable": True}}.get(
+        kind, {"fused": False}
+    )
     straight, run = Run(interval=1000, **options), Run(interval=1000, **options)
     for _ in range(4):
         straight.step()
@@ -236,7 +245,8 @@ def test_germination_between_captures_and_rollback_drops_the_seed() -> None:
     run.step(poison=True)
     assert float(slot.alpha) == 0.0, "zeroed by the device, whatever the host knows"
     run.governor.synchronize()
-    assert slot.seed is None and len(run.optimizer.param_groups) == 1
+    assert slot.seed is None
+    assert len(run.optimizer.param_groups) == 1
     for _ in range(8):
         run.step()
     assert run.governor.rollback_count == 1
@@ -257,7 +267,8 @@ def test_poisoned_incubating_seed_is_culled_alone() -> None:
     torch.cuda.synchronize()
     run.step()
     assert any(isinstance(e, SeedCulledEvent) for e in run.governor.poll())
-    assert run.governor.rollback_count == 0 and slot.seed is None
+    assert run.governor.rollback_count == 0
+    assert slot.seed is None
 
 
 def test_whole_guarded_step_in_a_graph() -> None:
@@ -318,7 +329,8 @@ def test_clean_step_counts() -> None:
     run.governor.step(loss)
     stats = vgpu.stats()
     launches = sum(k["launches"] for k in stats["kernel_launches"].values())
-    assert launches <= 3 and not stats["aten_launches"]
+    assert launches <= 3
+    assert not stats["aten_launches"]
     assert stats["host_sync_total"] == stats["mallocs"]["count"] == stats["host_mallocs"]["count"] == 0
     assert stats["event_queries"] == stats["stream_queries"] == 0
     assert all(m["count"] == 0 for m in stats["memcpy"].values())
@@ -331,7 +343,8 @@ def test_bank_on_the_device() -> None:
         assert not bool(bank.step(losses).any())
     losses[65] = float("nan")
     reward = bank.step(losses).tolist()
-    assert reward[65] == -10.0 and sum(reward) == -10.0
+    assert reward[65] == -10.0
+    assert sum(reward) == -10.0
 
 
 def test_dropped_governor_waits_for_its_capture() -> None:

@@ -26,7 +26,10 @@ def worker(rank: int, store: str, out: Queue[tuple[int, list[str]]]) -> None:
         except RuntimeError as error:
             refused.append(str(error))
     governor = TolariaGovernor(
-        model, optimizer, config=GovernorConfig(snapshot_interval=4, probation=1), process_group=dist.group.WORLD
+        model,
+        optimizer,
+        config=GovernorConfig(snapshot_interval=4, probation=1),
+        process_group=dist.group.WORLD,
     )
     story = []
     for step in range(1, 16):
@@ -59,7 +62,8 @@ def test_ranks_roll_back_together(tmp_path: Path) -> None:
         assert process.exitcode == 0
     assert stories[0] == stories[1]
     assert stories[0][0] == "6 NON_FINITE 4"
-    assert stories[0][1].split()[1] == "NON_FINITE_STATE" and len(stories[0]) == 5
+    assert stories[0][1].split()[1] == "NON_FINITE_STATE"
+    assert len(stories[0]) == 5
     assert stories[0][2] == "mean 1.5"
     assert all("one rank must never roll back alone" in text for text in stories[0][3:])
 

@@ -68,7 +68,8 @@ def test_log_json_and_tensorboard_sinks(tmp_path: Path, caplog: pytest.LogCaptur
         governor.step(float("inf"))
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["attach", "verdict", "rollback"]
-    assert lines[-1]["report"]["reason"] == "NON_FINITE" and lines[-1]["report"]["loss"] == "inf"
+    assert lines[-1]["report"]["reason"] == "NON_FINITE"
+    assert lines[-1]["report"]["loss"] == "inf"
     assert "step 1: rollback" in caplog.text
     assert ("governor/rollbacks", 1, 1) in scalars
 
@@ -80,7 +81,8 @@ def test_full_ring_counts_what_it_dropped_and_the_status_stays_right() -> None:
     for _ in range(10):  # straight to the judge: nobody reads the ring meanwhile
         governor._judge(float("nan"), None)
     events = governor.poll()
-    assert isinstance(events[0], DroppedEventsEvent) and events[0].dropped == 6
+    assert isinstance(events[0], DroppedEventsEvent)
+    assert events[0].dropped == 6
     assert [e.step for e in events[1:]] == [7, 8, 9, 10]
     assert not reader.has_news
 
@@ -95,7 +97,8 @@ def test_log_only_never_acts() -> None:
         weight.add_(1.0)
     verdict = governor.check_vital_signs(float("nan"))
     governor.step(verdict)
-    assert verdict and governor.rollback_count == 0
+    assert verdict
+    assert governor.rollback_count == 0
     assert torch.equal(weight.detach(), before + 1.0)
 
 

@@ -61,7 +61,9 @@ def batches(count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 class Run:
     """A training run that can be stepped, wrecked and compared."""
 
-    def __init__(self, make: OptimizerFactory, *, scaler: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, make: OptimizerFactory, *, scaler: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
         torch.manual_seed(0)
         self.model = Net().to(dtype)
         self.optimizer = make(self.model.parameters())
@@ -121,11 +123,13 @@ class Run:
 
 def assert_same(a: object, b: object, where: str = "") -> None:
     if isinstance(a, Tensor):
-        assert isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape, where
+        assert isinstance(b, Tensor), where
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
         raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
         assert torch.equal(*raw), where
     elif isinstance(a, dict):
-        assert isinstance(b, dict) and a.keys() == b.keys(), f"{where}: {sorted(map(str, a))} {sorted(map(str, b))}"
+        assert isinstance(b, dict), where
+        assert a.keys() == b.keys(), f"{where}: {sorted(map(str, a))} {sorted(map(str, b))}"
         for key in a:
             assert_same(a[key], b[key], f"{where}/{key}")
     elif isinstance(a, list | tuple):
@@ -158,7 +162,9 @@ def test_rollback_then_training_equals_the_run_that_never_went_wrong(name: str, 
     guarded.train(batches(J, seed=2))
     guarded.wreck()
     report = governor.execute_rollback()
-    assert report.reason is PanicReason.MANUAL and report.restored_step == 0 and report.steps_lost == J
+    assert report.reason is PanicReason.MANUAL
+    assert report.restored_step == 0
+    assert report.steps_lost == J
     guarded.governor = None
     guarded.train(batches(M, seed=3))
     assert_same(straight.fingerprint(), guarded.fingerprint())
@@ -226,7 +232,8 @@ def test_poisoned_buffer_is_found_by_the_capture_and_never_promoted(backend: str
         run.model.norm.running_mean[2] = float("nan")
     run.train(batches(4, seed=2))
     report = governor.last_report
-    assert report is not None and report.reason is PanicReason.NON_FINITE_STATE
+    assert report is not None
+    assert report.reason is PanicReason.NON_FINITE_STATE
     assert report.tensor_name == "norm.running_mean"
     assert report.restored_step == good
     assert all(bool(torch.isfinite(b).all()) for n, b in run.model.named_buffers() if n != "mask")
@@ -236,7 +243,8 @@ def test_infinite_mask_does_not_block_promotion(backend: str) -> None:
     run = Run(OPTIMIZERS["adamw"])
     governor = run.attach(snapshot_interval=4, probation=1)
     run.train(batches(30, seed=1))
-    assert governor.rollback_count == 0 and governor.last_good_step >= 20
+    assert governor.rollback_count == 0
+    assert governor.last_good_step >= 20
     (attach, *_) = governor.poll()
     assert attach.as_dict()["exempt"] == ["mask"]
 
@@ -334,18 +342,19 @@ def test_skipped_step_changes_nothing_at_all(backend: str) -> None:
         run.optimizer.step()
         governor.step(verdict)
     before = run.fingerprint()
-    (x, y), = batches(1, seed=9)
+    ((x, y),) = batches(1, seed=9)
     loss = nn.functional.cross_entropy(run.model(x * 1e4), y) + 1e6
     loss.backward()
     verdict = governor.check_vital_signs(loss)
-    assert verdict.reason is PanicReason.ANOMALY and not verdict
+    assert verdict.reason is PanicReason.ANOMALY
+    assert not verdict
     run.optimizer.step()
     governor.step(verdict)
     after = run.fingerprint()
     assert_same(before["model"], after["model"])
     assert_same(before["optimizer"], after["optimizer"])
+    governor.check_vital_signs(1.0)
     with pytest.raises(ValueError, match="returned last"):
-        governor.check_vital_signs(1.0)
         governor.step(verdict)
 
 

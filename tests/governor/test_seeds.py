@@ -76,7 +76,8 @@ def test_seed_germinated_after_the_capture_is_gone_after_the_rollback() -> None:
     run.train(3, seed=2)
     report = run.governor.execute_rollback()
     assert report.steps_lost == 6
-    assert run.model.slot.stage is SeedStage.DORMANT and run.model.slot.seed is None
+    assert run.model.slot.stage is SeedStage.DORMANT
+    assert run.model.slot.seed is None
     assert float(run.model.slot.alpha) == 0.0
     run.seed_optimizer = None
     run.train(6, seed=3)
@@ -101,7 +102,8 @@ def test_seed_not_fossilised_at_capture_is_dropped_even_if_it_is_now(stage: Seed
     run.model.slot.fossilize()
     run.train(2, seed=2)
     run.governor.execute_rollback()
-    assert run.model.slot.stage is SeedStage.CULLED and float(run.model.slot.alpha) == 0.0
+    assert run.model.slot.stage is SeedStage.CULLED
+    assert float(run.model.slot.alpha) == 0.0
     for a, b in zip(captured, run.host(), strict=True):
         assert torch.equal(a, b)
     run.train(12, seed=4)
@@ -122,7 +124,8 @@ def test_seed_fossilised_at_capture_is_restored_bit_for_bit() -> None:
     run.governor.snapshot()
     run.train(3, seed=3)
     run.governor.step(float("nan"))
-    assert run.model.slot.stage is SeedStage.FOSSILIZED and float(run.model.slot.alpha) == 1.0
+    assert run.model.slot.stage is SeedStage.FOSSILIZED
+    assert float(run.model.slot.alpha) == 1.0
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -155,7 +158,8 @@ def test_poisoned_blending_seed_rolls_the_run_back() -> None:
         next(run.model.slot.seed.parameters()).fill_(float("nan"))
     run.train(2, seed=2)
     report = run.governor.last_report
-    assert report is not None and report.reason is PanicReason.NON_FINITE
+    assert report is not None
+    assert report.reason is PanicReason.NON_FINITE
     assert run.model.slot.stage in (SeedStage.CULLED, SeedStage.DORMANT)
     run.train(8, seed=2)
     assert run.governor.rollback_count == 1

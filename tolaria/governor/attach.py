@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -51,8 +52,37 @@ def checked_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimi
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     for i, optimizer in enumerate(listed):
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizers[{i}]: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"optimizers[{i}]: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
     return listed
+
+
+def check_settings(config: GovernorConfig | None, scaler: torch.amp.GradScaler | None) -> None:
+    """A look at the types of the optional arguments.
+
+    Raises:
+        TypeError: one is neither None nor of its type.
+    """
+    for name, value, wanted in (
+        ("config", config, GovernorConfig),
+        ("scaler", scaler, torch.amp.GradScaler),
+    ):
+        if value is not None and not isinstance(value, wanted):
+            raise TypeError(f"{name}: expected {wanted.__name__} or None, got {type(value).__name__}")
+
+
+def as_number(name: str, value: object) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        raise TypeError(
+            f"{name}: expected a number or a floating tensor of one element, got {type(value).__name__}"
+        )
+    return float(value)
 
 
 def single_device(model: nn.Module, optimizers: Sequence[Optimizer]) -> torch.device:
@@ -61,12 +91,14 @@ def single_device(model: nn.Module, optimizers: Sequence[Optimizer]) -> torch.de
     Raises:
         RuntimeError: they are on several.
     """
-    parameters = list(model.parameters()) or [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    parameters = list(model.parameters()) or [
+        p for o in optimizers for g in o.param_groups for p in g["params"]
+    ]
     devices = {p.device for p in parameters}
     if len(devices) > 1:
         raise RuntimeError(
-            f"model: its parameters are on {', '.join(sorted(map(str, devices)))}; one governor covers one device, "
-            "so put the model on one or give each part a governor of its own"
+            f"model: its parameters are on {', '.join(sorted(map(str, devices)))}; one governor covers one "
+            "device, so put the model on one or give each part a governor of its own"
         )
     return devices.pop() if devices else torch.device("cpu")
 
@@ -79,7 +111,9 @@ def resolve_random_guess_loss(num_classes: int | None, random_guess_loss: float 
     """
     if random_guess_loss is not None:
         if not (isinstance(random_guess_loss, int | float) and 0 < random_guess_loss < math.inf):
-            raise ValueError(f"random_guess_loss: expected a positive finite number, got {random_guess_loss!r}")
+            raise ValueError(
+                f"random_guess_loss: expected a positive finite number, got {random_guess_loss!r}"
+            )
         return float(random_guess_loss)
     if num_classes is None:
         return None

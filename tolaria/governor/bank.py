@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria import ops
+from tolaria.governor.attach import (
+    checked_optimizers,
+    make_engine,
+    make_mailbox,
+    resolve_random_guess_loss,
+    single_device,
+)
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import check_ranks
-from tolaria.governor.attach import checked_optimizers, make_engine, make_mailbox, resolve_random_guess_loss, single_device
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import GovernorEvent, MailboxReader, RollbackEvent
 from tolaria.governor.policy import RollbackPolicy
@@ -26,9 +32,9 @@ _MAX_EVENTS_KEPT = 65536
 class GovernorBank:
     """Judges the losses of ``n`` environments at once; rows may have snapshots of their own.
 
-    A row without :meth:`attach` is judged by its loss alone: at a rollback it forgets its losses (as if restored to a
-    fresh start) and the caller puts the environment back. An attached row is captured and restored like the model of a
-    :class:`TolariaGovernor`.
+    A row without :meth:`attach` is judged by its loss alone: at a rollback it forgets its losses (as if
+    restored to a fresh start) and the caller puts the environment back. An attached row is captured and
+    restored like the model of a :class:`TolariaGovernor`.
 
     Args:
         n: how many environments, at least 1.
@@ -96,7 +102,9 @@ class GovernorBank:
         listed = checked_optimizers(model, optimizers)
         device = single_device(model, listed)
         if device != self._state.device:
-            raise RuntimeError(f"model: it is on {device}, the bank on {self._state.device}; put both on one device")
+            raise RuntimeError(
+                f"model: it is on {device}, the bank on {self._state.device}; put both on one device"
+            )
         tracked = TrackedState(
             model,
             listed,
@@ -136,8 +144,8 @@ class GovernorBank:
             active: ``(n,)`` bool; rows that are not active keep every byte.
 
         Returns:
-            Rewards, float32 ``(n,)`` on the bank's device: minus ``death_penalty`` for a row that rolled back at this
-            step, else 0.
+            Rewards, float32 ``(n,)`` on the bank's device: minus ``death_penalty`` for a row that rolled back
+            at this step, else 0.
 
         Raises:
             ValueError: a shape or device does not fit.
@@ -149,7 +157,7 @@ class GovernorBank:
         ops.governor_step_(self._state, self._settings, losses, None, active, self._mailbox)
         mask = None if active is None else active.reshape(-1)
         for i, engine in self._engines.items():
-            # An inactive row keeps its orders; on the CPU they would be looked at again, so it is passed over.
+            # An inactive row keeps its orders; the CPU would look at them again, so it is passed over.
             if mask is None or mask.is_cuda or bool(mask[i]):
                 for event in engine.act():
                     self._tell(event)

@@ -31,19 +31,19 @@ class GovernorConfig:
     sensitivity: float = 6.0
     """A loss up to mean + this many standard deviations is no explosion (dimensionless, > 0)."""
     multiplier: float = 3.0
-    """A loss up to this many means is no explosion; silent where the mean is not positive (dimensionless, > 0)."""
+    """A loss up to so many means is no explosion; silent unless the mean is positive (dimensionless, > 0)."""
     rule: Literal["all", "any"] = "all"
     """Whether all three thresholds must be passed, or any one of them."""
     min_std: float = 0.0
-    """Floor of the standard deviation, as a share of |mean|: keeps a flat plateau from shooting a healthy run."""
+    """Floor of the standard deviation, as a share of |mean|: a flat plateau must not shoot a healthy run."""
     warmup_bound: float = math.inf
     """While H is shorter than min_history, a loss above this is an anomaly (loss units)."""
     min_panics_before_rollback: int = 2
     """Anomalies in a row that order a rollback (>= 1)."""
     lobotomy_healthy_below: float = 0.6
-    """A network counts as having learnt once its loss was below this share of the random-guess loss (0 to 1)."""
+    """A network has learnt once its loss was below this share of the random-guess loss (0 to 1)."""
     lobotomy_band: tuple[float, float] = (0.95, 1.05)
-    """Collapse to chance: a loss between these multiples of the random-guess loss; the upper may be infinite."""
+    """Collapse to chance: a loss between these multiples of the random-guess loss; the upper may be inf."""
     lobotomy_patience: int = 1
     """In-band losses that order a rollback (>= 1)."""
     cooldown: int = 0
@@ -65,7 +65,7 @@ class GovernorConfig:
     restore_rng: bool = True
     """Whether a rollback puts the random generators back, so that a replay draws the same numbers."""
     skip_anomalous_steps: bool = False
-    """Leave out the optimizer step of a loss that was not healthy: judge before it, ``step(verdict)`` after it."""
+    """Leave out the optimizer step of an unhealthy loss: judge before it, ``step(verdict)`` after it."""
     seed_check_interval: int = 20
     """Steps between searches for non-finite values in incubating seeds (>= 1; 0: never)."""
     storage: Literal["pinned", "device"] = "pinned"
@@ -109,7 +109,12 @@ class GovernorConfig:
         if self.storage not in ("pinned", "device"):
             found.append(("storage", "'pinned' or 'device'", self.storage))
         band = self.lobotomy_band
-        if not (isinstance(band, tuple | list) and len(band) == 2 and all(map(_is_number, band)) and band[0] <= band[1]):
+        if not (
+            isinstance(band, tuple | list)
+            and len(band) == 2
+            and all(map(_is_number, band))
+            and band[0] <= band[1]
+        ):
             found.append(("lobotomy_band", "(low, high) with low <= high", band))
         for name in ("log_only", "restore_rng", "skip_anomalous_steps"):
             if not isinstance(getattr(self, name), bool):
@@ -121,11 +126,13 @@ class GovernorConfig:
         if self.window < self.min_history:
             found.append(("window", f"at least min_history = {self.min_history}", self.window))
         if self.snapshot_interval <= self.probation:
-            found.append(("snapshot_interval", f"more than probation = {self.probation}", self.snapshot_interval))
+            found.append(
+                ("snapshot_interval", f"more than probation = {self.probation}", self.snapshot_interval)
+            )
         return found
 
     @classmethod
-    def strict(cls, random_guess_loss: float | None = None, **overrides: Any) -> GovernorConfig:
+    def strict(cls, random_guess_loss: float | None = None, **overrides: object) -> GovernorConfig:
         """Settings without the default rule's blind spots: any threshold trips, and the warm-up is bounded.
 
         Args:
@@ -138,12 +145,14 @@ class GovernorConfig:
             "min_std": 0.05,
             "absolute_threshold": absolute,
             "warmup_bound": absolute,
+            **overrides,
         }
-        return cls(**{**settings, **overrides})
+        return cls(**settings)
 
-    def replace(self, **changes: Any) -> GovernorConfig:
+    def replace(self, **changes: object) -> GovernorConfig:
         """A copy with some fields changed, checked anew."""
-        return dataclasses.replace(self, **changes)
+        fields: dict[str, Any] = changes
+        return dataclasses.replace(self, **fields)
 
     def to_tensor(self, random_guess_loss: float | None, device: torch.device | str) -> Tensor:
         """The fields that ``governor_step_`` reads: float64 ``(CONFIG_FIELDS,)`` on ``device``."""

@@ -1,12 +1,14 @@
 """One governed model on CUDA, where the device decides and the host enqueues the same work whatever happens.
 
-Every step the host launches the restore, which returns at once unless the judge ordered one, and, when a capture may be
-due, the two capture launches: what anybody may change next (buffers, scaler, rates, alpha) on the current stream, and
-parameters with optimizer state on a side stream, under the next forward and backward. Nothing is read back: the host
-learns of rollbacks from the mailbox's status words, and puts the host-side parts back then.
+Every step the host launches the restore, which returns at once unless the judge ordered one, and, when a
+capture may be due, the two capture launches: what anybody may change next (buffers, scaler, rates, alpha) on
+the current stream, and parameters with optimizer state on a side stream, under the next forward and backward.
+Nothing is read back: the host learns of rollbacks from the mailbox's status words, and puts the host-side
+parts back then.
 
-Who must wait for a capture in flight: the optimizer (its step pre-hook does), the judge and the restore (``act`` does),
-a structure change (``sync_structure`` does). Each waits for itself and nobody clears the event for others.
+Who must wait for a capture in flight: the optimizer (its step pre-hook does), the judge and the restore
+(``act`` does), a structure change (``sync_structure`` does). Each waits for itself and nobody clears the
+event for others.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ class _Flight:
     """The capture that may be in flight on the side stream, and who has waited for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.ready = torch.cuda.Event()
-        self.done = torch.cuda.Event()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.started = False
         self._waited: set[int] = set()
 
@@ -86,11 +88,13 @@ class DeviceEngine(Engine):
         handle = optimizer.register_step_pre_hook(self._before_optimizer_step)
         self._handles += [handle, optimizer.register_load_state_dict_post_hook(self._moved.append)]
 
-    def _before_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_optimizer_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.wait()
 
     def wait(self) -> None:
-        """Make the current stream wait for a capture in flight; recorded captures are waited for where recorded."""
+        """Make the current stream wait for a capture in flight; a recorded one has its wait recorded too."""
         if not torch.cuda.is_current_stream_capturing():
             self._flight.join()
         elif self._recorded is not None:
@@ -105,7 +109,7 @@ class DeviceEngine(Engine):
         """Remove the hooks, wait for a capture in flight and give the memory back."""
         self._finalizer()
 
-    # -- every step ---------------------------------------------------------------------------------------------
+    # -- every step ------------------------------------------------------------------------------------------
 
     def judged(self) -> None:
         """A judgement is about to be enqueued: it must see a finished capture."""
@@ -131,7 +135,7 @@ class DeviceEngine(Engine):
             yield from self._check_seeds()
 
     def begin_step(self) -> None:
-        """At the head of a recorded step: capture what the step before ordered, beside the forward and backward."""
+        """Head of a recorded step: capture what the step before ordered, beside the forward and backward."""
         if not torch.cuda.is_current_stream_capturing():
             return
         self._check_recordable()
@@ -171,10 +175,10 @@ class DeviceEngine(Engine):
     def _kept_host_states(self) -> list[HostState]:
         return list(self._host.values())
 
-    # -- structure ----------------------------------------------------------------------------------------------
+    # -- structure -------------------------------------------------------------------------------------------
 
     def _structure_moved(self) -> bool:
-        """Whether the table may point to the wrong tensors. One look at every tensor's address: no device call."""
+        """Whether the table may point to the wrong tensors. One look at every address: no device call."""
         moved, self._moved[:] = bool(self._moved), []
         return moved or not self.slots.is_current(self.tracked.tensors())
 
@@ -200,11 +204,11 @@ class DeviceEngine(Engine):
     @staticmethod
     def _not_recordable(why: str) -> TolariaError:
         return TolariaError(
-            f"governor: the guarded step cannot be recorded in a CUDA graph: {why}; run a few eager steps with "
-            "governor.step first, then record"
+            f"governor: the guarded step cannot be recorded in a CUDA graph: {why}; run a few eager steps "
+            "with governor.step first, then record"
         )
 
-    # -- by hand and reconciliation -----------------------------------------------------------------------------
+    # -- by hand and reconciliation --------------------------------------------------------------------------
 
     def capture(self) -> Iterator[GovernorEvent]:
         """Copy the state to the slot that was ordered by hand."""
@@ -234,7 +238,9 @@ class DeviceEngine(Engine):
         self._capture_here()
         bad = int(self._state[StateField.candidate_bad, self._column])  # sync: attach, reset and loading only
         if bad >= 0:
-            raise ValueError(f"model: expected a finite state, got NaN or infinity in {self.slots.names[bad]}")
+            raise ValueError(
+                f"model: expected a finite state, got NaN or infinity in {self.slots.names[bad]}"
+            )
         self.order(Order.PROMOTE)
         self.synchronize()
         self._judged = self.step_count
@@ -242,7 +248,7 @@ class DeviceEngine(Engine):
         self._keep_host_state()
 
     def reconcile(self) -> None:
-        """Put the host-side parts back if the device has rolled back since the last look. Plain loads alone."""
+        """Put host-side parts back if the device has rolled back since the last look. Plain loads alone."""
         count = self._reader.status(StatusField.rollback_count)
         if count == self._known_rollbacks or torch.cuda.is_current_stream_capturing():
             return
@@ -252,12 +258,13 @@ class DeviceEngine(Engine):
         host = self._host[max(known)] if known else self._host[min(self._host)]
         missing = [key for key, place in self.slots.places.items() if not place.is_live and key in host.keys]
         if missing:
-            slot = int(self._state[StateField.last_good, self._column])  # sync: state was cleared by hand, rare
+            # sync: state was cleared by hand, rare
+            slot = int(self._state[StateField.last_good, self._column])
             for key, tensor in self.slots.missing_live(slot, host.keys):
                 self.tracked.recreate(key, tensor)
         self.tracked.load_host_state(host, keep_fresh=True)
 
-    # -- seeds --------------------------------------------------------------------------------------------------
+    # -- seeds -----------------------------------------------------------------------------------------------
 
     def _check_seeds(self) -> Iterator[GovernorEvent]:
         """Search incubating seeds on the device now and then; cull the one whose flag has arrived."""
@@ -280,7 +287,7 @@ class DeviceEngine(Engine):
 
 
 def _let_go(flight: _Flight, handles: list[RemovableHandle], *memory: object) -> None:
-    """The end of an engine: no capture may still write ``memory``, which lives as long as this call's arguments."""
+    """The end of an engine: no capture may still write ``memory``, which lives as long as the arguments."""
     for handle in handles:
         handle.remove()
     if flight.started:

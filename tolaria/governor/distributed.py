@@ -20,14 +20,15 @@ def check_ranks(process_group: dist.ProcessGroup | None, model: nn.Module | None
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and process_group is None:
         raise RuntimeError(
-            f"process_group: torch.distributed runs {dist.get_world_size()} ranks, and one rank must never roll back "
-            "alone; pass process_group=torch.distributed.group.WORLD, so that all judge the same loss"
+            f"process_group: torch.distributed runs {dist.get_world_size()} ranks, and one rank must never "
+            "roll back alone; pass process_group=torch.distributed.group.WORLD, so that all judge the same "
+            "loss"
         )
     for name, parameter in model.named_parameters() if model is not None else ():
         if hasattr(parameter, "placements") or type(parameter).__name__ in ("DTensor", "FlatParameter"):
             raise RuntimeError(
-                f"model: {name} is sharded ({type(parameter).__name__}), which is not supported; a governor needs "
-                "whole parameters on every rank, as under DistributedDataParallel"
+                f"model: {name} is sharded ({type(parameter).__name__}), which is not supported; a governor "
+                "needs whole parameters on every rank, as under DistributedDataParallel"
             )
 
 

@@ -1,8 +1,8 @@
 """One governed model: carries out the orders that the judge wrote into its column of the state.
 
-The judge decides, in ``governor_step_``; an engine only obeys: capture to the ordered slot, restore from the last known
-good one, and put the host-side parts back beside the tensors. This one serves tensors in CPU memory, where the host sees
-the orders at once; :mod:`tolaria.governor.device_engine` serves CUDA.
+The judge decides, in ``governor_step_``; an engine only obeys: capture to the ordered slot, restore from the
+last known good one, and put the host-side parts back beside the tensors. This one serves tensors in CPU
+memory, where the host sees the orders at once; :mod:`tolaria.governor.device_engine` serves CUDA.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Engine(ABC):
         self.tracked = tracked
         self.slots = Slots(tracked.device, config.storage)
         self.defer_panics = False
-        """Leave a poisoned capture to the next judgement, where ranks agree on it, instead of panicking at once."""
+        """Leave a poisoned capture to the next judgement, where ranks agree, instead of panicking at once."""
         self._structure = tracked.structure()
         self._seed_holders = list(tracked.seed_holders())
         self._find_exempt()
@@ -70,7 +70,7 @@ class Engine(ABC):
         """Judgements so far, as far as the host knows."""
         return self._reader.status(StatusField.step)
 
-    # -- what an engine does ------------------------------------------------------------------------------------
+    # -- what an engine does ---------------------------------------------------------------------------------
 
     @abstractmethod
     def act(self) -> Iterator[GovernorEvent]:
@@ -89,31 +89,41 @@ class Engine(ABC):
         """Capture the state as it is and make it the last known good one at once; may wait for the device.
 
         Raises:
-            ValueError: a covered tensor holds a non-finite value; the last known good state stays what it was.
+            ValueError: a covered tensor holds a non-finite value; the last known good state stays what it
+                was.
         """
+
+    # Hooks: an engine overrides those it has something to do for.
 
     def judged(self) -> None:
         """A judgement is about to be enqueued."""
+        return
 
     def reconcile(self) -> None:
         """Put host-side parts back for a rollback that the device has carried out meanwhile."""
+        return
 
     def wait(self) -> None:
         """Make the current stream wait for a capture in flight."""
+        return
 
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
+        return
 
     def begin_step(self) -> None:
         """Head of a step that is being recorded in a CUDA graph."""
+        return
 
     def hook(self, optimizer: Optimizer) -> None:
         """Watch one more optimizer."""
+        return
 
     def close(self) -> None:
         """Let go of hooks and memory."""
+        return
 
-    # -- shared -------------------------------------------------------------------------------------------------
+    # -- shared ----------------------------------------------------------------------------------------------
 
     def _find_exempt(self) -> None:
         """Tensors that are non-finite from the start are copied but not searched; a parameter may not be."""
@@ -225,7 +235,7 @@ class HostEngine(Engine):
             yield from self.cull_poisoned_seeds()
 
     def capture(self) -> Iterator[GovernorEvent]:
-        """Copy the state to the ordered slot. A non-finite value found on the way is a panic and rolls back."""
+        """Copy the state to the ordered slot. A non-finite value on the way is a panic and rolls back."""
         yield from self._copy_to_slot()
         bad = int(self._view[StateField.candidate_bad])
         if bad >= 0 and not self.defer_panics:
@@ -259,13 +269,15 @@ class HostEngine(Engine):
         """Capture the state as it is and make it the last known good one at once.
 
         Raises:
-            ValueError: a covered tensor holds a non-finite value; the last known good state stays what it was.
+            ValueError: a covered tensor holds a non-finite value; the last known good state stays what it
+                was.
         """
         self.order(Order.CAPTURE)
         for _ in self._copy_to_slot():
             pass
         bad = int(self._view[StateField.candidate_bad])
         if bad >= 0:
-            raise ValueError(f"model: expected a finite state, got NaN or infinity in {self.slots.names[bad]}")
+            raise ValueError(
+                f"model: expected a finite state, got NaN or infinity in {self.slots.names[bad]}"
+            )
         self.order(Order.PROMOTE)
-

@@ -147,7 +147,7 @@ class MailboxReader:
         self._read = int(self._status[StatusField.events])
 
     def read(self, names: Sequence[str], capture_bytes: int) -> Iterator[GovernorEvent]:
-        """The events since the last call, oldest first; a count of dropped ones stands in for those overwritten."""
+        """The events since the last call, oldest first; a count stands in for those that were overwritten."""
         written = int(self._status[StatusField.events])
         lost = max(0, written - self._read - len(self._ring))
         if lost:
@@ -156,7 +156,8 @@ class MailboxReader:
         while self._read < written:
             record = self._ring[self._read % len(self._ring)].tolist()
             if int(self._status[StatusField.events]) - self._read > len(self._ring):
-                yield from self.read(names, capture_bytes)  # the device lapped us while we read: count it as dropped
+                # the device lapped us while we read: count it as dropped
+                yield from self.read(names, capture_bytes)
                 return
             self._read += 1
             yield self._decode(record, names, capture_bytes)
@@ -166,7 +167,11 @@ class MailboxReader:
         capture_id, capture_step = int(r[RecordField.capture_id]), int(r[RecordField.capture_step])
         if kind is EventKind.CAPTURE:
             return CaptureEvent(
-                step=step, row=self._row, capture_id=capture_id, capture_step=capture_step, bytes=capture_bytes
+                step=step,
+                row=self._row,
+                capture_id=capture_id,
+                capture_step=capture_step,
+                bytes=capture_bytes,
             )
         if kind is EventKind.PROMOTION:
             return PromotionEvent(step=step, row=self._row, capture_id=capture_id, capture_step=capture_step)

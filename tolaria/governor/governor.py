@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.errors import TolariaError
+from tolaria.governor import attach, statistics
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import agree, check_ranks
-from tolaria.governor.attach import checked_optimizers, make_engine, make_mailbox, resolve_random_guess_loss, single_device
 from tolaria.governor.events import GovernorEvent, MailboxReader, RollbackEvent
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.sinks import Sink, deliver
 from tolaria.governor.skipping import StepSkipper
 from tolaria.governor.tracked import Stateful, TrackedState
 from tolaria.governor.verdict import GovernorReport, Verdict
-from tolaria.ops import Order, StateField, StatusField, memory_row
+from tolaria.ops import Order, StateField, StatusField
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,8 +32,8 @@ _MAX_EVENTS_KEPT = 4096
 class TolariaGovernor:
     """Watches the loss of a training run and rolls model and optimizers back when it blows up.
 
-    Call :meth:`step` once per optimizer step, after ``optimizer.step()`` (and ``scaler.update()``) and before the next
-    forward::
+    Call :meth:`step` once per optimizer step, after ``optimizer.step()`` (and ``scaler.update()``) and before
+    the next forward::
 
         governor = TolariaGovernor(model, optimizer, num_classes=10)
         for x, y in loader:
@@ -46,20 +43,21 @@ class TolariaGovernor:
             optimizer.step()
             governor.step(loss)
 
-    Attaching captures the current state and makes it the last known good one; two slots of the whole state are
-    allocated then (for AdamW 6x the parameters), and :meth:`poll` reports their size.
+    Attaching captures the current state and makes it the last known good one; two slots of the whole state
+    are allocated then (for AdamW 6x the parameters), and :meth:`poll` reports their size.
 
     Args:
         model: parameters and buffers to cover; all on one device.
         optimizers: one optimizer or several; all their state and hyper-parameters are covered.
         config: settings; None means :class:`GovernorConfig` with its defaults.
         num_classes: for a classifier; the random-guess loss is then ``ln(num_classes)``.
-        random_guess_loss: loss of guessing, in the loss' unit; overrides ``num_classes``. Without either the lobotomy
-            rule is off.
-        schedulers: learning-rate schedulers to roll back with the optimizers. One that is not handed over goes on
-            from where it is.
+        random_guess_loss: loss of guessing, in the loss' unit; overrides ``num_classes``. Without either the
+            lobotomy rule is off.
+        schedulers: learning-rate schedulers to roll back with the optimizers. One that is not handed over
+            goes on from where it is.
         scaler: the ``torch.amp.GradScaler`` in use.
-        extras: named objects to roll back too (EMA, sampler): anything with ``state_dict`` and ``load_state_dict``.
+        extras: named objects to roll back too (EMA, sampler): anything with ``state_dict`` and
+            ``load_state_dict``.
         generators: random generators beside the default ones, for ``config.restore_rng``.
         sinks: called with every event; see :mod:`tolaria.governor.sinks`.
         process_group: ranks that judge the mean of their losses together.
@@ -67,7 +65,8 @@ class TolariaGovernor:
     Raises:
         ValueError: a parameter is not finite, or an argument is out of range.
         TypeError: an argument has the wrong type.
-        RuntimeError: several ranks without ``process_group``, sharded parameters, or parameters on several devices.
+        RuntimeError: several ranks without ``process_group``, sharded parameters, or parameters on several
+            devices.
     """
 
     def __init__(
@@ -85,13 +84,11 @@ class TolariaGovernor:
         sinks: Sequence[Sink] = (),
         process_group: ProcessGroup | None = None,
     ) -> None:
-        listed = checked_optimizers(model, optimizers)
-        for name, value, wanted in (("config", config, GovernorConfig), ("scaler", scaler, torch.amp.GradScaler)):
-            if value is not None and not isinstance(value, wanted):
-                raise TypeError(f"{name}: expected {wanted.__name__} or None, got {type(value).__name__}")
+        listed = attach.checked_optimizers(model, optimizers)
+        attach.check_settings(config, scaler)
         check_ranks(process_group, model)
         self.config = config or GovernorConfig()
-        self.random_guess_loss = resolve_random_guess_loss(num_classes, random_guess_loss)
+        self.random_guess_loss = attach.resolve_random_guess_loss(num_classes, random_guess_loss)
         self._group = process_group
         self._sinks: list[Sink] = list(sinks)
         self._events: list[GovernorEvent] = []
@@ -105,7 +102,7 @@ class TolariaGovernor:
             extras=extras,
             generators=generators,
             restore_rng=self.config.restore_rng,
-            device=single_device(model, listed),
+            device=attach.single_device(model, listed),
         )
         self._build(tracked)
         self._skipper = StepSkipper(tracked) if self.config.skip_anomalous_steps else None
@@ -115,16 +112,18 @@ class TolariaGovernor:
         device = tracked.device
         self._state = ops.governor_state(1, window=self.config.window, device=device)
         self._settings = self.config.to_tensor(self.random_guess_loss, device)
-        self._mailbox = make_mailbox(1, self.config.event_capacity, device)
+        self._mailbox = attach.make_mailbox(1, self.config.event_capacity, device)
         self._reader = MailboxReader(self._mailbox.numpy()[0], 0, -self.config.death_penalty)
-        self._engine = make_engine(0, self._state, self.config, self._settings, self._mailbox, self._reader, tracked)
+        self._engine = attach.make_engine(
+            0, self._state, self.config, self._settings, self._mailbox, self._reader, tracked
+        )
         self._engine.defer_panics = self._group is not None
         self._reader.skip_all()
         self._policy = RollbackPolicy(self.config, tracked)
         self._scalar = torch.zeros(1, dtype=torch.float64, device=device)
         self._latest: Verdict | None = None
 
-    # -- every step ---------------------------------------------------------------------------------------------
+    # -- every step ------------------------------------------------------------------------------------------
 
     def check_vital_signs(self, loss: Tensor | float, *, nonfinite: Tensor | bool | None = None) -> Verdict:
         """Judge a loss and update the statistics, without acting on it.
@@ -151,8 +150,8 @@ class TolariaGovernor:
         """Judge (unless given the verdict just returned), restore if ordered, capture if due.
 
         Args:
-            loss: the loss this optimizer step was computed from (with accumulation the mean of its micro-batches), or
-                the :class:`Verdict` that :meth:`check_vital_signs` just returned for it.
+            loss: the loss this optimizer step was computed from (with accumulation the mean of its
+                micro-batches), or the :class:`Verdict` that :meth:`check_vital_signs` just returned for it.
             nonfinite: as for :meth:`check_vital_signs`; not together with a verdict.
 
         Raises:
@@ -161,7 +160,9 @@ class TolariaGovernor:
         """
         if isinstance(loss, Verdict):
             if self._latest is not loss:
-                raise ValueError("loss: expected the verdict that check_vital_signs returned last, got an older one")
+                raise ValueError(
+                    "loss: expected the verdict that check_vital_signs returned last, got an older one"
+                )
             if nonfinite is not None:
                 raise ValueError("nonfinite: expected None together with a verdict, which is already judged")
         else:
@@ -175,8 +176,8 @@ class TolariaGovernor:
     def begin_step(self) -> None:
         """Head of a step that is being recorded in a CUDA graph; does nothing elsewhere.
 
-        Recorded here, the capture that the step before ordered runs beside this step's forward and backward; without
-        it, it is recorded where :meth:`step` is, after the optimizer step, and overlaps nothing.
+        Recorded here, the capture that the step before ordered runs beside this step's forward and backward;
+        without it, it is recorded where :meth:`step` is, after the optimizer step, and overlaps nothing.
         """
         self._engine.begin_step()
 
@@ -184,7 +185,7 @@ class TolariaGovernor:
         if self._closed:
             raise TolariaError("governor: it is closed; make a new one")
         if not isinstance(loss, Tensor):
-            loss = self._as_tensor("loss", loss)
+            loss = self._scalar.fill_(attach.as_number("loss", loss))
         if nonfinite is not None and not isinstance(nonfinite, Tensor):
             nonfinite = torch.tensor(bool(nonfinite), device=self._state.device)
         self._engine.judged()
@@ -193,18 +194,14 @@ class TolariaGovernor:
         self._latest = None
         ops.governor_step_(self._state, self._settings, loss, nonfinite, None, self._mailbox)
 
-    def _as_tensor(self, name: str, value: object) -> Tensor:
-        if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
-            raise TypeError(f"{name}: expected a number or a floating tensor of one element, got {type(value).__name__}")
-        return self._scalar.fill_(float(value))
-
-    # -- by hand ------------------------------------------------------------------------------------------------
+    # -- by hand ---------------------------------------------------------------------------------------------
 
     def execute_rollback(self) -> GovernorReport:
         """Restore the last known good state now.
 
-        The reason is the pending one, or MANUAL. If a rollback was already carried out since the last judgement, nothing
-        happens and its report is returned again. On CUDA it waits for the device, to return the report.
+        The reason is the pending one, or MANUAL. If a rollback was already carried out since the last
+        judgement, nothing happens and its report is returned again. On CUDA it waits for the device, to
+        return the report.
 
         Raises:
             TrainingDivergedError: rollbacks come too often.
@@ -247,8 +244,8 @@ class TolariaGovernor:
     def wait(self) -> None:
         """Make later work on the current stream wait for a capture in flight (nothing to do on the CPU).
 
-        Call it before changing captured tensors in place outside an optimizer step, and before replaying a CUDA graph
-        right after an eager step. It makes the stream wait, not the host.
+        Call it before changing captured tensors in place outside an optimizer step, and before replaying a
+        CUDA graph right after an eager step. It makes the stream wait, not the host.
         """
         self._engine.wait()
 
@@ -260,7 +257,7 @@ class TolariaGovernor:
                 self._skipper.close()
             self._engine.close()
 
-    # -- telemetry ----------------------------------------------------------------------------------------------
+    # -- telemetry -------------------------------------------------------------------------------------------
 
     def poll(self) -> list[GovernorEvent]:
         """Events that arrived since the last call, oldest first; never waits.
@@ -301,7 +298,7 @@ class TolariaGovernor:
             self._tell(event)
         self._policy.check_budget()
 
-    # -- what it knows: on CUDA as of the last status word that arrived; synchronize() first for the latest ------
+    # -- what it knows: on CUDA as of the last status word that arrived; synchronize() first for the latest --
 
     @property
     def step_count(self) -> int:
@@ -331,11 +328,7 @@ class TolariaGovernor:
     @property
     def history(self) -> list[float]:
         """The healthy losses of the window, oldest first. On CUDA it waits for the device."""
-        column: list[float] = self._state[:, 0].tolist()  # sync: for people
-        window = self.config.window
-        size = int(column[memory_row(0, window, ops.MemoryField.history_size)])
-        start = memory_row(0, window, len(ops.MemoryField))
-        return column[start : start + size]
+        return statistics.healthy_losses(self._state, self.config.window)
 
     @property
     def lifetime(self) -> dict[str, float]:
@@ -343,16 +336,13 @@ class TolariaGovernor:
 
         On CUDA it waits for the device.
         """
-        fields = self._state[StateField.life_count : StateField.life_max + 1, 0]
-        count, mean, m2, low, high = fields.tolist()  # sync: for people
-        std = math.sqrt(m2 / count) if count else math.nan
-        return {"count": count, "mean": mean if count else math.nan, "std": std, "min": low, "max": high}
+        return statistics.lifetime_statistics(self._state)
 
-    # -- structure ----------------------------------------------------------------------------------------------
+    # -- structure -------------------------------------------------------------------------------------------
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Cover another optimizer, for instance that of a seed just germinated."""
-        checked_optimizers(self._engine.tracked.model, optimizer)
+        attach.checked_optimizers(self._engine.tracked.model, optimizer)
         if optimizer not in self._engine.tracked.optimizers:
             self._engine.tracked.optimizers.append(optimizer)
             self.notify_structure_changed()
@@ -369,20 +359,15 @@ class TolariaGovernor:
         self._engine.tracked.schedulers.append(scheduler)
 
     def notify_structure_changed(self) -> None:
-        """Look at the model's structure now. Optional: growth is noticed at the next step, capture or rollback."""
+        """Look at the model's structure now. Optional: the next step, capture or rollback notices growth."""
         for event in self._engine.sync_structure():
             self._tell(event)
 
-    # -- saving -------------------------------------------------------------------------------------------------
+    # -- saving ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, statistics and counts; no slots. Safe for ``torch.save`` with ``weights_only`` loading."""
-        return {
-            "version": 1,
-            "config": asdict(self.config),
-            "random_guess_loss": self.random_guess_loss,
-            "state": self._state.detach().cpu().clone(),
-        }
+        """Settings, statistics and counts; no slots. Safe for ``torch.load`` with ``weights_only``."""
+        return statistics.saved_form(self.config, self.random_guess_loss, self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over settings, statistics and counts; the current model state becomes the last known good one.
@@ -390,14 +375,7 @@ class TolariaGovernor:
         Raises:
             ValueError: ``state`` is not from :meth:`state_dict`, or the model's state is not finite.
         """
-        missing = {"version", "config", "random_guess_loss", "state"} - set(state)
-        if missing or state.get("version") != 1:
-            raise ValueError(f"state: expected a dict from TolariaGovernor.state_dict(), it lacks {sorted(missing)}")
-        config = GovernorConfig(**{**state["config"], "lobotomy_band": tuple(state["config"]["lobotomy_band"])})
-        saved: Tensor = state["state"]
-        expected = (memory_row(3, config.window, 0), 1)
-        if tuple(saved.shape) != expected or saved.dtype != torch.float64:
-            raise ValueError(f"state: expected float64 statistics of shape {expected}, got {saved.dtype} {tuple(saved.shape)}")
+        config, saved = statistics.read_saved_form(state)
         former = self._engine
         before = dict(vars(self))
         try:
@@ -407,11 +385,6 @@ class TolariaGovernor:
             vars(self).update(before)
             raise
         former.close()
-        fresh = self._state.clone()
-        self._state.copy_(saved)
-        for field in range(StateField.capture_order_0, StateField.restore_order + 1):
-            self._state[field] = fresh[field]
-        for field in range(StateField.last_good, StateField.slot_capture_1 + 1):
-            self._state[field] = fresh[field]
+        statistics.take_over(self._state, saved)
         self._engine.adopt_current_state()
         self._reader.skip_all()

@@ -30,17 +30,20 @@ def allocate(nbytes: int, device: torch.device, storage: str = "pinned") -> Tens
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
         return _page_locked(nbytes)
     except (RuntimeError, OSError, MemoryError) as error:
-        kind = "page-locked memory" if device.type == "cuda" and storage == "pinned" else f"memory on {device}"
+        kind = (
+            "page-locked memory" if device.type == "cuda" and storage == "pinned" else f"memory on {device}"
+        )
         raise SnapshotError(
-            f"a snapshot slot needs {nbytes / 2**20:.1f} MiB of {kind}, which could not be had ({error}); use a smaller "
-            "model or the other GovernorConfig.storage"
+            f"a snapshot slot needs {nbytes / 2**20:.1f} MiB of {kind}, which could not be had ({error}); "
+            "use a smaller model or the other GovernorConfig.storage"
         ) from error
 
 
 def _page_locked(nbytes: int) -> Tensor:
-    pages = mmap.mmap(-1, max(1, nbytes))  # whole pages of our own: registering shares no page with a neighbour
+    # whole pages of our own: registering shares no page with a neighbour
+    pages = mmap.mmap(-1, max(1, nbytes))
     whole = torch.frombuffer(pages, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     status = runtime.cudaHostRegister(whole.data_ptr(), nbytes, 1)  # 1: valid in every CUDA context
     if int(status) != 0:
         raise MemoryError(f"cudaHostRegister failed with {status}")

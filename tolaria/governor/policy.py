@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,11 +27,13 @@ def clear_gradients(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         optimizer.zero_grad(set_to_none=not on_device)
 
 
-def scale_learning_rates(optimizers: Iterable[Optimizer], schedulers: Iterable[object], factor: float) -> None:
+def scale_learning_rates(
+    optimizers: Iterable[Optimizer], schedulers: Iterable[object], factor: float
+) -> None:
     """Multiply every learning rate by ``factor``, in the groups and in what schedulers derive them from.
 
-    LambdaLR and OneCycleLR compute the rate from base rates, so these are scaled too (``base_lrs``, and ``max_lr``,
-    ``min_lr`` in the groups).
+    LambdaLR and OneCycleLR compute the rate from base rates, so these are scaled too (``base_lrs``, and
+    ``max_lr``, ``min_lr`` in the groups).
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -46,7 +47,7 @@ def scale_learning_rates(optimizers: Iterable[Optimizer], schedulers: Iterable[o
         _scale_scheduler(scheduler, factor)
 
 
-def _scale_scheduler(scheduler: Any, factor: float) -> None:
+def _scale_scheduler(scheduler: object, factor: float) -> None:
     for name in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
         rates = getattr(scheduler, name, None)
         if isinstance(rates, list):
@@ -56,7 +57,7 @@ def _scale_scheduler(scheduler: Any, factor: float) -> None:
 
 
 class RollbackPolicy:
-    """What happens beside the restore, once per rollback; counts rollbacks and gives up when they come too often."""
+    """What happens beside the restore, once per rollback; gives up when rollbacks come too often."""
 
     def __init__(self, config: GovernorConfig, tracked: TrackedState) -> None:
         self._config = config
@@ -93,7 +94,7 @@ class RollbackPolicy:
             self._history.clear()
             raise TrainingDivergedError(
                 f"{len(recent)} rollbacks within {self._config.rollback_window} steps (the last one at step "
-                f"{last.step}, reason {last.reason.name}): going back again would not help; lower the learning rate, "
-                "look at the data of these steps, or raise max_rollbacks",
+                f"{last.step}, reason {last.reason.name}): going back again would not help; lower the "
+                "learning rate, look at the data of these steps, or raise max_rollbacks",
                 history=tuple(recent),
             )

@@ -17,25 +17,28 @@ _log = logging.getLogger("tolaria.governor")
 class Sink(Protocol):
     """Takes one event. It may raise: training goes on and the exception is logged."""
 
-    def __call__(self, event: GovernorEvent, /) -> object: ...
+    def __call__(self, event: GovernorEvent, /) -> object:
+        """Take ``event``; what is returned is ignored."""
 
 
 def deliver(sinks: Iterable[Sink], event: GovernorEvent) -> None:
-    """Hand ``event`` to every sink; one that raises neither stops training nor keeps the event from the others."""
+    """Hand ``event`` to every sink; one that raises neither stops training nor the other sinks."""
     for sink in sinks:
         try:
             sink(event)
-        except Exception:  # a sink is the one place where an exception is swallowed: the rollback is already done
+        except Exception:
+            # a sink is the one place where an exception is swallowed: the rollback is already done
             _log.warning("sink %r failed on %s", sink, event.kind, exc_info=True)
 
 
 class LoggingSink:
-    """Writes events to a ``logging`` logger: rollbacks as ERROR, bad verdicts as WARNING, the rest as INFO."""
+    """Writes events to a ``logging`` logger: rollbacks as ERROR, bad verdicts as WARNING, others as INFO."""
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
         self._logger = logger or _log
 
     def __call__(self, event: GovernorEvent, /) -> None:
+        """Log ``event`` as one line at the level of its kind."""
         level = logging.INFO
         if isinstance(event, RollbackEvent):
             level = logging.ERROR
@@ -49,9 +52,10 @@ class JsonLinesSink:
     """Appends each event to a file as one JSON object a line, flushed at once; also a context manager."""
 
     def __init__(self, path: str | Path) -> None:
-        self._file: IO[str] = Path(path).open("a", encoding="utf-8")
+        self._file: IO[str] = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (close() does)
 
     def __call__(self, event: GovernorEvent, /) -> None:
+        """Append ``event`` as one line and flush it."""
         self._file.write(json.dumps(event.as_dict()) + "\n")
         self._file.flush()
 
@@ -71,7 +75,8 @@ class JsonLinesSink:
 class ScalarWriter(Protocol):
     """The part of TensorBoard's ``SummaryWriter`` that is used."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """Record one value under ``tag``."""
 
 
 class TensorBoardSink:
@@ -81,6 +86,7 @@ class TensorBoardSink:
         self._writer = writer
 
     def __call__(self, event: GovernorEvent, /) -> None:
+        """Write the scalars of ``event`` at its step."""
         scalars: dict[str, float] = {}
         if isinstance(event, RollbackEvent):
             scalars = {"rollbacks": event.report.rollback_count, "steps_lost": event.report.steps_lost}

@@ -14,14 +14,15 @@ from tolaria.governor.tracked import TrackedState
 
 
 class StepSkipper:
-    """Makes ``optimizer.step()`` do nothing after an unhealthy verdict, and undoes what the forward did to buffers.
+    """Makes ``optimizer.step()`` do nothing after an unhealthy verdict; undoes the forward's buffer changes.
 
-    On the CPU a step without gradients is a step not taken: parameters, moments and step counters stay as they are,
-    for every optimizer of torch. (An optimizer that calls a closure computes new gradients; it is not skipped.) On CUDA
-    the host does not know the verdict: a fused optimizer skips by itself when its ``found_inf`` is set, which is merged
-    with GradScaler's.
+    On the CPU a step without gradients is a step not taken: parameters, moments and step counters stay as
+    they are, for every optimizer of torch. (An optimizer that calls a closure computes new gradients; it is
+    not skipped.) On CUDA the host does not know the verdict: a fused optimizer skips by itself when its
+    ``found_inf`` is set, which is merged with GradScaler's.
 
-    The buffers are copied after every step, since the next forward changes them before its loss can be judged.
+    The buffers are copied after every step, since the next forward changes them before its loss can be
+    judged.
 
     Raises:
         ConfigError: an optimizer on CUDA is not fused.
@@ -45,7 +46,8 @@ class StepSkipper:
         if self._on_device and not all(group.get("fused") for group in optimizer.param_groups):
             raise ConfigError(
                 f"skip_anomalous_steps: expected optimizers made with fused=True on CUDA, got "
-                f"{type(optimizer).__name__} without it; nothing else can leave out a step that the host knows nothing of"
+                f"{type(optimizer).__name__} without it; nothing else can leave out a step that the host "
+                "knows nothing of"
             )
         before = self._set_found_inf if self._on_device else self._drop_gradients
         self._handles.append(optimizer.register_step_pre_hook(before))
@@ -58,19 +60,21 @@ class StepSkipper:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def _set_found_inf(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _set_found_inf(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        lent_to: Any = optimizer  # what fused kernels read is no declared attribute
         scalers = getattr(optimizer, "found_inf", None)
         self._lent[id(optimizer)] = not hasattr(optimizer, "grad_scale")
         if self._lent[id(optimizer)]:
-            optimizer.grad_scale = None
-        optimizer.found_inf = self._flag if scalers is None else torch.maximum(scalers, self._flag)
+            lent_to.grad_scale = None
+        lent_to.found_inf = self._flag if scalers is None else torch.maximum(scalers, self._flag)
 
-    def _remove_found_inf(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _remove_found_inf(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        lent_to: Any = optimizer
         if self._lent.pop(id(optimizer), False):  # GradScaler removes what it set itself
-            del optimizer.grad_scale, optimizer.found_inf
+            del lent_to.grad_scale, lent_to.found_inf
 
     def after_verdict(self, reason: Tensor) -> None:
-        """Leave out the optimizer steps up to the next call of :meth:`after_step` unless ``reason`` ``(1,)`` is 0."""
+        """Leave out the optimizer steps up to the next :meth:`after_step` unless ``reason`` ``(1,)`` is 0."""
         if not self._on_device:
             self._skip = bool(reason != 0)
             if self._skip and self._buffers:

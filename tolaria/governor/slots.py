@@ -32,7 +32,7 @@ class Place:
     slots: tuple[Tensor, Tensor]
     """The same, with the tensor's dtype and shape."""
     present: list[bool]
-    """Per slot: whether the last capture into it covered the tensor (known on the CPU, where the host decides)."""
+    """Per slot: whether the last capture into it covered the tensor (known on the CPU: the host decides)."""
     is_live: bool = True
     """False: the owner dropped the tensor, but a slot that may be restored still has it."""
 
@@ -40,9 +40,9 @@ class Place:
 class Slots:
     """Two copies of the covered state.
 
-    Memory is taken once; growth adds to it, so that what a slot holds stays where it is, and a tensor that goes away
-    leaves its room to the next of the same size. A tensor that appears later gets its value at that moment in both
-    slots (its birth value), optimizer state what it was before the first step.
+    Memory is taken once; growth adds to it, so that what a slot holds stays where it is, and a tensor that
+    goes away leaves its room to the next of the same size. A tensor that appears later gets its value at that
+    moment in both slots (its birth value), optimizer state what it was before the first step.
 
     Args:
         device: where the live tensors are.
@@ -77,7 +77,8 @@ class Slots:
         """Bring the places in line with ``tensors``; True when something had changed.
 
         Raises:
-            SnapshotError: a tensor cannot be copied byte by byte (sparse, quantized), or memory ran out. Nothing has
+            SnapshotError: a tensor cannot be copied byte by byte (sparse, quantized), or memory ran out.
+                Nothing has
                 changed then.
         """
         signature = self._signature(tensors)
@@ -92,7 +93,9 @@ class Slots:
         live = {t.key: (t, live_view(t.tensor)) for t in tensors}
         fresh = {key: found for key, found in live.items() if not self._matches(key, *found)}
         room = self._room_for([view for _, view in fresh.values()])
-        self._drop(key for key, p in self.places.items() if key in fresh or (key not in live and not any(p.present)))
+        self._drop(
+            key for key, p in self.places.items() if key in fresh or (key not in live and not any(p.present))
+        )
         for (key, (tracked, view)), memory in zip(fresh.items(), room, strict=True):
             self.places[key] = self._born(tracked, view, memory)
         for key, place in self.places.items():
@@ -123,7 +126,11 @@ class Slots:
         for size, pair in zip(sizes, found, strict=True):
             if pair is None:
                 empty = torch.empty(0, dtype=torch.uint8)
-                pair = (segments[0][offset : offset + size], segments[1][offset : offset + size]) if size else (empty, empty)
+                pair = (
+                    (segments[0][offset : offset + size], segments[1][offset : offset + size])
+                    if size
+                    else (empty, empty)
+                )
                 offset += size
             room.append(pair)
         return room
@@ -154,7 +161,9 @@ class Slots:
             tracked = live[key][0]
             searched = tracked.watched and key not in self.exempt
             entries.append(
-                SnapshotEntry(place.live, place.slots, tracked.part, index if searched else -1, tracked.zeroed)
+                SnapshotEntry(
+                    place.live, place.slots, tracked.part, index if searched else -1, tracked.zeroed
+                )
             )
         self.table.update(entries)
 
@@ -169,7 +178,7 @@ class Slots:
         return frozenset(key for key, place in self.places.items() if place.is_live)
 
     def missing_live(self, slot: int, keys: frozenset[Hashable]) -> list[tuple[Hashable, Tensor]]:
-        """Tensors of ``keys`` that ``slot`` holds but whose owner dropped them, as fresh copies on their device."""
+        """Tensors of ``keys`` that ``slot`` holds but their owner dropped: fresh copies on their device."""
         return [
             (key, place.slots[slot].to(self.device, copy=True))
             for key, place in self.places.items()

@@ -21,29 +21,43 @@ Kind = Literal["parameter", "buffer", "optimizer", "scaler", "extra"]
 class Stateful(Protocol):
     """Anything that can be saved and loaded: a scheduler, an EMA, a sampler."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to come back here."""
+        ...
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
+        """Go back to a saved state."""
+        ...
 
 
 @runtime_checkable
 class TakesPartInRollback(Protocol):
     """A module with host-side state of its own, such as a seed slot's stage."""
 
-    def rollback_state(self) -> dict[str, Any]: ...
+    def rollback_state(self) -> dict[str, Any]:
+        """Host-side facts at a capture."""
+        ...
 
-    def load_rollback_state(self, captured: dict[str, Any] | None, /) -> None: ...
+    def load_rollback_state(self, captured: dict[str, Any] | None, /) -> None:
+        """Go back to the captured facts (None: it was not there), after the tensors were restored."""
+        ...
 
-    def zero_alpha_tensors(self) -> list[Tensor]: ...
+    def zero_alpha_tensors(self) -> list[Tensor]:
+        """Alpha tensors that a capture writes as zero: those of seeds that a rollback drops."""
+        ...
 
 
 @runtime_checkable
 class HoldsSeed(Protocol):
     """A module whose seed may incubate: it cannot reach the loss, so a poisoned one is culled alone."""
 
-    def incubating_tensors(self) -> list[Tensor]: ...
+    def incubating_tensors(self) -> list[Tensor]:
+        """Tensors of the incubating seed; empty without one."""
+        ...
 
-    def cull(self) -> object: ...
+    def cull(self) -> object:
+        """Drop the seed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +79,7 @@ class TrackedTensor:
 
     @property
     def part(self) -> int:
-        """Capture part: parameters and optimizer state (1) change only where hooks see it, the rest (0) anywhere."""
+        """Capture part: 1, parameters and optimizer state, changes only where hooks see it; 0 anywhere."""
         return 1 if self.kind in ("parameter", "optimizer") else 0
 
 
@@ -92,7 +106,7 @@ class HostState:
 
 
 def fresh_value(optimizer: Optimizer, group: Mapping[str, Any], key: str) -> float | None:
-    """What a state tensor holds before the first step, if having that is the same as having no state; else None."""
+    """What a state tensor holds before the first step, if that is the same as having no state; else None."""
     name = type(optimizer).__name__
     if name == "SGD":
         return 0.0 if key == "momentum_buffer" and not group.get("dampening") else None
@@ -115,7 +129,8 @@ class TrackedState:
         optimizers: state and hyper-parameters of each.
         schedulers: restored through their state dicts.
         scaler: a ``torch.amp.GradScaler`` or None.
-        extras: named objects with ``state_dict``/``load_state_dict``; an ``nn.Module`` is covered tensor by tensor.
+        extras: named objects with ``state_dict``/``load_state_dict``; an ``nn.Module`` is covered tensor by
+            tensor.
         generators: random generators beside the default ones.
         restore_rng: whether random generators are covered at all.
         device: tensors on it are captured; tensors elsewhere belong to the host-side parts.
@@ -144,11 +159,11 @@ class TrackedState:
         self._retired = WeakIdKeyDictionary()
 
     def retire(self, tensors: Sequence[Tensor]) -> None:
-        """Cover these no more, though an optimizer may still hold them: they belong to a seed that was culled."""
+        """Cover these no more, though an optimizer may still hold them: their seed was culled."""
         for tensor in tensors:
             self._retired[tensor] = True
 
-    # -- tensors ------------------------------------------------------------------------------------------------
+    # -- tensors ---------------------------------------------------------------------------------------------
 
     def tensors(self) -> list[TrackedTensor]:
         """Every covered tensor, tied ones once, in a stable order."""
@@ -168,11 +183,15 @@ class TrackedState:
     def _candidates(self) -> Iterator[TrackedTensor]:
         names: dict[int, str] = {}
         modules: list[tuple[str, nn.Module]] = [("", self.model)]
-        modules += [(f"{name}.", extra) for name, extra in self.extras.items() if isinstance(extra, nn.Module)]
+        modules += [
+            (f"{name}.", extra) for name, extra in self.extras.items() if isinstance(extra, nn.Module)
+        ]
         for prefix, module in modules:
             for name, parameter in module.named_parameters():
                 names.setdefault(id(parameter), prefix + name)
-                yield TrackedTensor(("model", prefix + name), prefix + name, parameter, "parameter", parameter)
+                yield TrackedTensor(
+                    ("model", prefix + name), prefix + name, parameter, "parameter", parameter
+                )
         for prefix, module in modules:
             for name, buffer in module.named_buffers():
                 yield TrackedTensor(("model", prefix + name), prefix + name, buffer, "buffer", buffer)
@@ -217,15 +236,21 @@ class TrackedState:
             if isinstance(module, HoldsSeed):
                 yield name, module
 
-    # -- host-side parts ----------------------------------------------------------------------------------------
+    # -- host-side parts -------------------------------------------------------------------------------------
 
     def host_state(self) -> HostState:
         """A copy of every host-side part as it is now."""
         return HostState(
             optimizers=[self._optimizer_host(o) for o in self.optimizers],
             schedulers=[copy.deepcopy(s.state_dict()) for s in self.schedulers],
-            scaler=None if self.scaler is None else {k: getattr(self.scaler, k, None) for k in _SCALER_VALUES},
-            extras={k: copy.deepcopy(e.state_dict()) for k, e in self.extras.items() if not isinstance(e, nn.Module)},
+            scaler=None
+            if self.scaler is None
+            else {k: getattr(self.scaler, k, None) for k in _SCALER_VALUES},
+            extras={
+                k: copy.deepcopy(e.state_dict())
+                for k, e in self.extras.items()
+                if not isinstance(e, nn.Module)
+            },
             modules={name: module.rollback_state() for name, module in self.participants()},
             rng=self._rng_state(),
         )
@@ -273,8 +298,8 @@ class TrackedState:
 
         Args:
             host: from :meth:`host_state`.
-            keep_fresh: leave optimizer state that was put back to its value before the first step where it is, so that
-                addresses stay what they were.
+            keep_fresh: leave optimizer state that was put back to its value before the first step where it
+                is, so that addresses stay what they were.
         """
         for optimizer, captured in zip(self.optimizers, host.optimizers, strict=False):
             self._load_optimizer(optimizer, captured, keep_fresh=keep_fresh)
@@ -292,15 +317,18 @@ class TrackedState:
     @staticmethod
     def _load_optimizer(optimizer: Optimizer, captured: OptimizerHost, *, keep_fresh: bool) -> None:
         del optimizer.param_groups[len(captured.groups) :]
-        for group, values in zip(optimizer.param_groups, captured.groups, strict=False):
-            group.update(copy.deepcopy(values))
+        for target, values in zip(optimizer.param_groups, captured.groups, strict=False):
+            target.update(copy.deepcopy(values))
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for parameter in list(optimizer.state):
             keys = captured.state_keys.get(id(parameter), set())
             state, group = optimizer.state[parameter], groups.get(id(parameter))
             late = [k for k in state if k not in keys]
             if keep_fresh and group is not None and not keys:
-                fresh = [isinstance(state[k], Tensor) and fresh_value(optimizer, group, k) is not None for k in late]
+                fresh = [
+                    isinstance(state[k], Tensor) and fresh_value(optimizer, group, k) is not None
+                    for k in late
+                ]
                 late = [] if all(fresh) and all(state[k].device == parameter.device for k in late) else late
             for key in late:
                 del state[key]
@@ -332,7 +360,7 @@ class TrackedState:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def recreate(self, key: Hashable, value: Tensor) -> None:
-        """Give a covered tensor that has gone missing (cleared optimizer or scaler state) back to its owner."""
+        """Give a covered tensor that went missing (cleared optimizer or scaler state) back to its owner."""
         if not isinstance(key, tuple):
             return
         if key[0] == "state":

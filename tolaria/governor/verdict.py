@@ -12,8 +12,8 @@ from tolaria.ops import PanicReason, StateField
 class Verdict:
     """The judgement of one loss; true when a rollback is called for.
 
-    It owns its values (a copy on the governor's device), so reading it late is safe. Reading waits for the device:
-    ``bool(verdict)``, ``reason``, ``loss`` and the statistics do; holding or passing it on does not.
+    It owns its values (a copy on the governor's device), so reading it late is safe. Reading waits for the
+    device: ``bool(verdict)``, ``reason``, ``loss`` and the statistics do; holding or passing it on does not.
     """
 
     __slots__ = ("_cache", "_fields")
@@ -81,8 +81,8 @@ class Verdict:
 
     def __repr__(self) -> str:
         return (
-            f"Verdict(step={self.step}, reason={self.reason.name}, rollback={bool(self)}, loss={self.loss:.6g}, "
-            f"mean={self.mean:.6g}, std={self.std:.6g})"
+            f"Verdict(step={self.step}, reason={self.reason.name}, rollback={bool(self)}, "
+            f"loss={self.loss:.6g}, mean={self.mean:.6g}, std={self.std:.6g})"
         )
 
 

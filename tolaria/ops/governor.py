@@ -23,8 +23,8 @@ def governor_step_(
 ) -> None:
     """Judge one loss for each of ``n`` governors, in one launch and without reading anything back.
 
-    Rules, statistics and the double buffer's bookkeeping are those of DESIGN section 4; all arithmetic is float64 and
-    the same bit for bit on every backend.
+    Rules, statistics and the double buffer's bookkeeping are those of DESIGN section 4; all arithmetic is
+    float64 and the same bit for bit on every backend.
 
     Args:
         state: float64 ``(fields, n)`` from :func:`governor_state`; updated in place.
@@ -32,7 +32,8 @@ def governor_step_(
         loss: ``n`` values, any floating dtype, on ``state``'s device.
         nonfinite: ``n`` flags (bool, or a floating ``found_inf``): nonzero is judged like a NaN loss.
         active: ``n`` flags; a row whose flag is 0 is not touched.
-        mailbox: float64 ``(n, status + records)`` in (page-locked) CPU memory, where events and status are written.
+        mailbox: float64 ``(n, status + records)`` in (page-locked) CPU memory, where events and status are
+            written.
 
     Raises:
         ValueError: a shape or device does not fit.
@@ -54,7 +55,7 @@ def governor_order_(
     tensor_index: int = -1,
     mailbox: Tensor | None = None,
 ) -> None:
-    """Order a rollback, a capture, a promotion or forgetfulness for governor ``column``, from outside the rule.
+    """Order a rollback, capture, promotion or forgetfulness for governor ``column``, from outside the rule.
 
     Args:
         state: float64 ``(fields, n)``; updated in place.

@@ -29,7 +29,7 @@ _COLUMNS = 6
 _NO_TENSOR = 2**63 - 1
 _MAX_RUNS = 65536
 _BLOCK_BYTES = 1 << 16
-"""On CUDA a row is at most this long, so that a row is a fair share for one block (256 16-byte words a thread group)."""
+"""Most bytes of a row on CUDA: a fair share for one block (256 16-byte words a thread group)."""
 
 
 def live_view(tensor: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _is_dense(view: Tensor) -> bool:
 
 
 def slot_view(arena: Tensor, offset: int, live: Tensor) -> Tensor:
-    """``live``'s place in a slot: same shape and dtype, same strides where ``live`` is dense, else contiguous."""
+    """``live``'s place in a slot: same shape and dtype, same strides if it is dense, else contiguous."""
     span = arena[offset : offset + live.numel() * live.element_size()].view(live.dtype)
     if live.numel() and _is_dense(live):
         return span.as_strided(live.shape, live.stride())
@@ -73,12 +73,14 @@ def _runs(live: Tensor) -> Iterator[tuple[int, int, int]]:
     while inner > 0 and live.stride(inner - 1) in (run, 0):
         run *= live.shape[inner - 1]
         inner -= 1
-    outer = [[i * stride for i in range(size)] for size, stride in zip(live.shape, live.stride(), strict=True)]
+    outer = [
+        [i * stride for i in range(size)] for size, stride in zip(live.shape, live.stride(), strict=True)
+    ]
     for number, offsets in enumerate(itertools.product(*outer[:inner])):
         if number >= _MAX_RUNS:
             raise SnapshotError(
-                f"a tensor of shape {tuple(live.shape)} with strides {live.stride()} falls into more than {_MAX_RUNS} "
-                "contiguous pieces; make it contiguous before it is captured"
+                f"a tensor of shape {tuple(live.shape)} with strides {live.stride()} falls into more than "
+                f"{_MAX_RUNS} contiguous pieces; make it contiguous before it is captured"
             )
         yield live.data_ptr() + sum(offsets) * item, number * run * item, run * item
 
@@ -96,15 +98,16 @@ class SnapshotEntry:
     report_index: int
     """What a capture reports when it finds a non-finite value here; -1: not looked for."""
     zeroed: bool = False
-    """A capture writes zeros instead, so that a restore brings zeros: the alpha of a seed that will be dropped."""
+    """A capture writes zeros instead, so that a restore brings zeros: the alpha of a seed to be dropped."""
 
 
 class SnapshotTable:
     """Addresses of everything that a capture or a restore touches; owns the tensors it points to.
 
     Attributes:
-        data: int64 ``(1 + capacity, 6)`` on ``device``, what the compiled ops read: a header, then the rows of part 0,
-            then of part 1, then spare room on CUDA, so that recorded graphs stay valid while the structure changes.
+        data: int64 ``(1 + capacity, 6)`` on ``device``, what the compiled ops read: a header, then the rows
+            of part 0, then of part 1, then spare room on CUDA, so that recorded graphs stay valid while the
+            structure changes.
         entries: the tensors behind the rows.
     """
 
@@ -152,10 +155,11 @@ class SnapshotTable:
 def snapshot_capture_(
     state: Tensor, column: int, table: SnapshotTable, part: int, mailbox: Tensor | None = None
 ) -> None:
-    """Copy one part of ``table`` to the slot that governor ``column`` was ordered to fill; nothing without an order.
+    """Copy a part of ``table`` to the slot governor ``column`` was ordered to fill; nothing without an order.
 
-    Bytes are copied as they are; floating tensors with a report index are searched for non-finite values in the same
-    pass. The finding and the completion are written to ``state``, where the next judgement reads them.
+    Bytes are copied as they are; floating tensors with a report index are searched for non-finite values in
+    the same pass. The finding and the completion are written to ``state``, where the next judgement reads
+    them.
 
     Args:
         state: float64 ``(fields, n)`` of the governors; updated in place.

@@ -1,7 +1,8 @@
 """The governor's rule in plain PyTorch: the oracle of ``csrc/math/governor.h``, equal to it bit for bit.
 
-All ``n`` governors are judged at once; a row that is not concerned keeps its bytes by selection (``torch.where``).
-Every float64 operation stands in the same order as in the C++, where no contraction is allowed.
+All ``n`` governors are judged at once; a row that is not concerned keeps its bytes by selection
+(``torch.where``). Every float64 operation stands in the same order as in the C++, where no contraction is
+allowed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tolaria.reference.governor_arithmetic import correctly_rounded_sqrt, welford
 from tolaria.reference.governor_layout import (
     ALL_PARTS_DONE,
     ConfigField,
@@ -40,64 +42,32 @@ class Governors:
         return self.state[field]
 
     def put(self, field: int, rows: Tensor, value: _Value) -> None:
+        """Write ``value`` to ``field`` of ``rows``; the others keep their bytes."""
         self.state[field] = torch.where(rows, value, self.state[field])
 
     def setting(self, field: ConfigField) -> Tensor:
+        """One setting, 0-dim."""
         return self.settings[field]
 
     def memory(self, field: MemoryField) -> int:
+        """The state row of ``field`` in the live memory."""
         return memory_row(0, self.window, field)
 
     def live(self, field: MemoryField) -> Tensor:
+        """``field`` of the live memory."""
         return self.state[self.memory(field)]
 
     def block(self, which: int) -> Tensor:
+        """Memory ``which``: 0 live, 1 and 2 the slots'."""
         return self.state[memory_row(which, self.window, 0) : memory_row(which + 1, self.window, 0)]
 
     def history(self) -> Tensor:
+        """The losses of the live memory, ``(window, n)``, oldest first."""
         return self.block(0)[len(MemoryField) :]
 
     def by_slot(self, slot: Tensor, field: StateField) -> Tensor:
+        """``field`` of slot 0 or of slot 1 (the field after it), whichever ``slot`` says."""
         return torch.where(slot == 0, self[field], self[field + 1])
-
-
-def welford(mean: Tensor, m2: Tensor, x: Tensor, count: _Value) -> tuple[Tensor, Tensor]:
-    """One Welford update; ``count`` includes ``x`` (Welford 1962; Knuth, TAOCP 2, 4.2.2)."""
-    delta = x - mean
-    mean = mean + delta / count
-    return mean, m2 + delta * (x - mean)
-
-
-def _exact_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``a * b`` as an unevaluated sum of two float64 (Dekker 1971), for factors of moderate size."""
-
-    def split(v: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = v * 134217729.0  # 2**27 + 1
-        high = scaled - (scaled - v)
-        return high, v - high
-
-    product = a * b
-    (a_high, a_low), (b_high, b_low) = split(a), split(b)
-    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
-
-
-def correctly_rounded_sqrt(x: Tensor) -> Tensor:
-    """IEEE square root. ``torch.sqrt`` may be off by an ulp: for float64 on x86 it calls a vector library.
-
-    Tuckerman's test picks among the neighbours of its result: ``r`` is the rounded root iff
-    ``r * pred(r) < x <= r * succ(r)`` (Markstein 1990).
-    """
-    mantissa, exponent = torch.frexp(x)
-    odd = exponent % 2 != 0
-    m = torch.where(odd, mantissa * 2.0, mantissa)
-    r = torch.sqrt(m)
-    up = torch.nextafter(r, torch.full_like(r, torch.inf))
-    down = torch.nextafter(r, torch.zeros_like(r))
-    above, above_low = _exact_product(r, up)
-    below, below_low = _exact_product(r, down)
-    r = torch.where(m - above > above_low, up, torch.where(m - below <= below_low, down, r))
-    root = torch.ldexp(r, (exponent - odd.to(exponent.dtype)) // 2)
-    return torch.where(torch.isfinite(x) & (x > 0), root, torch.sqrt(x))
 
 
 def _window_moments(g: Governors) -> tuple[Tensor, Tensor]:
@@ -113,7 +83,7 @@ def _window_moments(g: Governors) -> tuple[Tensor, Tensor]:
 
 
 def _emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: _Value, capture_step: _Value) -> None:
-    """Append a record for each of ``rows`` to the rings. (Reads the device: the reference is not sync-free.)"""
+    """Append a record for each of ``rows`` to the rings; it reads the device, so it is not sync-free."""
     sequence = g[_S.events].clone()
     g.put(_S.events, rows, sequence + 1.0)
     if g.mailbox is None or not bool(rows.any()):
@@ -135,6 +105,7 @@ def _emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: _Value, captu
 
 
 def write_status(g: Governors, rows: Tensor) -> None:
+    """Bring the status words of ``rows`` up to date."""
     if g.mailbox is None:
         return
     good = g[_S.last_good]
@@ -180,7 +151,7 @@ def _promote_candidate(g: Governors, rows: Tensor) -> None:
 
 
 def commit_rollback(g: Governors, rows: Tensor) -> None:
-    """The bookkeeping of a rollback whose tensors are back: the memory of the restored slot judges on from here."""
+    """The bookkeeping of a rollback whose tensors are back: the restored slot's memory judges from here."""
     slot = g[_S.last_good]
     g.put(_S.rollback_count, rows, g[_S.rollback_count] + 1.0)
     g.put(_S.cooldown_left, rows, g.setting(ConfigField.cooldown))
@@ -386,7 +357,8 @@ def check_step_arguments(
     n = state.shape[1]
     if config.dtype != torch.float64 or config.shape != (len(ConfigField),):
         raise ValueError(
-            f"config: expected {len(ConfigField)} float64 values, got {config.dtype} of shape {list(config.shape)}"
+            f"config: expected {len(ConfigField)} float64 values, got {config.dtype} of shape "
+            f"{list(config.shape)}"
         )
     if not loss.is_floating_point() or loss.element_size() < 2:
         raise TypeError(f"loss: expected float64, float32, float16 or bfloat16, got {loss.dtype}")

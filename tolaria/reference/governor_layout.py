@@ -1,7 +1,8 @@
-"""Layout of the governor's tensors: which field lies where. The compiled side's names are compared with these.
+"""Layout of the governor's tensors: which field lies where. Compared with the compiled side's names.
 
-``state``    float64 ``(STATE_FIELDS + 3 * (MEMORY_FIELDS + window), n)``, one column a governor: the fields, then three
-             memories (live, slot 0, slot 1), each its fields followed by ``window`` healthy losses, oldest first.
+``state``    float64 ``(STATE_FIELDS + 3 * (MEMORY_FIELDS + window), n)``, one column a governor: the fields,
+             then three memories (live, slot 0, slot 1), each its fields followed by ``window`` healthy
+             losses, oldest first.
 ``config``   float64 ``(CONFIG_FIELDS,)``, shared by the ``n`` governors.
 ``mailbox``  float64 ``(n, STATUS_FIELDS + records * RECORD_FIELDS)``: status words, then a ring of records.
 """
@@ -33,7 +34,9 @@ StateField = IntEnum(
     start=0,
 )  # fmt: skip
 
-MemoryField = IntEnum("MemoryField", ["history_size", "last_healthy", "consecutive", "lobotomy_pending"], start=0)
+MemoryField = IntEnum(
+    "MemoryField", ["history_size", "last_healthy", "consecutive", "lobotomy_pending"], start=0
+)
 
 ConfigField = IntEnum(
     "ConfigField",
@@ -50,7 +53,8 @@ StatusField = IntEnum(
     "StatusField",
     [
         "events", "step", "reason", "rollback", "rollback_count", "restored_capture", "restored_step",
-        "last_good_capture", "last_good_step", "capture_count", "promotion_count", "tensor_index", "anchor_step",
+        "last_good_capture", "last_good_step", "capture_count", "promotion_count", "tensor_index",
+        "anchor_step",
     ],
     start=0,
 )  # fmt: skip
@@ -109,7 +113,7 @@ ALL_PARTS_DONE = 0b11
 
 
 def memory_row(which: int, window: int, field: int) -> int:
-    """Row of ``field`` in memory ``which`` (0 live, 1 and 2 the slots'); fields past the last are the losses."""
+    """Row of ``field`` in memory ``which`` (0 live, 1 and 2 the slots'); past the last are the losses."""
     return len(StateField) + which * (len(MemoryField) + window) + field
 
 

@@ -12,7 +12,7 @@ from tolaria.reference.governor_layout import StateField
 
 
 def first_nonfinite(tensors: Sequence[Tensor]) -> int:
-    """Index of the first floating tensor that holds NaN or an infinity, or -1. One reduction a tensor, one transfer."""
+    """Index of the first floating tensor with NaN or infinity, or -1. A reduction a tensor, one transfer."""
     kept = [(i, t) for i, t in enumerate(tensors) if t.numel() and (t.is_floating_point() or t.is_complex())]
     if not kept:
         return -1
@@ -31,7 +31,7 @@ def snapshot_capture_(
     part: int,
     mailbox: Tensor | None = None,
 ) -> None:
-    """Reference of :func:`tolaria.ops.snapshot_capture_`: ``checked`` holds a report index, or -1, for each tensor."""
+    """Reference of :func:`tolaria.ops.snapshot_capture_`; ``checked``: a report index, or -1, per tensor."""
     slot = int(state[StateField.capture_order_0 + part, column])
     if slot < 0:
         return

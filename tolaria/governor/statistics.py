@@ -1,0 +1,71 @@
+"""What the state of one governor says, as plain values, and how it is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tolaria.governor.config import GovernorConfig
+from tolaria.ops import MemoryField, StateField, memory_row
+
+
+def healthy_losses(state: Tensor, window: int) -> list[float]:
+    """The window's healthy losses, oldest first, from ``state`` ``(fields, 1)``; waits for the device."""
+    column: list[float] = state[:, 0].tolist()  # sync: for people
+    size = int(column[memory_row(0, window, MemoryField.history_size)])
+    start = memory_row(0, window, len(MemoryField))
+    return column[start : start + size]
+
+
+def lifetime_statistics(state: Tensor) -> dict[str, float]:
+    """Moments and range of all healthy losses, from ``state`` ``(fields, 1)``; waits for the device."""
+    fields = state[StateField.life_count : StateField.life_max + 1, 0]
+    count, mean, m2, low, high = fields.tolist()  # sync: for people
+    std = math.sqrt(m2 / count) if count else math.nan
+    return {"count": count, "mean": mean if count else math.nan, "std": std, "min": low, "max": high}
+
+
+def saved_form(config: GovernorConfig, random_guess_loss: float | None, state: Tensor) -> dict[str, Any]:
+    """What a governor saves of itself: plain values and one CPU tensor."""
+    return {
+        "version": 1,
+        "config": asdict(config),
+        "random_guess_loss": random_guess_loss,
+        "state": state.detach().cpu().clone(),
+    }
+
+
+def read_saved_form(saved: Mapping[str, Any]) -> tuple[GovernorConfig, Tensor]:
+    """Settings and statistics of :func:`saved_form`, checked.
+
+    Raises:
+        ValueError: ``saved`` is nothing that :func:`saved_form` returned.
+    """
+    missing = {"version", "config", "random_guess_loss", "state"} - set(saved)
+    if missing or saved.get("version") != 1:
+        raise ValueError(
+            f"state: expected a dict from TolariaGovernor.state_dict(), it lacks {sorted(missing)}"
+        )
+    config = GovernorConfig(**{**saved["config"], "lobotomy_band": tuple(saved["config"]["lobotomy_band"])})
+    state: Tensor = saved["state"]
+    expected = (memory_row(3, config.window, 0), 1)
+    if tuple(state.shape) != expected or state.dtype != torch.float64:
+        raise ValueError(
+            f"state: expected float64 statistics of shape {expected}, got {state.dtype} {tuple(state.shape)}"
+        )
+    return config, state
+
+
+def take_over(state: Tensor, saved: Tensor) -> None:
+    """Write saved statistics and counts to ``state`` in place; its own orders and slots stay as they are."""
+    fresh = state.clone()
+    state.copy_(saved)
+    for field in range(StateField.capture_order_0, StateField.restore_order + 1):
+        state[field] = fresh[field]
+    for field in range(StateField.last_good, StateField.slot_capture_1 + 1):
+        state[field] = fresh[field]
