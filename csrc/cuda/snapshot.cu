@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kCaptureThreads)
   const SnapshotTable table{header, rows};
   const int64_t end = table.end(part);
   for (int64_t r = table.begin(part) + blockIdx.x; r < end; r += gridDim.x) {
-    const SnapshotRow row = rows[r];
+    // By reference: a copy in registers cannot be indexed by `slot` and would go to local memory.
+    const SnapshotRow& row = rows[r];
     auto* target = reinterpret_cast<char*>(row.slot[slot]);
     bool bad = false;
     if (row.check == kZeroed) {
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kCaptureThreads)
   const int slot = static_cast<int>(g[math::field::last_good]);
   const int64_t end = header->rows;
   for (int64_t r = blockIdx.x; r < end; r += gridDim.x) {
-    const SnapshotRow row = rows[r];
+    const SnapshotRow& row = rows[r];
     copy_bytes(reinterpret_cast<char*>(row.live), reinterpret_cast<const char*>(row.slot[slot]), row.bytes,
                kCheckNone);
   }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from device_run import POISONED, Net, Run, equal, story
 from torch import Tensor, nn
 
 from tolaria.errors import TolariaError
@@ -16,113 +16,11 @@ from tolaria.governor import (
     GovernorBank,
     GovernorConfig,
     PanicReason,
-    PromotionEvent,
-    RollbackEvent,
     SeedCulledEvent,
     TolariaGovernor,
 )
-from tolaria.nn import SeedSlot
 
 pytestmark = pytest.mark.cuda
-
-
-def no_host_sync() -> AbstractContextManager[object]:
-    """Forbid host synchronisation with whatever watches here: the virtual device or torch's debug mode."""
-    try:
-        import vgpu  # type: ignore[import-not-found]
-    except ImportError:
-        return _SyncDebugMode()
-    context: AbstractContextManager[object] = vgpu.forbid_host_sync()
-    return context
-
-
-class _SyncDebugMode(nullcontext[None]):
-    def __enter__(self) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-
-    def __exit__(self, *details: object) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-class Net(nn.Module):
-    """A small convolutional network with BatchNorm and a seed slot."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.slot = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), SeedSlot("mid")
-        self.last = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.slot(torch.relu(self.norm(self.conv(x))))
-        return self.last(x.mean(dim=(2, 3)))
-
-
-class Run:
-    """A guarded run whose losses and states can be compared with what was captured."""
-
-    def __init__(self, *, interval: int = 5, **optimizer: Any) -> None:
-        torch.manual_seed(0)
-        self.model = Net().cuda()
-        options = {"lr": 1e-2, "fused": True, **optimizer}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **options)
-        self.governor = TolariaGovernor(
-            self.model, self.optimizer, config=GovernorConfig(snapshot_interval=interval, probation=1)
-        )
-        self.x = torch.randn(8, 1, 6, 6, device="cuda")
-        self.y = torch.randint(0, 3, (8,), device="cuda")
-        self.bad = torch.full((), float("nan"), device="cuda")
-        self.states: dict[int, dict[str, Tensor]] = {}
-        torch.cuda.synchronize()
-
-    def state(self) -> dict[str, Tensor]:
-        tensors = dict(self.model.state_dict())
-        for i, state in enumerate(self.optimizer.state.values()):
-            tensors |= {f"{i}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-        return tensors
-
-    def remember(self, step: int) -> None:
-        """A copy of the state on the current stream, to compare a later restore with."""
-        self.states[step] = {k: v.clone() for k, v in self.state().items()}
-
-    def step(self, *, poison: bool = False) -> None:
-        loss = nn.functional.cross_entropy(self.model(self.x), self.y)
-        self.optimizer.zero_grad(set_to_none=False)
-        (loss * self.bad if poison else loss).backward()
-        self.optimizer.step()
-        self.governor.step(loss * self.bad if poison else loss)
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(
-            a[k].contiguous().view(-1).view(torch.uint8), b[k].contiguous().view(-1).view(torch.uint8)
-        )
-        for k in a
-    )
-
-
-def story(run: Run, steps: int, poisoned: set[int]) -> list[tuple[str, int, int]]:
-    """Run with host syncs forbidden; checks every restore's bytes; returns promotions and rollbacks."""
-    restored: dict[int, dict[str, Tensor]] = {}
-    with no_host_sync():
-        for i in range(1, steps + 1):
-            run.step(poison=i in poisoned)
-            if i in poisoned:
-                restored[i] = {k: v.clone() for k, v in run.state().items()}
-            run.remember(i)
-    events = run.governor.synchronize()
-    log = []
-    for event in events:
-        if isinstance(event, PromotionEvent):
-            log.append(("promoted", event.step, event.capture_step))
-        elif isinstance(event, RollbackEvent):
-            log.append(("rollback", event.step, event.report.restored_step))
-            if event.report.restored_step:
-                assert equal(restored[event.step], run.states[event.report.restored_step])
-    return log
-
-
-POISONED = {13, 27, 28, 41}
 
 
 def test_rollbacks_restore_a_promoted_capture_bit_for_bit_without_host_sync() -> None:
@@ -169,8 +67,7 @@ def test_found_infinity_in_a_buffer_rolls_back_and_is_named() -> None:
         run.step()
     run.governor.synchronize()
     report = run.governor.last_report
-    assert report is not None
-    assert report.reason is PanicReason.NON_FINITE_STATE
+    assert report is not None and report.reason is PanicReason.NON_FINITE_STATE
     assert report.tensor_name == "norm.running_var"
     assert bool(torch.isfinite(run.model.norm.running_var).all())  # type: ignore[arg-type]
 
@@ -245,8 +142,7 @@ def test_germination_between_captures_and_rollback_drops_the_seed() -> None:
     run.step(poison=True)
     assert float(slot.alpha) == 0.0, "zeroed by the device, whatever the host knows"
     run.governor.synchronize()
-    assert slot.seed is None
-    assert len(run.optimizer.param_groups) == 1
+    assert slot.seed is None and len(run.optimizer.param_groups) == 1
     for _ in range(8):
         run.step()
     assert run.governor.rollback_count == 1
@@ -267,8 +163,7 @@ def test_poisoned_incubating_seed_is_culled_alone() -> None:
     torch.cuda.synchronize()
     run.step()
     assert any(isinstance(e, SeedCulledEvent) for e in run.governor.poll())
-    assert run.governor.rollback_count == 0
-    assert slot.seed is None
+    assert run.governor.rollback_count == 0 and slot.seed is None
 
 
 def test_whole_guarded_step_in_a_graph() -> None:
@@ -329,8 +224,7 @@ def test_clean_step_counts() -> None:
     run.governor.step(loss)
     stats = vgpu.stats()
     launches = sum(k["launches"] for k in stats["kernel_launches"].values())
-    assert launches <= 3
-    assert not stats["aten_launches"]
+    assert launches <= 3 and not stats["aten_launches"]
     assert stats["host_sync_total"] == stats["mallocs"]["count"] == stats["host_mallocs"]["count"] == 0
     assert stats["event_queries"] == stats["stream_queries"] == 0
     assert all(m["count"] == 0 for m in stats["memcpy"].values())
@@ -343,8 +237,7 @@ def test_bank_on_the_device() -> None:
         assert not bool(bank.step(losses).any())
     losses[65] = float("nan")
     reward = bank.step(losses).tolist()
-    assert reward[65] == -10.0
-    assert sum(reward) == -10.0
+    assert reward[65] == -10.0 and sum(reward) == -10.0
 
 
 def test_dropped_governor_waits_for_its_capture() -> None:

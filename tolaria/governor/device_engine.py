@@ -290,5 +290,5 @@ def _let_go(flight: _Flight, handles: list[RemovableHandle], *memory: object) ->
     """The end of an engine: no capture may still write ``memory``, which lives as long as the arguments."""
     for handle in handles:
         handle.remove()
-    if flight.started:
-        flight.done.synchronize()  # sync: once, when the governor goes
+    if flight.started and not flight.done.query():
+        flight.done.synchronize()  # sync: when a governor goes while its capture is in flight

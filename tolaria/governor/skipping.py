@@ -32,7 +32,7 @@ class StepSkipper:
         self._tracked = tracked
         self._on_device = tracked.device.type == "cuda"
         self._skip = False
-        self._flag = torch.zeros(1, dtype=torch.float32, device=tracked.device)
+        self._flag = torch.zeros((), dtype=torch.float32, device=tracked.device)
         self._handles: list[RemovableHandle] = []
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -80,8 +80,8 @@ class StepSkipper:
             if self._skip and self._buffers:
                 torch._foreach_copy_(self._buffers, self._copies)
             return
-        self._flag.copy_(reason != 0)
-        skip = self._flag.view(()) != 0
+        skip = (reason != 0).view(())
+        self._flag.copy_(skip)
         for buffer, copy in zip(self._buffers, self._copies, strict=True):
             buffer.copy_(torch.where(skip, copy, buffer))
 
