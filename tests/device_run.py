@@ -13,7 +13,7 @@ from tolaria.nn import SeedSlot
 
 
 def no_host_sync() -> AbstractContextManager[object]:
-    """Forbid host synchronisation with whatever watches here: the virtual device, else torch's own debug mode."""
+    """Forbid host syncs with whatever watches here: the virtual device, else torch's own debug mode."""
     try:
         import vgpu  # type: ignore[import-not-found]
     except ImportError:
@@ -88,7 +88,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def story(run: Run, steps: int, poisoned: set[int]) -> list[tuple[str, int, int]]:
-    """Run with host syncs forbidden; returns the promotions and rollbacks, after checking every restore's bytes."""
+    """Run with host syncs forbidden; the promotions and rollbacks, after checking every restore's bytes."""
     restored: dict[int, dict[str, Tensor]] = {}
     with no_host_sync():
         for i in range(1, steps + 1):

@@ -67,7 +67,8 @@ def test_found_infinity_in_a_buffer_rolls_back_and_is_named() -> None:
         run.step()
     run.governor.synchronize()
     report = run.governor.last_report
-    assert report is not None and report.reason is PanicReason.NON_FINITE_STATE
+    assert report is not None
+    assert report.reason is PanicReason.NON_FINITE_STATE
     assert report.tensor_name == "norm.running_var"
     assert bool(torch.isfinite(run.model.norm.running_var).all())  # type: ignore[arg-type]
 
@@ -142,7 +143,8 @@ def test_germination_between_captures_and_rollback_drops_the_seed() -> None:
     run.step(poison=True)
     assert float(slot.alpha) == 0.0, "zeroed by the device, whatever the host knows"
     run.governor.synchronize()
-    assert slot.seed is None and len(run.optimizer.param_groups) == 1
+    assert slot.seed is None
+    assert len(run.optimizer.param_groups) == 1
     for _ in range(8):
         run.step()
     assert run.governor.rollback_count == 1
@@ -163,7 +165,8 @@ def test_poisoned_incubating_seed_is_culled_alone() -> None:
     torch.cuda.synchronize()
     run.step()
     assert any(isinstance(e, SeedCulledEvent) for e in run.governor.poll())
-    assert run.governor.rollback_count == 0 and slot.seed is None
+    assert run.governor.rollback_count == 0
+    assert slot.seed is None
 
 
 def test_whole_guarded_step_in_a_graph() -> None:
@@ -224,7 +227,8 @@ def test_clean_step_counts() -> None:
     run.governor.step(loss)
     stats = vgpu.stats()
     launches = sum(k["launches"] for k in stats["kernel_launches"].values())
-    assert launches <= 3 and not stats["aten_launches"]
+    assert launches <= 3
+    assert not stats["aten_launches"]
     assert stats["host_sync_total"] == stats["mallocs"]["count"] == stats["host_mallocs"]["count"] == 0
     assert stats["event_queries"] == stats["stream_queries"] == 0
     assert all(m["count"] == 0 for m in stats["memcpy"].values())
@@ -237,7 +241,8 @@ def test_bank_on_the_device() -> None:
         assert not bool(bank.step(losses).any())
     losses[65] = float("nan")
     reward = bank.step(losses).tolist()
-    assert reward[65] == -10.0 and sum(reward) == -10.0
+    assert reward[65] == -10.0
+    assert sum(reward) == -10.0
 
 
 def test_dropped_governor_waits_for_its_capture() -> None:

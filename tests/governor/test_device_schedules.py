@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -161,7 +160,7 @@ def test_no_memory_for_the_slots_is_an_error_and_nothing_stays_attached(
 
 
 def test_replaced_memory_is_captured_where_it_was(rng: torch.Generator) -> None:
-    """A parameter's storage is swapped and the old one reused by another stream while the capture is in flight."""
+    """Storage swapped and the old one reused by another stream while the capture is in flight."""
     run = Run(interval=3)
     for _ in range(4):
         run.step()

@@ -178,9 +178,9 @@ class DeviceEngine(Engine):
     # -- structure -------------------------------------------------------------------------------------------
 
     def _structure_moved(self) -> bool:
-        """Whether the table may point to the wrong tensors. One look at every address: no device call."""
+        """Whether the table may be stale: a look at every container and address, no device call."""
         moved, self._moved[:] = bool(self._moved), []
-        return moved or not self.slots.is_current(self.tracked.tensors())
+        return moved or self.tracked.has_moved()
 
     def sync_structure(self) -> Iterator[GovernorEvent]:
         """As the base class; the device is done with the old table before it is changed."""
@@ -189,9 +189,10 @@ class DeviceEngine(Engine):
         self.wait()
         yield from super().sync_structure()
         self.slots.table.data.record_stream(self._flight.stream)
+        self.tracked.watch()
 
     def _check_recordable(self) -> None:
-        if not self.slots.is_current(self.tracked.tensors()):
+        if self.tracked.has_moved() and not self.slots.is_current(self.tracked.tensors()):
             raise self._not_recordable("its structure changed since the last eager step")
         for i, optimizer in enumerate(self.tracked.optimizers):
             for group in optimizer.param_groups:
@@ -290,5 +291,5 @@ def _let_go(flight: _Flight, handles: list[RemovableHandle], *memory: object) ->
     """The end of an engine: no capture may still write ``memory``, which lives as long as the arguments."""
     for handle in handles:
         handle.remove()
-    if flight.started and not flight.done.query():
+    if flight.started and not flight.done.query():  # type: ignore[no-untyped-call]
         flight.done.synchronize()  # sync: when a governor goes while its capture is in flight

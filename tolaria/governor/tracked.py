@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
+
+from tolaria.governor.fresh_state import fresh_value
 
 Kind = Literal["parameter", "buffer", "optimizer", "scaler", "extra"]
 
@@ -105,18 +107,6 @@ class HostState:
     keys: frozenset[Hashable] = field(default_factory=frozenset)
 
 
-def fresh_value(optimizer: Optimizer, group: Mapping[str, Any], key: str) -> float | None:
-    """What a state tensor holds before the first step, if that is the same as having no state; else None."""
-    name = type(optimizer).__name__
-    if name == "SGD":
-        return 0.0 if key == "momentum_buffer" and not group.get("dampening") else None
-    if name in ("Adam", "AdamW", "Adamax", "RMSprop", "Adadelta", "RAdam"):
-        return 0.0
-    if name == "NAdam":
-        return 1.0 if key == "mu_product" else 0.0
-    return None
-
-
 _SCALER_TENSORS = ("_scale", "_growth_tracker")
 _SCALER_VALUES = ("_init_scale", "_growth_factor", "_backoff_factor", "_growth_interval", "_enabled")
 
@@ -157,6 +147,10 @@ class TrackedState:
         self.restore_rng = restore_rng
         self.device = device
         self._retired = WeakIdKeyDictionary()
+        self._watched: list[Mapping[Any, Any]] = []
+        self._watched_tensors: list[Tensor] = []
+        self._staged: list[Callable[[], list[Tensor]]] = []
+        self._mark: tuple[object, ...] = ()
 
     def retire(self, tensors: Sequence[Tensor]) -> None:
         """Cover these no more, though an optimizer may still hold them: their seed was culled."""
@@ -219,6 +213,32 @@ class TrackedState:
                         key_ = ("state", i, id(parameter), key)
                         fresh = fresh_value(optimizer, group, key)
                         yield TrackedTensor(key_, named, value, "optimizer", parameter, fresh_value=fresh)
+
+    def watch(self) -> None:
+        """Remember what the next :meth:`has_moved` compares with."""
+        roots = [self.model, *(e for e in self.extras.values() if isinstance(e, nn.Module))]
+        modules = [module for root in roots for module in root.modules()]
+        self._watched = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+        self._watched += [o.state for o in self.optimizers]
+        self._watched += [state for o in self.optimizers for state in o.state.values()]
+        self._watched_tensors = [t.tensor for t in self.tensors()]
+        self._staged = [
+            *(module.zero_alpha_tensors for _, module in self.participants()),
+            *(module.incubating_tensors for _, module in self.seed_holders()),
+        ]
+        self._mark = self._signature()
+
+    def has_moved(self) -> bool:
+        """Whether a tensor may have come, gone or moved since :meth:`watch`; cheap, may say yes too often."""
+        return self._signature() != self._mark
+
+    def _signature(self) -> tuple[object, ...]:
+        return (
+            [tuple(map(id, container.values())) for container in self._watched],
+            [tensor.data_ptr() for tensor in self._watched_tensors],
+            [len(tensors()) for tensors in self._staged],
+            self.structure(),
+        )
 
     def structure(self) -> tuple[int, ...]:
         """A cheap sign of growth: parameters per group of every optimizer."""
