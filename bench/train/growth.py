@@ -63,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="digits")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="also write every run to this file")
     arguments = parser.parse_args()
@@ -72,7 +73,7 @@ def main() -> None:
     train(
         arguments.task, settings.replace(host_steps=10, finish_steps=10, incubate_steps=5, blend_steps=5), 0
     )
-    for rng_seed in range(arguments.seeds):
+    for rng_seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         grown = train(arguments.task, settings, rng_seed)
         same_steps = train(arguments.task, alone(settings, grown.steps), rng_seed)
         longer = round(grown.steps * grown.seconds / same_steps.seconds)
