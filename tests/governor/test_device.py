@@ -124,7 +124,7 @@ def test_skipped_step_is_left_out_on_the_device() -> None:
 
 
 def test_germination_between_captures_and_rollback_drops_the_seed() -> None:
-    run = Run(interval=5)
+    run = Run(interval=7)
     for _ in range(8):
         run.step()
     slot = run.model.slot
