@@ -24,8 +24,8 @@ using cuda::store;
 
 // Elements of one row that a warp sums: the unit of a partial sum of grad_alpha.
 constexpr int64_t kPiece = 4096;
-// Most threads, times elements of a pack, that keep column sums.
-constexpr int64_t kColumnThreads = 65536;
+// Most threads that keep column sums, and fewest rows for each: partial sums stay a small part of what is moved.
+constexpr int64_t kColumnThreads = 65536, kColumnRows = 16;
 
 // Elements that fill a 16-byte access of the widest dtype.
 template <typename... T>
@@ -193,7 +193,7 @@ at::Tensor run_with_alpha_sums(const AlphaLayout& layout, const at::Tensor& orde
     return sums_to_alpha(terms, layout, order, alpha);
   }
   const int64_t parts = (layout.inner + kPiece - 1) / kPiece, packs = std::max<int64_t>(1, layout.mid / N);
-  const int64_t groups = std::clamp<int64_t>(kColumnThreads / packs, 1, layout.outer);
+  const int64_t groups = std::clamp<int64_t>(kColumnThreads / packs, 1, std::max<int64_t>(1, layout.outer / kColumnRows));
   const int64_t rows = is_uniform ? layout.outer * parts : groups;
   const auto options = order.options().dtype(at::kDouble);
   at::Tensor partial = at::empty({rows, layout.mid}, options), sums = at::empty({layout.mid}, options);

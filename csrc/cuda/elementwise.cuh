@@ -18,9 +18,52 @@ struct alignas(sizeof(T) * N) Pack {
   T value[N];
 };
 
+// The machine word of so many bytes: copying through it keeps an access whole, which a struct of values does not always.
+template <int bytes>
+struct Word;
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<1> {
+  using type = unsigned char;
+};
+
+// A pack as words of at most 16 bytes.
+template <typename T, int N>
+struct Words {
+  static constexpr int bytes = sizeof(T) * N < 16 ? sizeof(T) * N : 16;
+  static constexpr int count = sizeof(T) * N / bytes;
+  using type = typename Word<bytes>::type;
+};
+
+template <int N, typename T>
+__device__ inline Pack<T, N> load_whole(const T* data) {
+  using words = Words<T, N>;
+  typename words::type word[words::count];
+#pragma unroll
+  for (int w = 0; w < words::count; ++w) word[w] = reinterpret_cast<const typename words::type*>(data)[w];
+  Pack<T, N> pack;
+  memcpy(static_cast<void*>(&pack), word, sizeof(word));
+  return pack;
+}
+
 template <int N, typename T>
 __device__ inline Pack<T, N> load(const T* data, int64_t first, int count) {
-  if (count == N) return *reinterpret_cast<const Pack<T, N>*>(data + first);
+  if (count == N) return load_whole<N>(data + first);
   Pack<T, N> pack;
 #pragma unroll
   for (int j = 0; j < N; ++j) pack.value[j] = j < count ? data[first + j] : T(0.0f);
@@ -30,7 +73,11 @@ __device__ inline Pack<T, N> load(const T* data, int64_t first, int count) {
 template <int N, typename T>
 __device__ inline void store(T* data, int64_t first, int count, const Pack<T, N>& pack) {
   if (count == N) {
-    *reinterpret_cast<Pack<T, N>*>(data + first) = pack;
+    using words = Words<T, N>;
+    typename words::type word[words::count];
+    memcpy(word, static_cast<const void*>(&pack), sizeof(word));
+#pragma unroll
+    for (int w = 0; w < words::count; ++w) reinterpret_cast<typename words::type*>(data + first)[w] = word[w];
     return;
   }
 #pragma unroll

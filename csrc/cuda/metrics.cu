@@ -68,7 +68,7 @@ __device__ inline void lane_part(const scalar_t* x, int64_t classes, int64_t lab
   const int64_t skew = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(scalar_t));
   for (int64_t first = static_cast<int64_t>(lane) * N - skew; first < classes; first += static_cast<int64_t>(lanes) * N) {
     if (first >= 0 && first + N <= classes) {
-      const auto pack = *reinterpret_cast<const cuda::Pack<scalar_t, N>*>(x + first);
+      const auto pack = cuda::load_whole<N>(x + first);
       acc_t peak = -INFINITY;
 #pragma unroll
       for (int j = 0; j < N; ++j) {

@@ -80,7 +80,7 @@ __device__ Stats chunk_stats(const void* base, int64_t start, int64_t n) {
     return stats;
   }
   for (int64_t i = static_cast<int64_t>(threadIdx.x) * N; i + N <= n; i += kBlock * N) {
-    const auto pack = *reinterpret_cast<const cuda::Pack<scalar_t, N>*>(data + i);
+    const auto pack = cuda::load_whole<N>(data + i);
 #pragma unroll
     for (int j = 0; j < N; ++j) take_in(pack.value[j], stats);
   }
