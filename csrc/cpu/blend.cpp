@@ -103,17 +103,15 @@ struct BlendBackward {
 
   static TOLARIA_INLINE void alpha_row(const host_t* C10_RESTRICT grad, const host_t* C10_RESTRICT host,
                                        const seed_t* C10_RESTRICT seed, int64_t n, double* lanes) {
+    acc_t terms[cpu::kBlock];  // a loop of its own: with the sums in it, conversions from 16 bits stay scalar
+    for (int64_t i = 0; i < n; ++i) terms[i] = math::blend_grad_alpha<acc_t>(grad[i], host[i], seed[i]);
     double sums[kLanes];
     std::memcpy(sums, lanes, sizeof(sums));
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      for (int64_t l = 0; l < kLanes; ++l) {
-        sums[l] += static_cast<double>(math::blend_grad_alpha<acc_t>(grad[i + l], host[i + l], seed[i + l]));
-      }
+      for (int64_t l = 0; l < kLanes; ++l) sums[l] += static_cast<double>(terms[i + l]);
     }
-    for (int64_t l = 0; i + l < n; ++l) {
-      sums[l] += static_cast<double>(math::blend_grad_alpha<acc_t>(grad[i + l], host[i + l], seed[i + l]));
-    }
+    for (int64_t l = 0; i + l < n; ++l) sums[l] += static_cast<double>(terms[i + l]);
     std::memcpy(lanes, sums, sizeof(sums));
   }
 
