@@ -1,4 +1,4 @@
-"""How everything here is measured: warmed up, in batches, correct before it is timed, the machine written down."""
+"""How everything is measured: correct first, then warmed up and in batches, the machine written down."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _processor() -> str:
 
 @pytest.fixture
 def measure(benchmark, request):
-    """``measure(function, group=..., impl=..., moved_bytes=..., expected=...)``: check the result, then time it."""
+    """``measure(function, group=..., impl=..., moved_bytes=...)``: check the result, then time it."""
 
     def run(function, *, group, impl, moved_bytes, expected=None, check=None):
         if check is not None:

@@ -1,4 +1,4 @@
-"""blend: forward, and forward with backward, against lerp with clamp, the reference, its compilation, the memory."""
+"""blend, forward and with backward: lerp with clamp, the reference, its compilation, the memory."""
 
 import pytest
 import torch
@@ -28,7 +28,9 @@ FORWARD = {
     "compiled": None,
     "ceiling": ceiling,
 }
-SIZES = sizes([4 * KIB, 128 * KIB, 8 * MIB], [KIB, 4 * KIB, 32 * KIB, 128 * KIB, MIB, 8 * MIB, 64 * MIB, 256 * MIB])
+SIZES = sizes(
+    [4 * KIB, 128 * KIB, 8 * MIB], [KIB, 4 * KIB, 32 * KIB, 128 * KIB, MIB, 8 * MIB, 64 * MIB, 256 * MIB]
+)
 
 
 def inputs(size, dtype, layout):

@@ -42,5 +42,7 @@ def bench_metrics(impl, dtype, shape, measure):
         impl=impl,
         moved_bytes=logits.nbytes,
         expected=cross_entropy(logits.double(), labels, reduction="sum"),
-        check=(lambda got, want: torch.testing.assert_close(got[0], want, rtol=1e-5, atol=0)) if is_ours else None,
+        check=(lambda got, want: torch.testing.assert_close(got[0], want, rtol=1e-5, atol=0))
+        if is_ours
+        else None,
     )

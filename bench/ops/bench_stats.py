@@ -58,5 +58,7 @@ def bench_stats(impl, dtype, name, measure):
         impl=impl,
         moved_bytes=nbytes,
         expected=torch.cat([t.double().flatten() for t in tensors]).square().sum(),
-        check=(lambda got, want: torch.testing.assert_close(got[0], want, rtol=1e-9, atol=0)) if is_ours else None,
+        check=(lambda got, want: torch.testing.assert_close(got[0], want, rtol=1e-9, atol=0))
+        if is_ours
+        else None,
     )

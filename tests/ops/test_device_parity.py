@@ -1,4 +1,4 @@
-"""CPU and CUDA: elementwise results bit for bit, reductions within their bound, nothing that waits for the device."""
+"""CPU and CUDA: elementwise results bit for bit, reductions within bounds, nothing that waits."""
 
 import pytest
 import torch
