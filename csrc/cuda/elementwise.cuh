@@ -18,7 +18,8 @@ struct alignas(sizeof(T) * N) Pack {
   T value[N];
 };
 
-// The machine word of so many bytes: copying through it keeps an access whole, which a struct of values does not always.
+// The machine word of so many bytes. Loads and stores of words are intrinsics: plain ones are split by the compiler where
+// it can share a first element with the path for partial packs.
 template <int bytes>
 struct Word;
 template <>
@@ -55,7 +56,7 @@ __device__ inline Pack<T, N> load_whole(const T* data) {
   using words = Words<T, N>;
   typename words::type word[words::count];
 #pragma unroll
-  for (int w = 0; w < words::count; ++w) word[w] = reinterpret_cast<const typename words::type*>(data)[w];
+  for (int w = 0; w < words::count; ++w) word[w] = __ldg(reinterpret_cast<const typename words::type*>(data) + w);
   Pack<T, N> pack;
   memcpy(static_cast<void*>(&pack), word, sizeof(word));
   return pack;
@@ -77,7 +78,7 @@ __device__ inline void store(T* data, int64_t first, int count, const Pack<T, N>
     typename words::type word[words::count];
     memcpy(word, static_cast<const void*>(&pack), sizeof(word));
 #pragma unroll
-    for (int w = 0; w < words::count; ++w) reinterpret_cast<typename words::type*>(data + first)[w] = word[w];
+    for (int w = 0; w < words::count; ++w) __stwb(reinterpret_cast<typename words::type*>(data + first) + w, word[w]);
     return;
   }
 #pragma unroll

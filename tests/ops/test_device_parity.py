@@ -102,3 +102,20 @@ def test_recorded_in_a_graph():
         graph.replay()
         assert same_bits(out, blend(host, seed, alpha))
         assert same_bits(stats, tensor_stats([out]))
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["ramp", "learned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_large_kernels_move_whole_sectors_and_each_byte_once(dtype, learned):
+    vgpu = pytest.importorskip("vgpu", reason="counts accesses on the virtual device")
+    host, seed, grad = (torch.ones(1 << 17, device="cuda", dtype=dtype) for _ in range(3))
+    alpha = torch.tensor(0.5, device="cuda")
+    vgpu.run_all()
+    vgpu.reset()
+    torch.ops.tolaria.blend_backward(grad, host, seed, alpha, dtype, [True, True, learned])
+    vgpu.run_all()
+    counts = vgpu.stats()["kernel_launches"].values()
+    largest = max(counts, key=lambda count: count["global_load_bytes"])
+    sectors = largest["global_load_sectors"] + largest["global_store_sectors"]
+    assert 32 * sectors <= 1.05 * (5 if learned else 3) * host.nbytes
+    assert largest["local_bytes"] == 0
