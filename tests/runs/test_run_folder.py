@@ -16,7 +16,7 @@ from tolaria.train import GrowthObserver
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "digits"
     result = run_task(
-        "digits", out=out, steps=120, threads=1, min_gain=-1e9, inject=["nan-loss@30", "spike@50"],
+        "digits", out=out, steps=120, threads=1, min_gain=-1e9, inject=["nan-loss@30", "spike@70"],
         governor_options={"snapshot_interval": 10},
     )  # fmt: skip
     return result, out
@@ -43,7 +43,7 @@ def test_events_tell_what_was_broken_and_mended(finished):
     events = read_lines(out / "events.jsonl")
     kinds = [event["kind"] for event in events]
     assert kinds[0] == "attach"
-    assert [e["name"] for e in events if e["kind"] == "fault"] == ["nan-loss@30", "spike@50"]
+    assert [e["name"] for e in events if e["kind"] == "fault"] == ["nan-loss@30", "spike@70"]
     reports = [event["report"] for event in events if event["kind"] == "rollback"]
     assert [report["reason"] for report in reports] == ["NON_FINITE", "ANOMALY"]
     assert reports[0]["step"] == 30

@@ -57,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; 0 if every fault ended as promised, 1 if not, 2 for a bad option."""
-    logging.getLogger("tolaria.governor").setLevel(logging.CRITICAL)  # one fault is a sink that raises
     printer = _Printer(silent=arguments.json)
+    log = logging.getLogger("tolaria.governor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # one fault is a sink that raises
     try:
         table = _table(arguments, printer)
     except MissingDependencyError:
@@ -68,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         print(f"tolaria chaos: {error}", file=sys.stderr)
         return 2
+    finally:
+        log.setLevel(level)
     text = json.dumps(table.as_dict(), indent=2)
     if arguments.out is not None:
         Path(arguments.out).write_text(text + "\n", encoding="utf-8")
