@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -64,10 +65,10 @@ def test_json_is_the_report(capsys):
     assert printed["versions"]["torch"] == torch.__version__
 
 
-def test_module_runs_as_a_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "tolaria", "--version"], capture_output=True, text=True, check=True
-    )
+def test_module_runs_as_a_command(tmp_path):
+    command = [sys.executable, "-m", "tolaria", "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(_extension.FOLDER.parent)}  # the package under test
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"tolaria {tolaria.__version__}"
 
 

@@ -92,7 +92,13 @@ def test_ctrl_c_leaves_a_complete_folder(tmp_path):
         "PYTHONPATH": str(Path(tolaria.__file__).parents[1]),
     }  # the package under test
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background job
     )
     try:
         deadline = time.monotonic() + 120
