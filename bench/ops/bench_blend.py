@@ -7,6 +7,8 @@ from cases import named, sizes
 from tolaria import ops
 from tolaria.reference import blend as reference
 
+# torch's own warnings, from inside torch.compile
+pytestmark = pytest.mark.filterwarnings("ignore")
 KIB, MIB = 1 << 10, 1 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
