@@ -1,74 +1,186 @@
-"""How everything is measured: correct first, then warmed up and in batches, the machine written down."""
+"""How everything is measured: correct first, then warmed up, then side by side; the machine written down."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
-import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ceilings import Pass, ceilings
+from harness import FULL, QUICK, SMOKE, Effort, Function, interleaved, threads
 
 import tolaria
+from tolaria import _extension
+
+OPTIONAL = ("compiled", "lightning")
+"""Implementations that may fail or be missing; why is written down beside the others' figures."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--quick`` for two minutes of the most telling cases; ``--bench-threads`` for a number of threads."""
-    parser.addoption("--quick", action="store_true", help="the most telling cases alone, fewer rounds")
-    parser.addoption("--bench-threads", type=int, default=0, help="threads of torch (default: all)")
+    """How much to run, and where."""
+    parser.addoption("--quick", action="store_true", help="the most telling cases alone, in two minutes")
+    parser.addoption("--smoke", action="store_true", help="the first case of each bench, to see that it runs")
+    parser.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda if there is one")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under ``--quick``, leave out what is marked slow."""
-    if config.getoption("--quick"):
-        skip = pytest.mark.skip(reason="not in --quick")
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(skip)
+    """Leave out what was not asked for."""
+    ours = [item for item in items if item.path.name.startswith("bench_")]
+    dropped = []
+    if config.getoption("--smoke"):
+        seen: set[str] = set()
+        for item in ours:
+            name = f"{item.path}::{getattr(item, 'originalname', item.name)}"
+            (dropped.append(item) if name in seen else seen.add(name))
+    elif config.getoption("--quick"):
+        dropped = [item for item in ours if item.get_closest_marker("slow")]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def threads(request):
-    """The number of threads asked for, over the whole session."""
-    if request.config.getoption("--bench-threads"):
-        torch.set_num_threads(request.config.getoption("--bench-threads"))
-    return torch.get_num_threads()
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the ops run."""
+    wanted: str | None = request.config.getoption("--bench-device")
+    return wanted or ("cuda" if torch.cuda.is_available() and _extension.CUDA else "cpu")
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
-    """What the numbers depend on, into the JSON."""
-    machine_info["torch"] = torch.__version__
-    machine_info["tolaria"] = tolaria.__version__
-    machine_info["threads"] = config.getoption("--bench-threads") or torch.get_num_threads()
-    machine_info["load_at_start"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    machine_info["processor_name"] = _processor()
+@pytest.fixture(scope="session")
+def effort(request: pytest.FixtureRequest) -> Effort:
+    """How long a case is measured."""
+    if request.config.getoption("--smoke"):
+        return SMOKE
+    return QUICK if request.config.getoption("--quick") else FULL
 
 
-def _processor() -> str:
+def _cpuinfo(key: str) -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+            return next(line.split(":")[1].strip() for line in lines if line.startswith(key))
     except (OSError, StopIteration):
-        return platform.processor()
+        return platform.processor() or "unknown"
+
+
+def _caches() -> dict[str, str]:
+    """Size of each data cache of core 0, as the system tells."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind, level, size = (
+            (folder / name).read_text().strip() if (folder / name).is_file() else ""
+            for name in ("type", "level", "size")
+        )
+        if kind != "Instruction":
+            found[f"L{level}"] = size
+    return found
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What the numbers depend on, into the JSON."""
+    machine_info.update(
+        torch=torch.__version__,
+        tolaria=tolaria.__version__,
+        extension=_extension.LOADED,
+        threads=torch.get_num_threads(),
+        processor_name=_cpuinfo("model name"),
+        caches=_caches(),
+        capability=torch.backends.cpu.get_cpu_capability(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        load_at_start=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """How busy the machine was when everything was over."""
+    if hasattr(os, "getloadavg"):
+        output_json["machine_info"]["load_at_end"] = os.getloadavg()[0]
 
 
 @pytest.fixture
-def measure(benchmark, request):
-    """``measure(function, group=..., impl=..., moved_bytes=...)``: check the result, then time it."""
+def record(benchmark: Any) -> Callable[..., None]:
+    """``record(group, impl, samples, calls, **info)``: hand samples taken elsewhere to pytest-benchmark.
 
-    def run(function, *, group, impl, moved_bytes, expected=None, check=None):
-        if check is not None:
-            check(function(), expected)
-        start = time.perf_counter()
-        function()
-        once = time.perf_counter() - start
-        quick = request.config.getoption("--quick")
-        budget = 0.15 if quick else 0.6  # seconds for a case
-        iterations = max(1, min(2000, math.ceil(1e-3 / max(once, 1e-7))))
-        rounds = max(7, min(60, int(budget / max(once * iterations, 1e-7))))
-        benchmark.group = group
-        benchmark.extra_info.update(impl=impl, moved_bytes=moved_bytes, device="cpu")
-        benchmark.pedantic(function, rounds=rounds, iterations=iterations, warmup_rounds=2)
+    One bench measures several implementations in turn, which pytest-benchmark's own calls cannot: they time
+    one after the other. This is the one place that knows how it keeps its figures.
+    """
+    name, fullname = benchmark.name, benchmark.fullname
+
+    def add(group: str, impl: str, samples: Sequence[float], calls: int = 1, **info: object) -> None:
+        benchmark.group, benchmark.name, benchmark.fullname = group, f"{name}[{impl}]", f"{fullname}[{impl}]"
+        benchmark.extra_info = {"impl": impl, "samples": list(samples), **info}
+        benchmark._mode = "pedantic"  # it was used, if not by a call
+        stats = benchmark._make_stats(calls)
+        for seconds in samples:
+            stats.update(seconds * calls)
+
+    return add
+
+
+@pytest.fixture
+def measure(record: Callable[..., None], device: str, effort: Effort) -> Callable[..., None]:
+    """``measure(group, implementations, ...)``: check every result, then time all of them in turn.
+
+    Arguments of the function:
+        group: the name of the case.
+        implementations: by name; each a function without arguments.
+        check: called with each result once, raises if it is wrong.
+        unchecked: implementations whose result is another one by design.
+        passes: reads and writes of the ceiling.
+        moved_bytes: read and written by one call, for bytes per second; default: that of the passes.
+        absent: why an implementation that one would expect is not there, by name.
+        one_thread: whether torch may use only one.
+        info: more about the fused implementation.
+    """
+
+    def run(
+        group: str,
+        implementations: Mapping[str, Function],
+        *,
+        check: Callable[[Any], None] | None = None,
+        unchecked: Sequence[str] = (),
+        passes: Sequence[Pass] = (),
+        moved_bytes: int | None = None,
+        absent: Mapping[str, str] | None = None,
+        one_thread: bool = False,
+        info: Mapping[str, object] | None = None,
+    ) -> None:
+        with threads(1 if one_thread else 0):
+            missing = dict(absent or {})
+            functions: dict[str, Function] = {}
+            for name, function in implementations.items():
+                if name == "compiled" and effort is SMOKE:
+                    continue
+                try:
+                    result = function()
+                    if check is not None and name not in unchecked:
+                        check(result)
+                except Exception as error:
+                    if name not in OPTIONAL:
+                        raise
+                    missing[name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                    print(f"{group}: {name}: {missing[name]}")
+                else:
+                    functions[name] = function
+                result = None  # large outputs go before the next one comes
+            chosen = ceilings(passes, device)
+            functions |= {name: function for name, (_, function) in chosen.items()}
+            samples, calls = interleaved(functions, effort, device)
+            counted = sum(t.nbytes for reads, writes in passes for t in (*reads, *writes))
+            for name in functions:
+                record(
+                    group,
+                    name,
+                    samples[name],
+                    calls[name],
+                    moved_bytes=counted if moved_bytes is None else moved_bytes,
+                    device=device,
+                    threads=torch.get_num_threads(),
+                    **({"by": chosen[name][0]} if name in chosen else {}),
+                    **({"absent": missing, **(info or {})} if name == "fused" else {}),
+                )
 
     return run

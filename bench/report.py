@@ -1,64 +1,59 @@
-"""Turn pytest-benchmark's JSON into ``docs/benchmarks.md``: medians, quartiles, ratios, bytes per second.
+"""Turn the benches' JSON into ``docs/benchmarks.md``, its pictures and ``docs/benchmarks.csv``.
 
-Usage: ``pytest bench --benchmark-json=bench.json && python bench/report.py bench.json > docs/benchmarks.md``
+    python bench/report.py JSON...            writes the page, the pictures and the table of everything
+    python bench/report.py --bars JSON...     prints the bars: wanted, measured, met or not
+    python bench/report.py --list JSON...     prints every group, implementation by implementation
+
+Several files are merged; a group measured twice comes from the later file.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
-from collections import defaultdict
-from typing import Any
+from pathlib import Path
 
-Row = dict[str, Any]
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when it is run from elsewhere
 
-
-def grouped(benchmarks: list[Row]) -> dict[str, dict[str, Row]]:
-    """Rows by group and implementation."""
-    groups: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in benchmarks:
-        groups[row["group"]][row["extra_info"]["impl"]] = row
-    return groups
+import bars
+from summary import Group, Session, read
 
 
-def line(impl: str, row: Row, fused: float | None, ceiling: float | None) -> str:
-    """One line of a group's table."""
-    stats, moved = row["stats"], row["extra_info"]["moved_bytes"]
-    median = stats["median"]
-    cells = [
-        impl,
-        f"{median * 1e6:,.1f}",
-        f"{stats['q1'] * 1e6:,.1f} to {stats['q3'] * 1e6:,.1f}",
-        f"{moved / median / 1e9:.1f}",
-        f"{median / fused:.2f}" if fused else "",
-        f"{100 * ceiling / median:.0f}" if ceiling else "",
-    ]
-    return "| " + " | ".join(cells) + " |"
+def listing(group: Group) -> list[str]:
+    """One group as text, fastest first."""
+    lines = [group.name]
+    for name, timing in sorted(group.timings.items(), key=lambda item: item[1].median):
+        low, high = (1e6 * q for q in timing.quartiles)
+        over = group.ratio(name, "fused") or ""
+        by = f" by {timing.info['by']}" if "by" in timing.info else ""
+        lines.append(
+            f"  {name + by:34} {timing.median * 1e6:12,.1f} us  [{low:,.1f} to {high:,.1f}]"
+            f"  {timing.bytes_per_second / 1e9:6.1f} GB/s  {over!s:>20} x fused"
+        )
+    return lines + [f"  {name}: {why}" for name, why in group.absent.items()]
 
 
-def page(data: dict[str, Any]) -> str:
-    """The whole page."""
-    machine = data["machine_info"]
-    lines = [
-        "# Benchmarks",
-        "",
-        f"Measured {data['datetime'][:10]} on {machine.get('processor_name', 'an unknown processor')}, "
-        f"{machine.get('threads')} threads, torch {machine.get('torch')}, "
-        f"load before the run {machine.get('load_at_start') or 0:.1f}. GPU seconds are unmeasured.",
-        "",
-        "Ratio: time over that of `fused` (above 1: fused is faster). Ceiling: a plain operation with the",
-        "same reads and writes, in the same run; its share says how close a row comes.",
-    ]
-    for group, rows in sorted(grouped(data["benchmarks"]).items()):
-        fused = rows["fused"]["stats"]["median"] if "fused" in rows else None
-        ceiling = rows["ceiling"]["stats"]["median"] if "ceiling" in rows else None
-        lines += ["", f"## {group}", "", "| | median (us) | quartiles (us) | GB/s | ratio | % of ceiling |"]
-        lines.append("|---|---:|---:|---:|---:|---:|")
-        ordered = sorted(rows.items(), key=lambda item: item[1]["stats"]["median"])
-        lines += [line(impl, row, fused, ceiling) for impl, row in ordered]
-    return "\n".join(lines)
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", nargs="+", help="what pytest --benchmark-json wrote")
+    parser.add_argument("--bars", action="store_true", help="print the table of bars")
+    parser.add_argument("--list", action="store_true", help="print every group")
+    parser.add_argument("--docs", type=Path, default=Path(__file__).resolve().parents[1] / "docs")
+    arguments = parser.parse_args()
+    session: Session = read(arguments.json)
+    if arguments.list:
+        for group in session.groups.values():
+            print("\n".join(listing(group)))
+    if arguments.bars:
+        print("\n".join(bars.table(session)))
+    if not (arguments.list or arguments.bars):
+        import page
+
+        page.write(session, arguments.docs)
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1]) as source:
-        print(page(json.load(source)))
+    main()

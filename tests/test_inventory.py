@@ -60,6 +60,12 @@ def test_op_has_its_files(op):
     for path in (f"csrc/cpu/{stem}.cpp", f"tolaria/ops/{stem}.py", f"tolaria/reference/{stem}.py"):
         assert (ROOT / path).is_file(), f"{op}: expected {path}"
     assert list(ROOT.glob(f"tests/*/test_{stem}*.py")), f"{op}: expected a test_{stem}.py"
+    assert (ROOT / "bench" / "ops" / f"bench_{stem}.py").is_file(), f"{op}: expected a bench_{stem}.py"
+
+
+@pytest.mark.parametrize("op", FORWARDS)
+def test_op_is_benched(op):
+    assert re.search(rf"\bops\.{op}\b", text_of("bench/ops/bench_*.py")), op
 
 
 @pytest.mark.parametrize("op", FORWARDS)

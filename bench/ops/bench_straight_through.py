@@ -1,53 +1,67 @@
 """straight_through against clone (forward) and the usual detach expression."""
 
+from __future__ import annotations
+
 import pytest
 import torch
-from cases import named, sizes
+from cases import KIB, MIB, sweep
+from compiled import compiled
 
 from tolaria import ops
 from tolaria.reference import straight_through as reference
 
-KIB, MIB = 1 << 10, 1 << 20
-IMPLS = {
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, from inside torch.compile
+
+
+def detach(host, seed):
+    """What people write; a NaN of the seed reaches the loss."""
+    return host + (seed - seed.detach())
+
+
+IMPLEMENTATIONS = {
     "fused": ops.straight_through,
     "reference": reference.straight_through,
-    "eager": lambda host, seed: host + (seed - seed.detach()),
-    "clone": lambda host, seed: host.clone(),
+    "compiled": compiled(reference.straight_through),
+    "detach": detach,
 }
-SIZES = sizes([4 * KIB, 8 * MIB], [KIB, 4 * KIB, 128 * KIB, MIB, 8 * MIB, 64 * MIB, 256 * MIB])
 
 
-def tensors(size, dtype):
-    torch.manual_seed(0)
-    host, seed, grad = (torch.randn(size // dtype.itemsize).to(dtype) for _ in range(3))
-    return host.requires_grad_(), seed.requires_grad_(), grad
+def in_quick(case):
+    plain = case.dtype == torch.float32 and case.layout == "contiguous" and not case.one_thread
+    return plain and case.size in (4 * KIB, 8 * MIB) and case.direction != "backward"
 
 
-@pytest.mark.parametrize("impl", list(IMPLS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", SIZES, ids=named)
-def bench_straight_through_forward(impl, dtype, size, measure):
-    host, seed, _ = tensors(size, dtype)
+@pytest.mark.parametrize("case", sweep(["forward", "backward", "both"], in_quick))
+def bench_straight_through(case, measure, device):
+    host, seed, grad = case.tensors(3, device)
+    inputs = (host.requires_grad_(), seed.requires_grad_())
+
+    def run(function):
+        kept = []
+
+        def backward():  # of a graph made once: nothing is moved, it is the price of two gradients handed on
+            if not kept:
+                kept.append(function(*inputs))
+            return torch.autograd.grad(kept[0], inputs, grad, retain_graph=True)
+
+        return {
+            "forward": lambda: function(host.detach(), seed.detach()),
+            "backward": backward,
+            "both": lambda: torch.autograd.grad(function(*inputs), inputs, grad),
+        }[case.direction]
+
+    def check(result):
+        results, want = (result, grad) if isinstance(result, tuple) else ([result], host)
+        for got in results:
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+    functions = {name: run(function) for name, function in IMPLEMENTATIONS.items()}
+    if case.direction == "forward":
+        functions["clone"] = host.detach().clone
     measure(
-        lambda: IMPLS[impl](host, seed),
-        group=f"straight_through/forward/{named(size)}/{str(dtype)[6:]}",
-        impl=impl,
-        moved_bytes=2 * size,
-        expected=host,
-        check=lambda got, want: torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2),
-    )
-
-
-@pytest.mark.parametrize("impl", ["fused", "reference", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", SIZES, ids=named)
-def bench_straight_through_both(impl, dtype, size, measure):
-    host, seed, grad = tensors(size, dtype)
-    measure(
-        lambda: torch.autograd.grad(IMPLS[impl](host, seed), (host, seed), grad),
-        group=f"straight_through/both/{named(size)}/{str(dtype)[6:]}",
-        impl=impl,
-        moved_bytes=2 * size,
-        expected=(grad, grad),
-        check=lambda got, want: torch.testing.assert_close(got, want),
+        f"straight_through/{case.name}",
+        functions,
+        check=check,
+        passes=[([host], [host])] if case.direction != "backward" else [],
+        one_thread=case.one_thread,
     )
