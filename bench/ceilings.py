@@ -90,7 +90,7 @@ def _runner(mix: Mix, passes: list[tuple[list[Tensor], list[Tensor]]], cold: boo
     return run
 
 
-def ceilings(passes: Sequence[Pass], device: str = "cpu") -> dict[str, tuple[str, Function]]:
+def ceilings(passes: Sequence[Pass], *, torch_alone: bool = False) -> dict[str, tuple[str, Function]]:
     """``{"ceiling (warm)": (candidate, function), "ceiling (cold)": ...}``; cold only where it writes."""
     if not passes:
         return {}
@@ -100,7 +100,7 @@ def ceilings(passes: Sequence[Pass], device: str = "cpu") -> dict[str, tuple[str
         return known.setdefault(id(tensor), _flat(tensor))
 
     ours = [([stand_in(t) for t in reads], [_flat(t) for t in writes]) for reads, writes in passes]
-    candidates = {"torch": _by_torch} if device == "cuda" else mixes()
+    candidates = {"torch": _by_torch} if torch_alone else mixes()
     kinds = [False, True] if any(writes for _, writes in passes) else [False]
     chosen = {}
     for cold in kinds:

@@ -23,7 +23,7 @@ OPTIONAL = ("compiled", "lightning")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much to run, and where."""
     parser.addoption("--quick", action="store_true", help="the most telling cases alone, in two minutes")
-    parser.addoption("--smoke", action="store_true", help="the first case of each bench, to see that it runs")
+    parser.addoption("--smoke", action="store_true", help="the first case of each file, to see that it runs")
     parser.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda if there is one")
 
 
@@ -34,8 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--smoke"):
         seen: set[str] = set()
         for item in ours:
-            name = f"{item.path}::{getattr(item, 'originalname', item.name)}"
-            (dropped.append(item) if name in seen else seen.add(name))
+            (dropped.append(item) if str(item.path) in seen else seen.add(str(item.path)))
     elif config.getoption("--quick"):
         dropped = [item for item in ours if item.get_closest_marker("slow")]
     if dropped:
@@ -166,7 +165,7 @@ def measure(record: Callable[..., None], device: str, effort: Effort) -> Callabl
                 else:
                     functions[name] = function
                 result = None  # large outputs go before the next one comes
-            chosen = ceilings(passes, device)
+            chosen = ceilings(passes, torch_alone=device == "cuda" or effort is SMOKE)
             functions |= {name: function for name, (_, function) in chosen.items()}
             samples, calls = interleaved(functions, effort, device)
             counted = sum(t.nbytes for reads, writes in passes for t in (*reads, *writes))

@@ -1,0 +1,41 @@
+"""The benches run, and their figures become a page: one tiny case of each file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(path.stem for path in ROOT.glob("bench/*/bench_*.py"))
+pytest.importorskip("pytest_benchmark")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The JSON of ``pytest bench --smoke``."""
+    path = tmp_path_factory.mktemp("bench") / "smoke.json"
+    command = [sys.executable, "-m", "pytest", "bench", "--smoke", "-q", f"--benchmark-json={path}"]
+    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return path
+
+
+def test_every_file_has_a_case(measured):
+    names = {row["fullname"] for row in json.loads(measured.read_text())["benchmarks"]}
+    for stem in FILES:
+        assert any(f"/{stem}.py::" in name for name in names), stem
+
+
+def test_the_page_holds_the_figures(measured, tmp_path):
+    command = [sys.executable, "bench/report.py", str(measured), "--docs", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "| digits CNN |" in page
+    assert "| governor_step_/n=1 |" in page
+    assert "not measured" in page  # of the bars, most are out of a smoke test's reach
+    rows = (tmp_path / "benchmarks.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(json.loads(measured.read_text())["benchmarks"])
