@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,22 +14,21 @@ from tolaria.governor import GovernorConfig, PromotionEvent, RollbackEvent, Tola
 from tolaria.nn import SeedSlot
 
 
-def no_host_sync() -> AbstractContextManager[object]:
-    """Forbid host syncs with whatever watches here: the virtual device, else torch's own debug mode."""
-    try:
-        import vgpu  # type: ignore[import-not-found]
-    except ImportError:
-        return _SyncDebugMode()
-    context: AbstractContextManager[object] = vgpu.forbid_host_sync()
-    return context
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Forbid host syncs by torch's debug mode, and by the virtual device where that is."""
+    with ExitStack() as stack:
+        try:
+            import vgpu  # type: ignore[import-not-found]
 
-
-class _SyncDebugMode(nullcontext[None]):
-    def __enter__(self) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-
-    def __exit__(self, *details: object) -> None:
-        torch.cuda.set_sync_debug_mode("default")
+            stack.enter_context(vgpu.forbid_host_sync())
+        except ImportError:
+            pass
+        stack.callback(torch.cuda.set_sync_debug_mode, "default")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
 
 
 class Net(nn.Module):

@@ -20,8 +20,8 @@ from tolaria.governor.tracked import TrackedState
 
 
 def make_mailbox(n: int, records: int, device: torch.device) -> Tensor:
-    """A mailbox that ``device`` can write: page-locked for CUDA."""
-    empty = ops.governor_mailbox(n, records=records)
+    """A mailbox from which ``records`` events can be read; page-locked for CUDA, whose device writes it."""
+    empty = ops.governor_mailbox(n, records=records + 1)  # one may be half written
     if device.type != "cuda":
         return empty
     return allocate(empty.numel() * 8, device).view(torch.float64).view(empty.shape).zero_()

@@ -188,9 +188,11 @@ class GovernorBank:
             names = engine.slots.names if engine else []
             nbytes = engine.slots.table.nbytes if engine else 0
             self._seen[i] = self._written[i]
+            events = list(self._readers[i].read(names, nbytes))
             if engine:
+                engine.learn(events)
                 engine.reconcile()
-            for event in self._readers[i].read(names, nbytes):
+            for event in events:
                 if isinstance(event, RollbackEvent) and i in self._policies:
                     self._policies[i].after_rollback(event.report)
                 self._tell(event)

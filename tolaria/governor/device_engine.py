@@ -8,14 +8,15 @@ parts back then.
 
 Who must wait for a capture in flight: the optimizer (its step pre-hook does), the judge and the restore
 (``act`` does), a structure change (``sync_structure`` does). Each waits for itself and nobody clears the
-event for others.
+event for others. Memory that a launch may still touch is not given back before it is done: not to another
+stream when a tensor is replaced (``record_stream``), not to the system when the governor goes (``_let_go``).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ from tolaria import ops
 from tolaria.errors import TolariaError
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import GovernorEvent, MailboxReader, SeedCulledEvent
+from tolaria.governor.events import CaptureEvent, GovernorEvent, MailboxReader, SeedCulledEvent
 from tolaria.governor.memory import allocate
-from tolaria.governor.tracked import HostState, TrackedState
+from tolaria.governor.tracked import HostState, HostValues, TrackedState
+from tolaria.governor.watch import StructureWatch
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 
 
@@ -40,7 +42,11 @@ class _Flight:
         self.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.started = False
+        self.users: dict[int, torch.cuda.Stream] = {}
+        """Every stream that this governor's own launches went to."""
         self._waited: set[int] = set()
+        self.recorded: _Flight | None = None
+        """The capture at the head of the CUDA graph that is being recorded."""
 
     def launched(self) -> None:
         self.done.record(self.stream)
@@ -50,9 +56,17 @@ class _Flight:
     def join(self) -> None:
         """Make the current stream wait for the capture, once a stream."""
         stream = torch.cuda.current_stream(self.stream.device)
+        self.users[stream.cuda_stream] = stream
         if self.started and stream.cuda_stream not in self._waited:
             stream.wait_event(self.done)
             self._waited.add(stream.cuda_stream)
+
+    def wait(self) -> None:
+        """Join; while a graph is being recorded, join the capture at its head, if there is one."""
+        if not torch.cuda.is_current_stream_capturing():
+            self.join()
+        elif self.recorded is not None:
+            self.recorded.join()
 
 
 class DeviceEngine(Engine):
@@ -69,36 +83,33 @@ class DeviceEngine(Engine):
         tracked: TrackedState,
     ) -> None:
         self._flight = _Flight(tracked.device)
-        self._recorded: _Flight | None = None
         self._handles: list[RemovableHandle] = []
         self._host: dict[int, HostState] = {}
         self._judged = 0
         self._known_rollbacks = 0
         self._seed_flags: dict[str, tuple[Tensor, list[Tensor]]] = {}
         self._moved: list[Optimizer] = []
+        self._watch = StructureWatch(tracked)
         super().__init__(column, state, config, settings, mailbox, reader, tracked)
         with torch.cuda.device(tracked.device):
             self.adopt_current_state()
         for optimizer in tracked.optimizers:
             self.hook(optimizer)
-        self._finalizer = weakref.finalize(self, _let_go, self._flight, self._handles, self.slots, mailbox)
+        waiting = _BeforeLoading(self._flight)
+        loading = tracked.model.register_load_state_dict_pre_hook(waiting)  # type: ignore[no-untyped-call]
+        self._handles.append(loading)
+        memory = (self.slots, self._state, self._settings, mailbox)
+        self._finalizer = weakref.finalize(self, _let_go, self._flight, self._handles, memory)
 
     def hook(self, optimizer: Optimizer) -> None:
         """Make ``optimizer`` wait for a capture in flight before it changes what is being captured."""
-        handle = optimizer.register_step_pre_hook(self._before_optimizer_step)
+        # The hooks know the flight alone: an optimizer that lives on must not keep the engine and its slots.
+        handle = optimizer.register_step_pre_hook(partial(_before_optimizer_step, self._flight))
         self._handles += [handle, optimizer.register_load_state_dict_post_hook(self._moved.append)]
-
-    def _before_optimizer_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.wait()
 
     def wait(self) -> None:
         """Make the current stream wait for a capture in flight; a recorded one has its wait recorded too."""
-        if not torch.cuda.is_current_stream_capturing():
-            self._flight.join()
-        elif self._recorded is not None:
-            self._recorded.join()
+        self._flight.wait()
 
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
@@ -121,9 +132,9 @@ class DeviceEngine(Engine):
         if torch.cuda.is_current_stream_capturing():
             self._check_recordable()
             self._launch_restore()
-            if self._recorded is None:
+            if self._flight.recorded is None:
                 self._capture_here()
-            self._recorded = None
+            self._flight.recorded = None
             return
         if self._structure_moved():
             yield from self.sync_structure()
@@ -139,8 +150,8 @@ class DeviceEngine(Engine):
         if not torch.cuda.is_current_stream_capturing():
             return
         self._check_recordable()
-        self._recorded = _Flight(self.tracked.device)
-        self._fork(self._recorded)
+        self._flight.recorded = _Flight(self.tracked.device)
+        self._fork(self._flight.recorded)
 
     def _launch_restore(self) -> None:
         ops.snapshot_restore_(self._state, self._column, self._settings, self.slots.table, self._mailbox)
@@ -157,20 +168,39 @@ class DeviceEngine(Engine):
 
     def _capture_aside(self) -> None:
         self._fork(self._flight)
-        self._keep_host_state()
+        self._keep_host_state(self._judged)
 
     def _capture_here(self) -> None:
         for part in (0, 1):
             ops.snapshot_capture_(self._state, self._column, self.slots.table, part, self._mailbox)
 
-    def _keep_host_state(self) -> None:
+    def _keep_host_state(self, captured_step: int) -> None:
         host = self.tracked.host_state()
         host.keys = self.slots.live_keys()
-        self._host[self._judged] = host
+        self._host[captured_step] = host
         good = self._reader.status(StatusField.last_good_step)
         for step in [s for s in self._host if s < good]:
             if any(step < other <= good for other in self._host):
                 del self._host[step]
+
+    def learn(self, events: Sequence[GovernorEvent]) -> None:
+        """Keep the host-side parts of captures that graph replays made, which no Python code saw."""
+        for event in events:
+            if isinstance(event, CaptureEvent) and event.capture_step > max(self._host):
+                self._judged = max(self._judged, event.capture_step)
+                self._keep_host_state(event.capture_step)
+
+    @property
+    def enqueued_step(self) -> int:
+        """Judgements that were enqueued so far; replays of a graph count once their status has arrived."""
+        return self._judged
+
+    def correct_host_values(self, optimizer: Optimizer, right: HostValues) -> None:
+        """The captures after a step that turned out to be skipped keep these host-side values instead."""
+        index = next(i for i, known in enumerate(self.tracked.optimizers) if known is optimizer)
+        for step, values in list(right.items())[1:]:
+            if step in self._host and index < len(self._host[step].optimizers):
+                self._host[step].optimizers[index].values = values
 
     def _kept_host_states(self) -> list[HostState]:
         return list(self._host.values())
@@ -180,19 +210,25 @@ class DeviceEngine(Engine):
     def _structure_moved(self) -> bool:
         """Whether the table may be stale: a look at every container and address, no device call."""
         moved, self._moved[:] = bool(self._moved), []
-        return moved or self.tracked.has_moved()
+        return moved or self._watch.has_moved()
 
     def sync_structure(self) -> Iterator[GovernorEvent]:
         """As the base class; the device is done with the old table before it is changed."""
         if torch.cuda.is_current_stream_capturing():
             raise self._not_recordable("its structure changed since the last eager step")
         self.wait()
+        restorable = frozenset[Hashable]().union(*(host.keys for host in self._host.values()))
+        before = [place.live for place in self.slots.places.values()] + [self.slots.table.data]
+        self.slots.keep(restorable)
         yield from super().sync_structure()
-        self.slots.table.data.record_stream(self._flight.stream)
-        self.tracked.watch()
+        # What is let go may be used by launches on streams that its allocator knows nothing of.
+        for tensor in [*before, self.slots.table.data]:
+            for stream in (self._flight.stream, torch.cuda.current_stream(self.tracked.device)):
+                tensor.record_stream(stream)
+        self._watch.mark()
 
     def _check_recordable(self) -> None:
-        if self.tracked.has_moved() and not self.slots.is_current(self.tracked.tensors()):
+        if self._watch.has_moved() and not self.slots.is_current(self.tracked.tensors()):
             raise self._not_recordable("its structure changed since the last eager step")
         for i, optimizer in enumerate(self.tracked.optimizers):
             for group in optimizer.param_groups:
@@ -244,9 +280,9 @@ class DeviceEngine(Engine):
             )
         self.order(Order.PROMOTE)
         self.synchronize()
-        self._judged = self.step_count
+        self._judged, self._known_rollbacks = self.step_count, self._reader.status(StatusField.rollback_count)
         self._host.clear()
-        self._keep_host_state()
+        self._keep_host_state(self._judged)
 
     def reconcile(self) -> None:
         """Put host-side parts back if the device has rolled back since the last look. Plain loads alone."""
@@ -287,9 +323,28 @@ class DeviceEngine(Engine):
                 self._seed_flags[name] = (flag, tensors)
 
 
-def _let_go(flight: _Flight, handles: list[RemovableHandle], *memory: object) -> None:
-    """The end of an engine: no capture may still write ``memory``, which lives as long as the arguments."""
+def _before_optimizer_step(flight: _Flight, *_: object) -> None:
+    flight.wait()
+
+
+class _BeforeLoading:
+    """The model's hook; a copied or pickled model is not governed, so there it does nothing."""
+
+    def __init__(self, flight: _Flight | None = None) -> None:
+        self._flight = flight
+
+    def __call__(self, *_: object) -> None:
+        if self._flight is not None:
+            self._flight.wait()
+
+    def __reduce__(self) -> tuple[type[_BeforeLoading], tuple[()]]:
+        return _BeforeLoading, ()
+
+
+def _let_go(flight: _Flight, handles: list[RemovableHandle], memory: object) -> None:
+    """The end of an engine: no launch may still touch ``memory``, which lives as long as the arguments."""
     for handle in handles:
         handle.remove()
-    if flight.started and not flight.done.query():  # type: ignore[no-untyped-call]
-        flight.done.synchronize()  # sync: when a governor goes while its capture is in flight
+    for stream in (flight.stream, *flight.users.values()):
+        if not stream.query():
+            stream.synchronize()  # sync: when a governor goes while its work is under way

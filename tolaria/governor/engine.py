@@ -8,7 +8,7 @@ memory, where the host sees the orders at once; :mod:`tolaria.governor.device_en
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from tolaria import ops
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, SeedCulledEvent, StructureEvent
 from tolaria.governor.slots import Slots
-from tolaria.governor.tracked import HostState, TrackedState
+from tolaria.governor.tracked import HostState, HostValues, TrackedState
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 
 
@@ -97,6 +97,19 @@ class Engine(ABC):
 
     def judged(self) -> None:
         """A judgement is about to be enqueued."""
+        return
+
+    def learn(self, events: Sequence[GovernorEvent]) -> None:
+        """Hear of events that have arrived, before :meth:`reconcile`."""
+        return
+
+    @property
+    def enqueued_step(self) -> int:
+        """Judgements that were enqueued so far."""
+        return self.step_count
+
+    def correct_host_values(self, optimizer: Optimizer, right: HostValues) -> None:
+        """The captures after a step that turned out to be skipped keep these host-side values instead."""
         return
 
     def reconcile(self) -> None:

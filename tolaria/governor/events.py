@@ -129,9 +129,12 @@ class MailboxReader:
         self._status = mailbox_row[: len(StatusField)]
         ring = mailbox_row[len(StatusField) :]
         self._ring = ring.reshape(-1, len(RecordField))
+        # The device writes a record before it counts it: of a full ring the oldest may be half overwritten.
+        self._readable = len(self._ring) - 1
         self._row = row
         self._reward = reward
         self._read = 0
+        self._rollbacks = 0
 
     def status(self, word: StatusField) -> int:
         """One status word."""
@@ -145,17 +148,27 @@ class MailboxReader:
     def skip_all(self) -> None:
         """Forget what waits."""
         self._read = int(self._status[StatusField.events])
+        self._rollbacks = self.status(StatusField.rollback_count)
 
     def read(self, names: Sequence[str], capture_bytes: int) -> Iterator[GovernorEvent]:
-        """The events since the last call, oldest first; a count stands in for those that were overwritten."""
+        """The events since the last call, oldest first; a count stands in for those that were overwritten.
+
+        No rollback is lost with them: those that the status words count but no record tells of are told as
+        far as the status words know.
+        """
+        rollbacks = self.status(StatusField.rollback_count)
         written = int(self._status[StatusField.events])
-        lost = max(0, written - self._read - len(self._ring))
+        lost = max(0, written - self._read - self._readable)
         if lost:
             self._read += lost
             yield DroppedEventsEvent(step=self.status(StatusField.step), row=self._row, dropped=lost)
+            records = [self._ring[n % len(self._ring)] for n in range(self._read, written)]
+            told = sum(1 for record in records if record[RecordField.kind] == EventKind.ROLLBACK)
+            for _ in range(rollbacks - self._rollbacks - told):
+                yield self._untold_rollback()
         while self._read < written:
             record = self._ring[self._read % len(self._ring)].tolist()
-            if int(self._status[StatusField.events]) - self._read > len(self._ring):
+            if int(self._status[StatusField.events]) - self._read > self._readable:
                 # the device lapped us while we read: count it as dropped
                 yield from self.read(names, capture_bytes)
                 return
@@ -199,6 +212,7 @@ class MailboxReader:
                 consecutive_panics=panics,
                 tensor_name=name,
             )
+        self._rollbacks += 1
         report = GovernorReport(
             reason=reason,
             step=step,
@@ -213,5 +227,25 @@ class MailboxReader:
             reward=self._reward,
             rollback_count=int(r[RecordField.rollback_count]),
             tensor_name=name,
+        )
+        return RollbackEvent(step=step, row=self._row, report=report)
+
+    def _untold_rollback(self) -> RollbackEvent:
+        self._rollbacks += 1
+        restored = self.status(StatusField.restored_step)
+        step = self.status(StatusField.step)
+        report = GovernorReport(
+            reason=PanicReason(self.status(StatusField.reason)),
+            step=step,
+            loss=math.nan,
+            mean=math.nan,
+            std=math.nan,
+            thresholds=(math.nan, math.nan, math.nan),
+            consecutive_panics=0,
+            restored_capture=self.status(StatusField.restored_capture),
+            restored_step=restored,
+            steps_lost=max(0, step - restored),
+            reward=self._reward,
+            rollback_count=self._rollbacks,
         )
         return RollbackEvent(step=step, row=self._row, report=report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,6 @@ class TolariaGovernor:
             device=attach.single_device(model, listed),
         )
         self._build(tracked)
-        self._skipper = StepSkipper(tracked) if self.config.skip_anomalous_steps else None
         self._tell(self._engine.attach_event())
 
     def _build(self, tracked: TrackedState) -> None:
@@ -122,6 +122,9 @@ class TolariaGovernor:
         self._policy = RollbackPolicy(self.config, tracked)
         self._scalar = torch.zeros(1, dtype=torch.float64, device=device)
         self._latest: Verdict | None = None
+        self._skipper = StepSkipper(self._engine) if self.config.skip_anomalous_steps else None
+        if self._skipper is not None:
+            weakref.finalize(self, self._skipper.close)
 
     # -- every step ------------------------------------------------------------------------------------------
 
@@ -215,6 +218,8 @@ class TolariaGovernor:
                 self._tell(event)
             self._engine.synchronize()
             self._drain()
+            if self._skipper is not None:
+                self._skipper.after_step()
         assert self._last_report is not None
         return self._last_report
 
@@ -235,7 +240,7 @@ class TolariaGovernor:
         self._engine.order(Order.FORGET)
         try:
             self._engine.adopt_current_state()
-        except ValueError:
+        except Exception:
             self._state.copy_(before)
             raise
         self._policy = RollbackPolicy(self.config, self._engine.tracked)
@@ -287,14 +292,16 @@ class TolariaGovernor:
     def _drain(self) -> None:
         if not self._reader.has_news:
             return
-        self._engine.reconcile()
         slots = self._engine.slots
-        for event in self._reader.read(slots.names, slots.table.nbytes):
+        events = list(self._reader.read(slots.names, slots.table.nbytes))
+        self._engine.learn(events)
+        if self._skipper is not None:
+            self._skipper.learn(events)
+        self._engine.reconcile()
+        for event in events:
             if isinstance(event, RollbackEvent):
                 self._last_report = event.report
                 self._policy.after_rollback(event.report)
-                if self._skipper is not None:
-                    self._skipper.after_step()
             self._tell(event)
         self._policy.check_budget()
 
@@ -376,15 +383,17 @@ class TolariaGovernor:
             ValueError: ``state`` is not from :meth:`state_dict`, or the model's state is not finite.
         """
         config, saved = statistics.read_saved_form(state)
-        former = self._engine
+        former, skipper = self._engine, self._skipper
         before = dict(vars(self))
         try:
             self.config, self.random_guess_loss = config, state["random_guess_loss"]
             self._build(former.tracked)
-        except ValueError:
+        except Exception:
             vars(self).update(before)
             raise
         former.close()
+        if skipper is not None:
+            skipper.close()
         statistics.take_over(self._state, saved)
         self._engine.adopt_current_state()
         self._reader.skip_all()

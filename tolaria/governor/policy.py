@@ -73,11 +73,13 @@ class RollbackPolicy:
         first = report.step - max(1, report.consecutive_panics) + 1
         self.offending_steps.extend(range(first, report.step + 1))
         clear_gradients(self._tracked.model, self._tracked.optimizers)
-        if self._config.lr_factor != 1.0:
-            # The slot holds the rates of its own time: the factor of every rollback since then applies again.
-            since = sum(1 for past in self._history if past.restored_capture == report.restored_capture)
-            factor = self._config.lr_factor**since
-            scale_learning_rates(self._tracked.optimizers, self._tracked.schedulers, factor)
+        tracked = self._tracked
+        tracked.rollbacks += 1
+        # A slot holds the rates of its own time: the factor of every rollback since then applies again.
+        factor = self._config.lr_factor ** (tracked.rollbacks - tracked.rates_lowered)
+        tracked.rates_lowered = tracked.rollbacks
+        if factor != 1.0:
+            scale_learning_rates(tracked.optimizers, tracked.schedulers, factor)
 
     def check_budget(self) -> None:
         """Raise if the rollbacks since the last check spent the budget.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from tolaria.errors import ConfigError
+from tolaria.governor.engine import Engine
+from tolaria.governor.events import GovernorEvent, RollbackEvent, VerdictEvent
+from tolaria.governor.fresh_state import fresh_value
 from tolaria.governor.tracked import TrackedState
+from tolaria.governor.undo import HostCounters, UndoCopy
 
 
 class StepSkipper:
@@ -18,41 +23,49 @@ class StepSkipper:
 
     On the CPU a step without gradients is a step not taken: parameters, moments and step counters stay as
     they are, for every optimizer of torch. (An optimizer that calls a closure computes new gradients; it is
-    not skipped.) On CUDA the host does not know the verdict: a fused optimizer skips by itself when its
-    ``found_inf`` is set, which is merged with GradScaler's.
+    not skipped.) On CUDA the host does not know the verdict, so two ways lead there:
+
+    * a fused optimizer skips by itself when its ``found_inf`` is set, which is merged with GradScaler's;
+    * any other takes the step, which is then undone from a copy made just before: it costs the memory of its
+      parameters and state once more, and copying them at every step. Counters that it keeps on the host
+      follow when the host hears of the verdict.
 
     The buffers are copied after every step, since the next forward changes them before its loss can be
-    judged.
+    judged. Those of seed slots (alpha) are not put back: a schedule moves them, no forward.
 
-    Raises:
-        ConfigError: an optimizer on CUDA is not fused.
+    Args:
+        engine: what covers the model and its optimizers.
     """
 
-    def __init__(self, tracked: TrackedState) -> None:
-        self._tracked = tracked
+    def __init__(self, engine: Engine) -> None:
+        # Weakly: the optimizers' hooks know this object, and must not keep the engine and its slots.
+        self._engine: Engine = weakref.proxy(engine)
+        self._tracked = tracked = engine.tracked
         self._on_device = tracked.device.type == "cuda"
         self._skip = False
         self._flag = torch.zeros((), dtype=torch.float32, device=tracked.device)
         self._handles: list[RemovableHandle] = []
-        self._buffers: list[Tensor] = []
-        self._copies: list[Tensor] = []
+        self._undone: list[_UndoneOptimizer] = []
         self._lent: dict[int, bool] = {}
+        self._newborns: dict[int, _Newborns] = {}
+        self._buffers = _Buffers(tracked)
         for optimizer in tracked.optimizers:
             self.hook(optimizer)
         self.after_step()
 
     def hook(self, optimizer: Optimizer) -> None:
         """Watch one more optimizer."""
-        if self._on_device and not all(group.get("fused") for group in optimizer.param_groups):
-            raise ConfigError(
-                f"skip_anomalous_steps: expected optimizers made with fused=True on CUDA, got "
-                f"{type(optimizer).__name__} without it; nothing else can leave out a step that the host "
-                "knows nothing of"
-            )
-        before = self._set_found_inf if self._on_device else self._drop_gradients
-        self._handles.append(optimizer.register_step_pre_hook(before))
-        if self._on_device:
+        if not self._on_device:
+            self._handles.append(optimizer.register_step_pre_hook(self._drop_gradients))
+        elif all(group.get("fused") for group in optimizer.param_groups):
+            self._newborns[id(optimizer)] = _Newborns(optimizer)
+            self._handles.append(optimizer.register_step_pre_hook(self._set_found_inf))
             self._handles.append(optimizer.register_step_post_hook(self._remove_found_inf))
+        else:
+            undone = _UndoneOptimizer(optimizer, self._tracked.device)
+            self._undone.append(undone)
+            self._handles.append(optimizer.register_step_pre_hook(self._save(undone)))
+            self._handles.append(optimizer.register_step_post_hook(self._put_back(undone)))
 
     def _drop_gradients(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._skip:
@@ -67,34 +80,139 @@ class StepSkipper:
         if self._lent[id(optimizer)]:
             lent_to.grad_scale = None
         lent_to.found_inf = self._flag if scalers is None else torch.maximum(scalers, self._flag)
+        self._newborns[id(optimizer)].before_step()
 
     def _remove_found_inf(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         lent_to: Any = optimizer
+        self._newborns[id(optimizer)].undo(lent_to.found_inf)
         if self._lent.pop(id(optimizer), False):  # GradScaler removes what it set itself
             del lent_to.grad_scale, lent_to.found_inf
 
+    def _save(self, undone: _UndoneOptimizer) -> Callable[..., None]:
+        engine = self._engine
+        return lambda *_: undone.save(engine.enqueued_step, engine.step_count)
+
+    def _put_back(self, undone: _UndoneOptimizer) -> Callable[..., None]:
+        flag = self._flag
+        return lambda *_: undone.put_back(flag)
+
     def after_verdict(self, reason: Tensor) -> None:
         """Leave out the optimizer steps up to the next :meth:`after_step` unless ``reason`` ``(1,)`` is 0."""
-        if not self._on_device:
+        if self._on_device:
+            self._flag.copy_((reason != 0).view(()))
+            self._buffers.put_back(self._flag)
+        else:
             self._skip = bool(reason != 0)
-            if self._skip and self._buffers:
-                torch._foreach_copy_(self._buffers, self._copies)
-            return
-        skip = (reason != 0).view(())
-        self._flag.copy_(skip)
-        for buffer, copy in zip(self._buffers, self._copies, strict=True):
-            buffer.copy_(torch.where(skip, copy, buffer))
+            if self._skip:
+                self._buffers.put_back(None)
 
     def after_step(self) -> None:
         """The step is over: what the buffers hold now is what an undone forward goes back to."""
         self._skip = False
-        buffers = [b.detach() for b in self._tracked.model.buffers()]
-        if [b.data_ptr() for b in buffers] != [b.data_ptr() for b in self._buffers]:
-            self._buffers, self._copies = buffers, [b.clone() for b in buffers]
-        elif buffers:
-            torch._foreach_copy_(self._copies, buffers)
+        if self._on_device:
+            self._flag.zero_()
+        self._buffers.save()
+
+    def learn(self, events: Sequence[GovernorEvent]) -> None:
+        """Correct what optimizers keep on the host for the steps that were skipped on the device."""
+        for event in events:
+            for undone in self._undone:
+                if isinstance(event, RollbackEvent):
+                    undone.counters.clear()
+                elif isinstance(event, VerdictEvent):
+                    right = undone.counters.skipped(event.step)
+                    self._engine.correct_host_values(undone.optimizer, right)
 
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+
+
+class _Buffers:
+    """The buffers that a forward may change, and their copies."""
+
+    def __init__(self, tracked: TrackedState) -> None:
+        self._tracked = tracked
+        self._undo = UndoCopy(tracked.device) if tracked.device.type == "cuda" else None
+        self._live: list[Tensor] = []
+        self._copies: list[Tensor] = []
+
+    def save(self) -> None:
+        model = self._tracked.model
+        slots = [model.get_submodule(name) for name, _ in self._tracked.participants()]
+        scheduled = {id(b) for slot in slots for b in slot.buffers(recurse=False)}
+        live = [b.detach() for b in model.buffers() if id(b) not in scheduled]
+        if self._undo is not None:
+            if live:
+                self._undo.save(live)
+        elif [b.data_ptr() for b in live] != [b.data_ptr() for b in self._live]:
+            self._copies = [b.clone() for b in live]
+        elif live:
+            torch._foreach_copy_(self._copies, live)
+        self._live = live
+
+    def put_back(self, flag: Tensor | None) -> None:
+        """Unconditionally on the CPU; on CUDA unless ``flag`` is 0."""
+        if not self._live:
+            return
+        if self._undo is None:
+            torch._foreach_copy_(self._live, self._copies)
+        elif flag is not None:
+            self._undo.put_back(flag)
+
+
+class _Newborns:
+    """Optimizer state that a step brings into being: where the step is left out it must begin afresh.
+
+    A fused optimizer that skips its first step may leave it uninitialised.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._known: set[int] | None = None
+
+    def before_step(self) -> None:
+        """Note what there is, if some parameter has no state yet."""
+        expected = sum(len(group["params"]) for group in self._optimizer.param_groups)
+        grown = len(self._optimizer.state) >= expected
+        self._known = None if grown else {id(tensor) for _, _, tensor in self.tensors()}
+
+    def undo(self, flag: Tensor) -> None:
+        """Give what came since its value before the first step, unless ``flag`` is 0."""
+        if self._known is not None:
+            for group, key, born in self.tensors():
+                if id(born) not in self._known:
+                    fresh = fresh_value(self._optimizer, group, key)
+                    born.copy_(torch.where(flag != 0, 0.0 if fresh is None else fresh, born))
+
+    def tensors(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """The state that lies beside its parameter, with its group and key."""
+        return [
+            (group, key, value)
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor) and value.device == parameter.device
+        ]
+
+
+class _UndoneOptimizer:
+    """An optimizer on CUDA whose steps are taken, and undone if the device finds that they should not be."""
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self.optimizer = optimizer
+        self.counters = HostCounters(optimizer, device)
+        self._newborns = _Newborns(optimizer)
+        self._undo = UndoCopy(device)
+
+    def save(self, step: int, heard: int) -> None:
+        self._newborns.before_step()
+        tensors = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        self._undo.save(tensors + [tensor for _, _, tensor in self._newborns.tensors()])
+        if not torch.cuda.is_current_stream_capturing():
+            self.counters.note(step, heard)
+
+    def put_back(self, flag: Tensor) -> None:
+        self._undo.put_back(flag)
+        self._newborns.undo(flag)

@@ -71,7 +71,7 @@ class Slots:
 
     @staticmethod
     def _signature(tensors: Sequence[TrackedTensor]) -> list[tuple[object, ...]]:
-        return [(t.tensor.data_ptr(), t.key, t.tensor.shape, t.watched, t.zeroed) for t in tensors]
+        return [(t.tensor.data_ptr(), t.key, t.tensor.shape, t.watched, t.zeroed, t.part) for t in tensors]
 
     def sync(self, tensors: Sequence[TrackedTensor]) -> bool:
         """Bring the places in line with ``tensors``; True when something had changed.
@@ -145,7 +145,10 @@ class Slots:
         slots = (slot_view(memory[0], 0, view), slot_view(memory[1], 0, view))
         value = view
         if tracked.zeroed or tracked.kind == "optimizer":
-            value = torch.full_like(view, 0 if tracked.zeroed else tracked.fresh_value or 0)
+            fresh = None if tracked.zeroed else tracked.fresh_value
+            value = torch.zeros_like(view)
+            if fresh is not None:
+                value.copy_(fresh) if isinstance(fresh, Tensor) else value.fill_(fresh)
         for slot in slots:
             slot.copy_(value, non_blocking=True)
         # Model tensors born later belong to both slots with their birth value; other state does not.
@@ -172,6 +175,11 @@ class Slots:
         for place in self.places.values():
             place.present[slot] = place.is_live
         return self.live_keys()
+
+    def keep(self, keys: frozenset[Hashable]) -> None:
+        """Note that either slot may hold the tensors of ``keys``, and of no others that are gone."""
+        for key, place in self.places.items():
+            place.present = [key in keys] * 2
 
     def live_keys(self) -> frozenset[Hashable]:
         """Keys of the tensors that a capture covers now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -76,13 +76,19 @@ class TrackedTensor:
     """Whether a non-finite value in it is the run's trouble; an incubating seed's is not."""
     zeroed: bool = False
     """A capture taken now restores it as 0: the alpha of a seed that is no fossil yet."""
-    fresh_value: float | None = None
+    fresh_value: float | Tensor | None = None
     """Optimizer state: what it holds before the first step, if that is the same as not being there."""
+    hooked: bool = False
+    """Parameter: whether a covered optimizer, whose hooks see it, is what changes it."""
 
     @property
     def part(self) -> int:
-        """Capture part: 1, parameters and optimizer state, changes only where hooks see it; 0 anywhere."""
-        return 1 if self.kind in ("parameter", "optimizer") else 0
+        """Capture part: 1 changes only where hooks see it, 0 anywhere (buffers, an EMA, a target)."""
+        return 1 if self.hooked or self.kind == "optimizer" else 0
+
+
+HostValues = dict[int, dict[int, dict[str, Any]]]
+"""By step, then by the parameter's id: the entries of an optimizer's state that are on the host."""
 
 
 @dataclass(slots=True)
@@ -104,10 +110,12 @@ class HostState:
     extras: dict[str, dict[str, Any]]
     modules: dict[str, dict[str, Any]]
     rng: dict[str, Any]
+    rates_lowered: int = 0
+    """How many rollbacks had lowered the learning rates by then."""
     keys: frozenset[Hashable] = field(default_factory=frozenset)
 
 
-_SCALER_TENSORS = ("_scale", "_growth_tracker")
+SCALER_TENSORS = ("_scale", "_growth_tracker")
 _SCALER_VALUES = ("_init_scale", "_growth_factor", "_backoff_factor", "_growth_interval", "_enabled")
 
 
@@ -146,11 +154,10 @@ class TrackedState:
         self.generators = list(generators)
         self.restore_rng = restore_rng
         self.device = device
+        self.rollbacks = 0
+        self.rates_lowered = 0
+        """Rollbacks heard of, and how many of them the rates reflect (a restore brings older rates)."""
         self._retired = WeakIdKeyDictionary()
-        self._watched: list[Mapping[Any, Any]] = []
-        self._watched_tensors: list[Tensor] = []
-        self._staged: list[Callable[[], list[Tensor]]] = []
-        self._mark: tuple[object, ...] = ()
 
     def retire(self, tensors: Sequence[Tensor]) -> None:
         """Cover these no more, though an optimizer may still hold them: their seed was culled."""
@@ -180,18 +187,19 @@ class TrackedState:
         modules += [
             (f"{name}.", extra) for name, extra in self.extras.items() if isinstance(extra, nn.Module)
         ]
+        stepped = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         for prefix, module in modules:
             for name, parameter in module.named_parameters():
                 names.setdefault(id(parameter), prefix + name)
-                yield TrackedTensor(
-                    ("model", prefix + name), prefix + name, parameter, "parameter", parameter
-                )
+                hooked = id(parameter) in stepped
+                key: Hashable = ("model", prefix + name)
+                yield TrackedTensor(key, prefix + name, parameter, "parameter", parameter, hooked=hooked)
         for prefix, module in modules:
             for name, buffer in module.named_buffers():
                 yield TrackedTensor(("model", prefix + name), prefix + name, buffer, "buffer", buffer)
         for i, optimizer in enumerate(self.optimizers):
             yield from self._optimizer_tensors(i, optimizer, names)
-        for name in _SCALER_TENSORS:
+        for name in SCALER_TENSORS:
             tensor = getattr(self.scaler, name, None)
             if isinstance(tensor, Tensor):
                 yield TrackedTensor(("scaler", name), f"scaler.{name}", tensor, "scaler", tensor)
@@ -206,39 +214,14 @@ class TrackedState:
             for p, parameter in enumerate(group["params"]):
                 name = names.get(id(parameter), f"optimizer[{i}].group[{g}].params[{p}]")
                 if id(parameter) not in names:
-                    yield TrackedTensor(("parameter", id(parameter)), name, parameter, "parameter", parameter)
+                    own: Hashable = ("parameter", id(parameter))
+                    yield TrackedTensor(own, name, parameter, "parameter", parameter, hooked=True)
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
                         named = f"optimizer[{i}].{key}({name})"
                         key_ = ("state", i, id(parameter), key)
                         fresh = fresh_value(optimizer, group, key)
                         yield TrackedTensor(key_, named, value, "optimizer", parameter, fresh_value=fresh)
-
-    def watch(self) -> None:
-        """Remember what the next :meth:`has_moved` compares with."""
-        roots = [self.model, *(e for e in self.extras.values() if isinstance(e, nn.Module))]
-        modules = [module for root in roots for module in root.modules()]
-        self._watched = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
-        self._watched += [o.state for o in self.optimizers]
-        self._watched += [state for o in self.optimizers for state in o.state.values()]
-        self._watched_tensors = [t.tensor for t in self.tensors()]
-        self._staged = [
-            *(module.zero_alpha_tensors for _, module in self.participants()),
-            *(module.incubating_tensors for _, module in self.seed_holders()),
-        ]
-        self._mark = self._signature()
-
-    def has_moved(self) -> bool:
-        """Whether a tensor may have come, gone or moved since :meth:`watch`; cheap, may say yes too often."""
-        return self._signature() != self._mark
-
-    def _signature(self) -> tuple[object, ...]:
-        return (
-            [tuple(map(id, container.values())) for container in self._watched],
-            [tensor.data_ptr() for tensor in self._watched_tensors],
-            [len(tensors()) for tensors in self._staged],
-            self.structure(),
-        )
 
     def structure(self) -> tuple[int, ...]:
         """A cheap sign of growth: parameters per group of every optimizer."""
@@ -273,6 +256,7 @@ class TrackedState:
             },
             modules={name: module.rollback_state() for name, module in self.participants()},
             rng=self._rng_state(),
+            rates_lowered=self.rates_lowered,
         )
 
     def _is_captured(self, value: object) -> bool:
@@ -327,6 +311,7 @@ class TrackedState:
             optimizer.state.clear()
         for scheduler, state in zip(self.schedulers, host.schedulers, strict=False):
             scheduler.load_state_dict(copy.deepcopy(state))
+        self.rates_lowered = host.rates_lowered
         self._load_scaler(host)
         for name, extra_state in host.extras.items():
             self.extras[name].load_state_dict(copy.deepcopy(extra_state))
@@ -361,7 +346,7 @@ class TrackedState:
             return
         for key, value in host.scaler.items():
             setattr(self.scaler, key, value)
-        for name in _SCALER_TENSORS:
+        for name in SCALER_TENSORS:
             if ("scaler", name) not in host.keys:
                 setattr(self.scaler, name, None)
         states = getattr(self.scaler, "_per_optimizer_states", None)

@@ -1,0 +1,71 @@
+"""Notices, cheaply and at every step, that a covered tensor may have come, gone or moved."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from tolaria.governor.tracked import SCALER_TENSORS, TrackedState
+
+_VALUES = operator.methodcaller("values")
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+class StructureWatch:
+    """Compares the containers of a :class:`TrackedState` and the addresses of its tensors with a mark."""
+
+    def __init__(self, tracked: TrackedState) -> None:
+        self._tracked = tracked
+        self._containers: list[Mapping[Any, Any]] = []
+        self._staged: list[Callable[[], list[Tensor]]] = []
+        self._seen: list[object] = []
+        self._tensors: list[Tensor] = []
+        self._rest: tuple[object, ...] = ()
+
+    def mark(self) -> None:
+        """Remember what the next :meth:`has_moved` compares with."""
+        tracked = self._tracked
+        roots = [tracked.model, *(e for e in tracked.extras.values() if isinstance(e, nn.Module))]
+        modules = [module for root in roots for module in root.modules()]
+        self._containers = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+        self._containers += [o.state for o in tracked.optimizers]
+        self._containers += [state for o in tracked.optimizers for state in o.state.values()]
+        self._staged = [
+            *(module.zero_alpha_tensors for _, module in tracked.participants()),
+            *(module.incubating_tensors for _, module in tracked.seed_holders()),
+        ]
+        self._seen = self._contents()
+        self._tensors = [t.tensor for t in tracked.tensors()]
+        self._rest = self._whereabouts()
+
+    def has_moved(self) -> bool:
+        """Whether something may be different; no device call, and it may say yes too often."""
+        now = self._contents()
+        # The objects seen last are kept, not their ids, which a successor could have inherited.
+        same = len(now) == len(self._seen) and all(map(operator.is_, now, self._seen))
+        return not same or self._whereabouts() != self._rest
+
+    def _contents(self) -> list[object]:
+        """What the containers hold, and tensors elsewhere; numbers, such as step counters, come and go."""
+        held = chain.from_iterable(map(_VALUES, self._containers))
+        found = [value for value in held if type(value) is not int and type(value) is not float]
+        groups = [group for o in self._tracked.optimizers for group in o.param_groups]
+        found += [value for group in groups for value in group.values() if _is_tensor(value)]
+        found += chain.from_iterable(group["params"] for group in groups)
+        found += [getattr(self._tracked.scaler, name, None) for name in SCALER_TENSORS]
+        return found
+
+    def _whereabouts(self) -> tuple[object, ...]:
+        """Addresses of the tensors, how many the seeds own, and the sizes of the groups."""
+        return (
+            list(map(Tensor.data_ptr, self._tensors)),
+            [len(tensors()) for tensors in self._staged],
+            self._tracked.structure(),
+        )
