@@ -82,6 +82,11 @@ class QuietDisplay(GrowthObserver):
         """Keep it for the table."""
         self.result = result
 
+    def on_interrupt(self, step: int) -> None:
+        """Say that the key was heard."""
+        self.close()
+        print(f"interrupted after step {step}; saving the run folder", file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Give the terminal back."""
 
@@ -128,10 +133,12 @@ class PlainDisplay(QuietDisplay):
         self._lr, self._phase = 0.0, ""
 
     def say(self, step: int, text: str) -> None:
-        """One line."""
-        print(
-            f"{time.perf_counter() - self._began:7.1f}s  step {step:>5}  {text}", file=self.stream, flush=True
-        )
+        """One line; nobody reading any more is as good as Ctrl-C."""
+        line = f"{time.perf_counter() - self._began:7.1f}s  step {step:>5}  {text}"
+        try:
+            print(line, file=self.stream, flush=True)
+        except BrokenPipeError:
+            raise KeyboardInterrupt from None
 
     def on_start(self, context: StoryContext) -> None:
         """What will be done."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,8 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Each sub-command: its module and one line of help."""
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""Exit status after Ctrl-C, and after the reader of our output has left, as shells have them."""
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -58,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0 for success, 1 for a failure explained on stderr, 130 after Ctrl-C. A command line
-        that does not parse ends in ``SystemExit(2)``, as everywhere.
+        The exit status: 0 for success, 1 for a failure explained on stderr, 130 after Ctrl-C, 141 if nobody
+        reads the output any more. A command line that does not parse ends in ``SystemExit(2)``.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = build_parser(next((word for word in words if not word.startswith("-")), None))
@@ -71,6 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(parsed)
     except (TolariaError, ConfigError) as error:
+        print(f"tolaria {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output has left; python would complain once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
         print(f"tolaria {parsed.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

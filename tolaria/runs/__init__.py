@@ -1,7 +1,8 @@
 """Whole runs: train a task, keep everything it said in a folder, draw it, load the model again."""
 
-from tolaria.runs.folder import RunFolder, read_lines
+from tolaria.runs.folder import RunFolder
 from tolaria.runs.plot import plot_run
+from tolaria.runs.record import read_lines
 from tolaria.runs.run import default_folder, run_task
 from tolaria.runs.storage import load_model, save_model
 

@@ -15,7 +15,7 @@ import torch
 import tolaria
 from tolaria._optional import require
 from tolaria.runs.plot import plot_run
-from tolaria.runs.storage import save_model
+from tolaria.runs.storage import save_model, whole_file
 from tolaria.train.faults import Fault
 from tolaria.train.observers import (
     GrowthObserver,
@@ -171,7 +171,8 @@ class RunFolder(GrowthObserver):
         self._events.flush()
 
     def _write_json(self, name: str, values: Mapping[str, object]) -> None:
-        (self.path / name).write_text(_dump(values, indent=2) + "\n", encoding="utf-8")
+        with whole_file(self.path / name) as draft:
+            draft.write_text(_dump(values, indent=2) + "\n", encoding="utf-8")
 
 
 def summarize(result: GrowthResult) -> dict[str, Any]:
@@ -195,15 +196,6 @@ def summarize(result: GrowthResult) -> dict[str, Any]:
     }
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a ``.jsonl`` file that a run wrote; numbers that JSON does not know are floats again."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [_thaw(json.loads(line)) for line in lines if line.strip()]
-
-
-_ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
 def _dump(value: object, indent: int | None = None) -> str:
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
@@ -217,13 +209,3 @@ def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _thaw(value: Any) -> Any:  # noqa: ANN401  (whatever JSON holds)
-    if isinstance(value, str):
-        return _ODD.get(value, value)
-    if isinstance(value, dict):
-        return {key: _thaw(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_thaw(each) for each in value]
-    return value

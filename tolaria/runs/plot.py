@@ -2,88 +2,57 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tolaria._optional import require
+from tolaria.runs.record import Line, RunRecord
 
-Line = dict[str, Any]
-_STAGES = {
-    "DORMANT": ("#f4f4f2", "host alone"),
-    "GERMINATED": ("#f4f4f2", "germinated"),
-    "TRAINING": ("#fff3d6", "incubating"),
-    "BLENDING": ("#dff0fb", "blending"),
-    "FOSSILIZED": ("#e3f3e1", "fossilized"),
-    "CULLED": ("#efe6ee", "culled"),
+# Okabe and Ito's colours, which most colour-blind people tell apart; every mark also has a shape of its own.
+_TRAINING, _VALIDATION, _FAULT, _ROLLBACK, _GOOD = "#0072B2", "#222222", "#E69F00", "#D55E00", "#009E73"
+_STAGES = {  # label, ribbon, background
+    "DORMANT": ("host alone", "#d4d4d4", "#f6f6f6"),
+    "GERMINATED": ("germinated", "#d4d4d4", "#f6f6f6"),
+    "TRAINING": ("incubating", "#f3d98b", "#fdf6e0"),
+    "BLENDING": ("blending", "#9fcfef", "#e6f2fb"),
+    "FOSSILIZED": ("fossilized", "#8fd0b8", "#e6f4ee"),
+    "CULLED": ("culled", "#cfb5cd", "#f4edf3"),
 }
-_LOSS, _SMOOTH, _VALIDATION, _ALPHA = "#b9c4d0", "#1f4e79", "#d1495b", "#2a7f9e"
-_ROLLBACK, _FAULT, _GOOD = "#c1121f", "#e07a00", "#4c956c"
+_WIDTH = 11.0  # inches
+_MOST_ROWS = 5  # of incidents; what does not fit is counted
+_LETTER = 0.0058  # width of a small letter, as a share of an axis: near enough to keep labels apart
 
 
 @dataclass(slots=True)
-class RunData:
-    """What the lines of a run folder say, sorted for drawing."""
+class Incident:
+    """What went wrong and what was done about it: one label in the governor's lane."""
 
-    steps: npt.NDArray[np.float64]
-    losses: npt.NDArray[np.float64]
-    alphas: npt.NDArray[np.float64]
-    stages: list[str]
-    validations: list[Line] = field(default_factory=list)
-    events: dict[str, list[Line]] = field(default_factory=dict)
-    config: Line = field(default_factory=dict)
-    summary: Line = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> RunData:
-        """From the files that :class:`RunFolder` writes."""
-        from tolaria.runs.folder import read_lines
-
-        lines = read_lines(folder / "metrics.jsonl")
-        taken = [line for line in lines if line["kind"] == "step"]
-        events: dict[str, list[Line]] = {}
-        for event in read_lines(folder / "events.jsonl"):
-            events.setdefault(str(event["kind"]), []).append(event)
-        column = {
-            key: np.array([line[key] for line in taken], dtype=np.float64)
-            for key in ("step", "loss", "alpha")
-        }
-        return cls(
-            steps=column["step"],
-            losses=column["loss"],
-            alphas=column["alpha"],
-            stages=[str(line["stage"]) for line in taken],
-            validations=[line for line in lines if line["kind"] == "validation"],
-            events=events,
-            config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-            summary=json.loads((folder / "summary.json").read_text(encoding="utf-8")),
-        )
-
-    def bands(self) -> list[tuple[str, float, float]]:
-        """Runs of steps in one stage: (stage, first, last)."""
-        found: list[tuple[str, float, float]] = []
-        for step, stage in zip(self.steps.tolist(), self.stages, strict=True):
-            if found and found[-1][0] == stage:
-                found[-1] = (stage, found[-1][1], step)
-            else:
-                found.append((stage, step - 1, step))
-        return found
+    first: float
+    """The leftmost step that it marks."""
+    last: float
+    """The rightmost one."""
+    text: str
+    faults: list[float]
+    """Where something was broken on purpose."""
+    anomalies: list[float]
+    """Verdicts that were sat through."""
+    rollback: Line | None = None
+    row: int = 0
 
 
 def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
     """Draw the run in ``folder``.
 
-    Loss (log scale), accuracy, alpha, the seed's stages as bands; captures, anomalies, faults and rollbacks
-    marked.
+    Loss (log scale), accuracy, alpha, the seed's stages as bands, and the governor's lane: captures, faults,
+    anomalies, rollbacks. What a rollback took back is drawn pale and hatched.
 
     Args:
         folder: a run folder.
-        out: the picture; ``run.png`` in the folder if None.
+        out: the picture; ``run.png`` in the folder if None. The suffix chooses the format.
 
     Returns:
         Where the picture is.
@@ -93,176 +62,284 @@ def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
         MissingDependencyError: matplotlib is not installed.
     """
     figures = require("matplotlib.figure", feature="plot_run", package="matplotlib", extra="train")
-    run = RunData.read(Path(folder))
-    figure = figures.Figure(figsize=(10.5, 6.6), dpi=110, layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=[5, 3, 2])
-    for axis in axes:
-        _draw_bands(axis, run)
+    run = RunRecord.read(Path(folder))
+    incidents = place(find_incidents(run), run.last_step)
+    rows = 1 + min(_MOST_ROWS, max((i.row for i in incidents), default=-1) + 1)
+    heights = [0.26, 3.0, 1.5, 0.75, 0.21 * rows + 0.12]
+    figure = figures.Figure(figsize=(_WIDTH, sum(heights) + 1.3), dpi=120, layout="constrained")
+    figure.get_layout_engine().set(hspace=0.015, h_pad=0.03)
+    ribbon, loss, accuracy, alpha, lane = figure.subplots(5, 1, sharex=True, height_ratios=heights)
+    for axis in (loss, accuracy, alpha, lane):
+        for stage, first, last in run.bands():
+            axis.axvspan(first, last, color=_STAGES[stage][2], linewidth=0, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#d9d9d9", linewidth=0.5)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.5)
         axis.set_axisbelow(True)
-    _draw_loss(axes[0], run)
-    _draw_accuracy(axes[1], run)
-    _draw_alpha(axes[2], run)
-    _draw_incidents(axes, run)
-    axes[0].set_title(_title(run), loc="left", fontsize=11, pad=20)
-    axes[0].legend(loc="lower center", fontsize=7.5, ncols=5, framealpha=0.85, edgecolor="#dddddd")
-    axes[-1].set_xlabel("optimizer step")
-    axes[-1].set_xlim(0, max(1.0, float(run.steps[-1]) if len(run.steps) else 1.0))
+    _draw_ribbon(ribbon, run)
+    _draw_loss(loss, run)
+    _draw_accuracy(accuracy, run)
+    _draw_alpha(alpha, run)
+    _draw_lane(lane, run, incidents, rows)
+    _cross_panels((loss, accuracy, alpha), incidents)
+    loss.legend(loc="upper right", fontsize=8, ncols=2, framealpha=0.9, edgecolor="#dddddd")
+    figure.suptitle(_title(run), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    ribbon.set_title(_subtitle(run), loc="left", fontsize=9.5, color="#444444", pad=5)
+    lane.set_xlabel("optimizer step")
+    lane.set_xlim(0, run.last_step)
     target = Path(out) if out is not None else Path(folder) / "run.png"
-    figure.savefig(target)
+    figure.savefig(target, bbox_inches="tight", pad_inches=0.12)
     return target
 
 
-def _draw_bands(axis: Any, run: RunData) -> None:  # noqa: ANN401
+# ------------------------------------------------------------------ what happened
+
+
+def find_incidents(run: RunRecord) -> list[Incident]:
+    """Faults, anomalies and rollbacks, put together where one led to the other; oldest first."""
+    found: list[Incident] = []
+    waiting: list[Incident] = []  # faults that nothing has answered yet
+    happened = [(fault["step"], 0, fault) for fault in run.events.get("fault", ())]
+    happened += [(verdict["step"], 1, verdict) for verdict in run.anomalies]
+    happened += [(report["step"], 2, report) for report in run.rollbacks]
+    for step, kind, line in sorted(happened, key=lambda item: item[:2]):
+        at = float(step)
+        if kind == 0:
+            waiting.append(Incident(at, at, str(line["name"]).partition("@")[0], [at], []))
+            found.append(waiting[-1])
+            continue
+        behind = [i for i in waiting if kind == 1 or i.faults[0] > line["restored_step"]]
+        incident = behind[-1] if behind else None
+        if incident is None and found and found[-1].rollback is None and found[-1].anomalies:
+            incident = found[-1]  # one anomaly after another
+        if incident is None:
+            incident = Incident(at, at, "", [], [])
+            found.append(incident)
+        if kind == 1:
+            incident.anomalies.append(at)
+        else:
+            incident.rollback = line
+            incident.first = min(incident.first, float(line["restored_step"]))
+            waiting = [i for i in waiting if i not in behind]
+        incident.last = max(incident.last, at)
+    for incident in found:
+        incident.text = _words(incident)
+    return found
+
+
+def _words(incident: Incident) -> str:
+    report = incident.rollback
+    said = [f"{incident.text} injected"] if incident.text else []
+    if report is not None:
+        reason = str(report["reason"]).replace("_", " ").lower()
+        lost = report["steps_lost"]
+        said.append(
+            f"{reason}: back to {report['restored_step']}, {lost} step{'s' if lost != 1 else ''} lost"
+        )
+    elif incident.anomalies:
+        many = len(incident.anomalies)
+        said.append(f"{many} anomalies sat through" if many > 1 else "anomaly sat through")
+    else:
+        said.append("unnoticed")
+    return " \N{RIGHTWARDS ARROW} ".join(said)
+
+
+def place(incidents: list[Incident], width: float) -> list[Incident]:
+    """Give each incident a row in which its marks and its label touch no other's."""
+    ends: list[float] = []  # where each row is taken up to
+    for incident in incidents:
+        label = (len(incident.text) * _LETTER + 0.012) * width
+        left, right = incident.first - 0.005 * width, incident.last + label
+        if right > width:  # the label stands to the left
+            left, right = incident.first - label, incident.last + 0.01 * width
+        row = next((r for r, end in enumerate(ends) if end <= left), len(ends))
+        if row == len(ends):
+            ends.append(right)
+        ends[row] = right
+        incident.row = row
+    return incidents
+
+
+# ------------------------------------------------------------------ panels
+
+
+def _draw_ribbon(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
+    """The stages by name."""
     for stage, first, last in run.bands():
-        axis.axvspan(first, last, color=_STAGES[stage][0], linewidth=0, zorder=0)
+        label, colour, _ = _STAGES[stage]
+        axis.axvspan(first, last, facecolor=colour, edgecolor="white", linewidth=1.0)
+        if (last - first) / run.last_step > len(label) * 1.15 * _LETTER:
+            axis.text((first + last) / 2, 0.47, label, fontsize=8.5, ha="center", va="center")
+    axis.set_ylim(0, 1)
+    axis.set_yticks([])
+    axis.tick_params(axis="x", bottom=False)
+    axis.spines[:].set_visible(False)
 
 
-def _draw_loss(axis: Any, run: RunData) -> None:  # noqa: ANN401
-    finite = np.isfinite(run.losses) & (run.losses > 0)
-    shown = np.where(finite, run.losses, np.nan)
-    axis.plot(run.steps, shown, color=_LOSS, linewidth=0.6, label="training loss")
-    restarts = {event["report"]["step"] for event in run.events.get("rollback", ())}
-    axis.plot(
-        run.steps,
-        _smoothed(shown, run.steps, restarts),
-        color=_SMOOTH,
-        linewidth=1.5,
-        label="training loss, smoothed",
-    )
+def _draw_loss(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
+    good = np.isfinite(run.losses) & (run.losses > 0)
+    kept = np.where(good & ~run.undone, run.losses, np.nan)
+    lost = np.where(good & run.undone, run.losses, np.nan)
+    smooth = run.smoothed()
     where = [line["step"] for line in run.validations]
-    axis.plot(where, [line["val_loss"] for line in run.validations], color=_VALIDATION, linewidth=1.0,
-              marker="o", markersize=2.5, label="validation loss")  # fmt: skip
+    validation = np.array([line["val_loss"] for line in run.validations], dtype=np.float64)
     guess = float(run.config["random_guess_loss"])
-    axis.axhline(guess, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
-    axis.annotate("guessing", (1, guess), xycoords=("axes fraction", "data"), xytext=(-3, 2),
-                  textcoords="offset points", fontsize=7, color="#777777", ha="right")  # fmt: skip
+    axis.plot(run.steps, kept, color=_TRAINING, linewidth=0.6, alpha=0.35)
+    axis.plot(run.steps, lost, color=_ROLLBACK, linewidth=0.6, alpha=0.3)
+    axis.plot(run.steps, np.where(run.undone, np.nan, smooth), color=_TRAINING, linewidth=1.8,
+              label="training loss")  # fmt: skip
+    axis.plot(where, validation, color=_VALIDATION, linewidth=0.9, marker="o", markersize=2.6,
+              label="validation loss")  # fmt: skip
+    if run.undone.any():
+        axis.plot(run.steps, np.where(run.undone, smooth, np.nan), color=_ROLLBACK, linewidth=1.4, alpha=0.6,
+                  label="taken back by a rollback")  # fmt: skip
+    axis.axhline(guess, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
+    axis.annotate("guessing", (0, guess), xycoords=("axes fraction", "data"), xytext=(4, 2),
+                  textcoords="offset points", fontsize=7.5, color="#666666")  # fmt: skip
     axis.set_yscale("log")
     axis.set_ylabel("loss")
-    if finite.any():
-        low, high = float(shown[finite].min()), float(shown[finite].max())
-        floor = max(low, float(np.quantile(shown[finite], 0.02)) * 0.5)
-        axis.set_ylim(floor * 0.25, max(high, guess) * 3.0)  # room for the legend below
-    width = max(1.0, float(run.steps[-1]) if len(run.steps) else 1.0)
-    for stage, first, last in run.bands():
-        if last - first > 0.04 * width:
-            axis.annotate(_STAGES[stage][1], ((first + last) / 2, 1), xycoords=("data", "axes fraction"),
-                          xytext=(0, 4), textcoords="offset points", fontsize=8.5, ha="center")  # fmt: skip
+    drawn = np.concatenate((smooth, validation))
+    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+    raw = run.losses[good]
+    low = min([guess, *drawn.tolist(), *([float(np.quantile(raw, 0.02))] if len(raw) else [])])
+    high = max([guess, *drawn.tolist()])
+    axis.set_ylim(0.6 * low, high * max(1.5, (high / low) ** 0.22))  # the legend has the top to itself
+    top = axis.get_xaxis_transform()
+    outside = run.steps[good & (run.losses > axis.get_ylim()[1])]
+    if len(outside):
+        axis.plot(outside, np.full(len(outside), 0.985), marker="^", linestyle="none", color=_ROLLBACK,
+                  markersize=5.5, transform=top, clip_on=False, label="loss beyond the scale")  # fmt: skip
+    broken = run.steps[~np.isfinite(run.losses)]
+    if len(broken):
+        axis.plot(broken, np.full(len(broken), 0.985), marker="x", linestyle="none", color=_ROLLBACK,
+                  markersize=5.5, markeredgewidth=1.6, transform=top, clip_on=False,
+                  label="loss not finite")  # fmt: skip
 
 
-def _draw_accuracy(axis: Any, run: RunData) -> None:  # noqa: ANN401
+def _draw_accuracy(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
     where = [line["step"] for line in run.validations]
-    values = [line["val_accuracy"] for line in run.validations]
-    axis.plot(where, values, color=_VALIDATION, linewidth=1.2, marker="o", markersize=2.5, label="validation")
+    values = [float(line["val_accuracy"]) for line in run.validations]
+    axis.plot(where, values, color=_VALIDATION, linewidth=0.9, marker="o", markersize=2.6)
     ends = [phase["end_step"] for phase in run.summary["phases"]]
-    seen: list[float] = []
-    for key, at, text in (
-        ("host_test", ends[:1], "test, host alone"),
-        ("test", ends[-1:], "test, at the end"),
-    ):
+    finite = sorted(value for value in values if math.isfinite(value))
+    for key, at, text in (("host_test", ends[:1], "host alone"), ("test", ends[-1:], "at the end")):
         figures = run.summary.get(key)
         if figures is None or not at:
             continue
         value = float(figures["val_accuracy"])
-        seen.append(value)
-        axis.plot(
-            at, [value], marker="D", markersize=6, color=_SMOOTH, linestyle="none", zorder=5, clip_on=False
-        )
-        axis.annotate(f"{text} {value:.2f}%", (at[0], value), xytext=(-9, -4), textcoords="offset points",
-                      fontsize=8, ha="right", color=_SMOOTH, zorder=6,
-                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})  # fmt: skip
+        finite.append(value)
+        axis.plot(at, [value], marker="D", markersize=6, color=_TRAINING, markeredgecolor="white",
+                  linestyle="none", zorder=6, clip_on=False)  # fmt: skip
+        right = at[0] > 0.3 * run.last_step
+        axis.annotate(f"test, {text}: {value:.2f}%", (at[0], value), xytext=(-7 if right else 7, -13),
+                      textcoords="offset points", fontsize=8.5, ha="right" if right else "left",
+                      color=_TRAINING, fontweight="bold", zorder=7,
+                      bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1.0})  # fmt: skip
     axis.set_ylabel("accuracy (%)")
-    finite = sorted(v for v in [*values, *seen] if math.isfinite(v))
+    finite.sort()
     if finite:
-        middle = finite[len(finite) // 4]
-        axis.set_ylim(max(0.0, middle - 1.5 * (finite[-1] - middle) - 2.0), min(101.0, finite[-1] + 2.0))
+        middle, best = finite[len(finite) // 4], finite[-1]
+        axis.set_ylim(
+            max(0.0, middle - 1.5 * (best - middle) - 2.0), min(100.5, best + 0.25 * (best - middle) + 1.0)
+        )
 
 
-def _draw_alpha(axis: Any, run: RunData) -> None:  # noqa: ANN401
-    axis.plot(run.steps, run.alphas, color=_ALPHA, linewidth=1.6)
-    axis.fill_between(run.steps, 0, run.alphas, color=_ALPHA, alpha=0.15, linewidth=0)
-    axis.set_ylim(-0.4, 1.12)
+def _draw_alpha(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
+    axis.plot(run.steps, run.alphas, color=_TRAINING, linewidth=1.4)
+    axis.fill_between(run.steps, 0, run.alphas, color=_TRAINING, alpha=0.15, linewidth=0)
+    axis.set_ylim(-0.06, 1.12)
     axis.set_yticks([0, 0.5, 1])
     axis.set_ylabel("alpha")
-    for kind, y, marker, color in (("capture", -0.13, "|", "#8a8a8a"), ("promotion", -0.29, "|", _GOOD)):
-        where = [event["capture_step"] for event in run.events.get(kind, ())]
-        axis.plot(where, [y] * len(where), marker=marker, color=color, markersize=5, markeredgewidth=1.1,
-                  linestyle="none")  # fmt: skip
-        if where:
-            text = "captures" if kind == "capture" else "known good"
-            axis.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(4, -3),
-                          textcoords="offset points", fontsize=7, color=color)  # fmt: skip
 
 
-def _draw_incidents(axes: Any, run: RunData) -> None:  # noqa: ANN401
-    """Faults, anomalies and rollbacks, over all panels."""
-    loss, top = axes[0], ("data", "axes fraction")
-    for index, fault in enumerate(run.events.get("fault", ())):
-        kind = str(fault["name"]).partition("@")[0]
-        for axis in axes:
-            axis.axvline(fault["step"], color=_FAULT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=2)
-        side = _side(run, fault["step"])
-        loss.annotate(f"{kind} injected", (fault["step"], 0.97 - 0.075 * (index % 3)), xycoords=top,
-                      xytext=(4 * side, 0), textcoords="offset points", fontsize=7.5, color=_FAULT, va="top",
-                      ha="left" if side > 0 else "right")  # fmt: skip
-    anomalies = [event for event in run.events.get("verdict", ()) if not event["rollback"]]
-    if anomalies:
-        loss.plot([event["step"] for event in anomalies], [0.985] * len(anomalies), marker="v",
-                  color=_FAULT, markersize=6, linestyle="none", transform=loss.get_xaxis_transform(),
-                  label="anomaly")  # fmt: skip
-    rollbacks = [event["report"] for event in run.events.get("rollback", ())]
-    for number, report in enumerate(rollbacks):
-        step, back = report["step"], report["restored_step"]
-        for axis in axes:
-            axis.axvline(step, color=_ROLLBACK, linewidth=1.1, zorder=3)
-            axis.axvspan(
-                back, step, facecolor="none", edgecolor=_ROLLBACK, hatch="////", alpha=0.25, linewidth=0
-            )
-        height = 0.70 - 0.1 * (number % 3)
-        loss.annotate("", (back, height), (step, height), xycoords=top, textcoords=top,
-                      arrowprops={"arrowstyle": "-|>", "color": _ROLLBACK, "linewidth": 1.4})  # fmt: skip
-        text = f"rollback to {back}: {str(report['reason']).replace('_', ' ').lower()}"
-        side = _side(run, step)
-        loss.annotate(text, (step if side > 0 else back, height), xycoords=top, xytext=(4 * side, 0),
-                      textcoords="offset points", fontsize=7.5, color=_ROLLBACK, va="center",
-                      ha="left" if side > 0 else "right")  # fmt: skip
-    if rollbacks:
-        loss.plot([], [], color=_ROLLBACK, linewidth=1.4, label="rollback (hatched: steps lost)")
-
-
-def _side(run: RunData, step: float) -> int:
-    """Where a label goes: 1 is to the right of ``step``, -1 to the left because the edge is near."""
-    return 1 if step < 0.75 * float(run.steps[-1]) else -1
-
-
-def _title(run: RunData) -> str:
-    summary, said = run.summary, [f"tolaria train {run.config['task']}"]
-    settings = run.config["settings"]
-    if summary["outcome"] != "none":
-        said.append(f"a {settings['blueprint']} seed at {run.config['slot']}: {summary['outcome']}")
-    said.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
+def _draw_lane(axis: Any, run: RunRecord, incidents: list[Incident], rows: int) -> None:  # noqa: ANN401
+    """Captures in the first row, below it every incident with its label."""
+    axis.set_ylim(rows - 0.4, -0.6)
+    axis.set_yticks(range(min(2, rows)), ("captures", "incidents")[:rows], fontsize=8)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(visible=False)
     if run.config["governor"] is None:
-        said.append("no governor")
-    else:
-        count = summary["rollbacks"]
-        said.append("no rollback" if not count else f"{count} rollback{'s' if count > 1 else ''}")
+        axis.text(
+            0.5 * run.last_step, 0, "nobody watched over this run", fontsize=8, ha="center", va="center"
+        )
+    good = {event["capture_step"] for event in run.events.get("promotion", ())}
+    captured = {event["capture_step"] for event in run.events.get("capture", ())}
+    size = max(2.0, min(5.0, 500.0 / (len(captured) + 1)))
+    for steps, face in ((sorted(captured - good), "white"), (sorted(good), _GOOD)):
+        axis.plot(steps, [0] * len(steps), marker="o", linestyle="none", markersize=size, mfc=face, mec=_GOOD,
+                  clip_on=False)  # fmt: skip
+    if captured:
+        said = "\N{BLACK CIRCLE} known good" + ("   \N{WHITE CIRCLE} discarded" if captured - good else "")
+        axis.annotate(said, (1, 0), xycoords="axes fraction", xytext=(0, -23), textcoords="offset points",
+                      fontsize=8.5, color=_GOOD, va="top", ha="right", annotation_clip=False)  # fmt: skip
+    for incident in incidents:
+        if incident.row < _MOST_ROWS:
+            _draw_incident(axis, incident, run.last_step)
+    hidden = sum(incident.row >= _MOST_ROWS for incident in incidents)
+    if hidden:
+        axis.annotate(f"and {hidden} more", (0, 0), xycoords="axes fraction", xytext=(0, -23),
+                      textcoords="offset points", fontsize=8.5, color=_ROLLBACK, va="top",
+                      annotation_clip=False)  # fmt: skip
+
+
+def _draw_incident(axis: Any, incident: Incident, width: float) -> None:  # noqa: ANN401
+    row = incident.row + 1
+    if incident.rollback is not None:
+        start, back = float(incident.rollback["step"]), float(incident.rollback["restored_step"])
+        axis.annotate("", (back, row), (start, row),
+                      arrowprops={"arrowstyle": "-|>", "color": _ROLLBACK, "linewidth": 1.6,
+                                  "shrinkA": 0, "shrinkB": 0})  # fmt: skip
+    axis.plot(incident.anomalies, [row] * len(incident.anomalies), marker="v", color=_ROLLBACK,
+              markersize=5.5, mfc="white", linestyle="none", clip_on=False, zorder=5)  # fmt: skip
+    axis.plot(incident.faults, [row] * len(incident.faults), marker="X", color=_FAULT, markersize=7,
+              mec="#7a5200", markeredgewidth=0.6, linestyle="none", clip_on=False, zorder=6)  # fmt: skip
+    right = incident.last + (len(incident.text) * _LETTER + 0.012) * width <= width
+    axis.annotate(incident.text, (incident.last if right else incident.first, row),
+                  xytext=(7 if right else -7, 0), textcoords="offset points", fontsize=8,
+                  va="center_baseline", ha="left" if right else "right", color="#8a3c00",
+                  annotation_clip=False)  # fmt: skip
+
+
+def _cross_panels(axes: Any, incidents: list[Incident]) -> None:  # noqa: ANN401
+    """What happened, as lines and hatched spans over every panel."""
+    for incident in incidents:
+        for axis in axes:
+            for step in incident.faults:
+                axis.axvline(step, color=_FAULT, linewidth=1.0, linestyle=(0, (2, 2)), zorder=2)
+            if incident.rollback is None:
+                continue
+            step, back = incident.rollback["step"], incident.rollback["restored_step"]
+            axis.axvline(step, color=_ROLLBACK, linewidth=1.0, zorder=2)
+            axis.axvspan(back, step, facecolor="none", edgecolor=_ROLLBACK, hatch="////", alpha=0.18,
+                         linewidth=0, zorder=1)  # fmt: skip
+
+
+def _title(run: RunRecord) -> str:
+    summary = run.summary
+    said = [f"tolaria train {run.config['task']}"]
+    if summary["outcome"] != "none":
+        said.append(
+            f"{run.config['settings']['blueprint']} seed at {run.config['slot']} {summary['outcome']}"
+        )
+    count = summary["rollbacks"]
+    said.append(
+        "no governor" if run.config["governor"] is None
+        else "no rollback" if not count else f"{count} rollback{'s' if count > 1 else ''}"
+    )  # fmt: skip
     if summary["interrupted"]:
         said.append("interrupted")
-    return " · ".join(said)
+    if summary["diverged"] is not None:
+        said.append("diverged")
+    return " \N{MIDDLE DOT} ".join(said)
 
 
-def _smoothed(
-    values: npt.NDArray[np.float64], steps: npt.NDArray[np.float64], restarts: set[int], weight: float = 0.06
-) -> npt.NDArray[np.float64]:
-    """Exponential mean of the logarithms, begun anew where a value is no number and after ``restarts``."""
-    out, mean = np.full_like(values, np.nan), math.nan
-    for index, value in enumerate(values):
-        if index and steps[index - 1] in restarts:
-            mean = math.nan
-        if math.isfinite(value):
-            mean = math.log(value) if math.isnan(mean) else mean + weight * (math.log(value) - mean)
-            out[index] = math.exp(mean)
-        else:
-            mean = math.nan
-    return out
+def _subtitle(run: RunRecord) -> str:
+    summary = run.summary
+    said = [f"{summary['steps']} steps in {summary['seconds']:.0f} s"]
+    host, end = summary.get("host_test"), summary.get("test")
+    if end is not None:
+        accuracies = [f"{float(m['val_accuracy']):.2f}%" for m in (host, end) if m is not None]
+        said.append("test accuracy " + " \N{RIGHTWARDS ARROW} ".join(accuracies))
+    seeds, hosts = summary["seed_parameters"], summary["host_parameters"]
+    said.append(f"{hosts:,} parameters" + (f" + {seeds:,} in the seed" if seeds else ""))
+    said.append(f"{run.config.get('device', 'cpu')}, rng seed {run.config.get('rng_seed', '?')}")
+    return " \N{MIDDLE DOT} ".join(said)

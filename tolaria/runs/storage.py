@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,11 +32,23 @@ def save_model(model: MorphogeneticModel, folder: str | Path, *, task: str) -> N
     """
     safetensors = require("safetensors.torch", feature="saving a model", package="safetensors", extra="train")
     where = Path(folder)
-    safetensors.save_model(model, str(where / TENSORS))  # tied tensors are written once
     described = {
         "format": _FORMAT, "task": task, "slots": sorted(model.slots), "structure": model.structure()
     }  # fmt: skip
-    (where / STRUCTURE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    with whole_file(where / TENSORS) as tensors, whole_file(where / STRUCTURE) as structure:
+        safetensors.save_model(model, str(tensors))  # tied tensors are written once
+        structure.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to inside; afterwards the file stands at ``path``, or nothing has changed there."""
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def load_model(

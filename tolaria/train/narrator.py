@@ -21,6 +21,7 @@ from tolaria.tasks.data import Batch, TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings
 from tolaria.train.epochs import train_epoch_blended, train_epoch_incubator_mode, train_epoch_normal
 from tolaria.train.faults import Fault
+from tolaria.train.interrupt import Interrupts
 from tolaria.train.observers import (
     GrowthObserver,
     GrowthResult,
@@ -136,6 +137,7 @@ class Narrator:
         self.governor: TolariaGovernor | None = None
         self.stream = _forever(data)
         self.hooks = _Hooks(self)
+        self.interrupts = Interrupts()
         self.phase = "host"
         self.needs_seed = False
         self.step = 0
@@ -175,15 +177,20 @@ class Narrator:
             task=self.spec, settings=self.settings, model=self.model, governor=self.governor,
             slot=self.slot.name, blueprint=self.settings.blueprint, total_steps=self.settings.total_steps,
         )  # fmt: skip
-        for observer in self.observers:
-            observer.on_start(context)
-        try:
-            self._phases()
-        except KeyboardInterrupt:
-            self.result.interrupted = True
-        except TrainingDivergedError as error:
-            self.result.error = error
-        self._finish(began)
+        with self.interrupts:
+            for observer in self.observers:
+                observer.on_start(context)
+            try:
+                self._phases()
+            except KeyboardInterrupt:
+                self.result.interrupted = True
+            except TrainingDivergedError as error:
+                self.result.error = error
+            self.interrupts.spare()
+            if self.result.interrupted:
+                for observer in self.observers:
+                    observer.on_interrupt(self.step)
+            self._finish(began)
         if self.result.error is not None:
             raise self.result.error
         return self.result
@@ -325,6 +332,7 @@ class Narrator:
         for observer in self.observers:
             observer.on_step(record)
         self._tell_events()
+        self.interrupts.check()
 
     def _tell_events(self) -> None:
         events = self.governor.poll() if self.governor is not None else []

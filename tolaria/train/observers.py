@@ -159,5 +159,8 @@ class GrowthObserver:
     def on_phase_end(self, record: PhaseRecord) -> None:
         """A phase is over."""
 
+    def on_interrupt(self, step: int) -> None:
+        """Ctrl-C ended the run after ``step`` steps; :meth:`on_finish` follows."""
+
     def on_finish(self, result: GrowthResult) -> None:
         """The story is over, or was cut short; called before any error of the run is raised."""
