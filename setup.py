@@ -27,7 +27,6 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off"]
 
 
 def switch(name: str) -> bool | None:
@@ -91,7 +90,7 @@ def extension_options() -> dict[str, object]:
         include_dirs=[str(folder) for folder in include_dirs],
         library_dirs=[str(folder) for folder in (toolkit.library_dirs if toolkit else ())],
         define_macros=[("TOLARIA_WITH_CUDA", None)] if toolkit else [],
-        extra_compile_args={"cxx": CXX_FLAGS + openmp + not_ours, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + openmp + not_ours, "nvcc": cuda_home.NVCC_FLAGS},
         extra_link_args=openmp,
     )
     info = facts(
@@ -103,7 +102,7 @@ def extension_options() -> dict[str, object]:
         archs=archs,
         compiler=compiler.describe(cxx),
         cxx_flags=CXX_FLAGS + openmp,
-        nvcc_flags=NVCC_FLAGS if toolkit else [],
+        nvcc_flags=cuda_home.NVCC_FLAGS if toolkit else [],
     )
     return {
         "ext_modules": [extension],

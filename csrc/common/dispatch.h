@@ -34,16 +34,37 @@ inline bool is_fused_pair_of(at::ScalarType a, at::ScalarType b) {
                  }),                                                       \
                  AT_EXPAND(AT_FLOATING_TYPES), at::kHalf, at::kBFloat16)
 
+namespace tolaria {
+
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls body(host tag, seed tag) for a pair of is_fused_pair. The choice is made in a template: outside of one, `if
+// constexpr` compiles the branch not taken, too, and with it kernels for pairs that never run.
+template <class Body>
+void dispatch_pair(at::ScalarType host_type, at::ScalarType seed_type, const Body& body) {
+  const auto run = [&](auto host, auto seed) {
+    if constexpr (is_fused_pair<typename decltype(host)::type, typename decltype(seed)::type>) {
+      body(host, seed);
+    } else {
+      TORCH_INTERNAL_ASSERT(false, "dtypes were to be promoted before the kernel");
+    }
+  };
+  TOLARIA_DISPATCH(host_type, "tolaria: host", [&] {
+    const TypeTag<scalar_t> host{};
+    TOLARIA_DISPATCH(seed_type, "tolaria: seed", [&] { run(host, TypeTag<scalar_t>()); });
+  });
+}
+
+}  // namespace tolaria
+
 // Binds host_t, seed_t and acc_t for the pairs of is_fused_pair.
-#define TOLARIA_DISPATCH_PAIR(HOST_TYPE, SEED_TYPE, NAME, ...)                                        \
-  TOLARIA_DISPATCH(HOST_TYPE, NAME, [&] {                                                             \
-    using host_t = scalar_t;                                                                          \
-    TOLARIA_DISPATCH(SEED_TYPE, NAME, [&] {                                                           \
-      using seed_t = scalar_t;                                                                        \
-      if constexpr (tolaria::is_fused_pair<host_t, seed_t>) {                                         \
-        __VA_ARGS__();                                                                                \
-      } else {                                                                                        \
-        TORCH_INTERNAL_ASSERT(false, NAME, ": dtypes were to be promoted before the kernel");         \
-      }                                                                                               \
-    });                                                                                               \
+#define TOLARIA_DISPATCH_PAIR(HOST_TYPE, SEED_TYPE, ...)                              \
+  tolaria::dispatch_pair(HOST_TYPE, SEED_TYPE, [&](auto host_tag, auto seed_tag) {    \
+    using host_t = typename decltype(host_tag)::type;                                 \
+    using seed_t = typename decltype(seed_tag)::type;                                 \
+    using acc_t [[maybe_unused]] = at::opmath_type<host_t>;                           \
+    __VA_ARGS__();                                                                    \
   })

@@ -197,7 +197,7 @@ at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::T
   if (!is_fused_pair_of(host_type, seed_type)) return blend_promoted(&blend_cpu, host, seed, alpha);
   const BlendPlan plan(host, seed, alpha);
   if (plan.out.numel() == 0) return plan.out;
-  TOLARIA_DISPATCH_PAIR(host_type, seed_type, "tolaria::blend", [&] {
+  TOLARIA_DISPATCH_PAIR(host_type, seed_type, [&] {
     const BlendForward<host_t, seed_t, acc_t> op{plan.host.const_data_ptr<host_t>(), plan.seed.const_data_ptr<seed_t>(),
                                                  plan.out.mutable_data_ptr<host_t>()};
     cpu::for_each_run<acc_t>(plan.layout, op);
@@ -219,7 +219,7 @@ TensorTriple blend_backward_cpu(const at::Tensor& grad, const std::optional<at::
     if (output_mask[2]) grad_alpha = at::zeros(alpha.sizes(), alpha.options());
     return {plan.grad_host, plan.grad_seed, grad_alpha};
   }
-  TOLARIA_DISPATCH_PAIR(host_dtype, seed_dtype, "tolaria::blend_backward", [&] {
+  TOLARIA_DISPATCH_PAIR(host_dtype, seed_dtype, [&] {
     const BlendBackward<host_t, seed_t, acc_t> op{
         plan.grad.const_data_ptr<host_t>(),
         data_or_null<host_t>(plan.host),

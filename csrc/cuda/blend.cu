@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <numeric>
 
 #include "common/blend_plan.h"
 #include "common/checks.h"
@@ -15,6 +16,7 @@
 namespace tolaria {
 namespace {
 
+using cuda::AlphaAccess;
 using cuda::AlphaView;
 using cuda::kBlock;
 using cuda::kWarp;
@@ -22,10 +24,13 @@ using cuda::load;
 using cuda::Pack;
 using cuda::store;
 
-// Elements of one row that a warp sums: the unit of a partial sum of grad_alpha.
-constexpr int64_t kPiece = 4096;
-// Most threads that keep column sums, and fewest rows for each: partial sums stay a small part of what is moved.
-constexpr int64_t kColumnThreads = 65536, kColumnRows = 16;
+// Elements that a block takes at a time where rows have an alpha: the unit of a partial sum of grad_alpha.
+constexpr int64_t kTile = 4096;
+// Elements after which every dtype is on a sector of 32 bytes again.
+constexpr int64_t kSectorElements = 16;
+// Most threads that keep column sums, fewest rows for each and fewest periods of rows: partial sums stay a small part of
+// what is moved.
+constexpr int64_t kColumnThreads = 65536, kColumnRows = 32, kPeriods = 4;
 
 // Elements that fill a 16-byte access of the widest dtype.
 template <typename... T>
@@ -117,98 +122,157 @@ struct SeedGateBackward {
   }
 };
 
-// One alpha for each row of `inner` elements: a warp takes pieces of at most kPiece of them; slot (outer, part, mid) of
-// `partial` gets a piece's sum.
+// One alpha for each row of `inner` elements. Blocks take tiles of `tile` elements, whatever the rows, so that packs stay
+// whole; each row gets a sum for each tile that it lies in, at most `parts` of them: slot (outer, part, mid) of `partial`.
+struct RowTiles {
+  int64_t tile, tiles, parts;
+
+  explicit RowTiles(const AlphaLayout& layout) {
+    const int64_t rows = layout.outer * layout.mid, n = rows * layout.inner;
+    // Whole rows where many fit; kSectorElements of them begin and end on a sector, whatever their length.
+    const int64_t whole = kTile / layout.inner / kSectorElements * kSectorElements;
+    tile = rows > 1 && whole > 0 ? whole * layout.inner : kTile;
+    tiles = (n + tile - 1) / tile;
+    parts = tile % layout.inner == 0 ? 1 : rows == 1 ? tiles : (layout.inner + kTile - 2) / kTile + 1;
+  }
+};
+
 template <typename acc_t, int N, class Op>
 __global__ void __launch_bounds__(kBlock)
-    row_sums_kernel(Op op, AlphaView<acc_t> view, int64_t rows, int64_t parts, double* partial) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kBlock / kWarp);
-  for (int64_t piece = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp; piece < rows * parts;
-       piece += warps) {
-    const int64_t row = piece / parts, part = piece % parts, outer = row / view.mid, index = row % view.mid;
-    const int64_t start = part * kPiece, length = min(kPiece, view.inner - start), base = row * view.inner + start;
-    acc_t alpha[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) alpha[j] = view.values[index];
+    row_sums_kernel(Op op, AlphaView<acc_t> view, int64_t n, RowTiles tiles, double* partial) {
+  __shared__ alignas(sizeof(Pack<acc_t, N>)) acc_t terms[kTile];
+  const auto put = [&](int64_t row, int64_t tile, int64_t end, double sum) {
+    const int64_t first = view.quotient(row * view.inner, tiles.tile), outer = view.quotient(row, view.mid);
+    const int64_t index = row - outer * view.mid;
+    double* slot = partial + outer * tiles.parts * view.mid + index;
+    slot[(tile - first) * view.mid] = sum;
+    if ((row + 1) * view.inner > end) return;  // the row goes on in the next tile
+    for (int64_t part = tile - first + 1; part < tiles.parts; ++part) slot[part * view.mid] = 0.0;
+  };
+  for (int64_t tile = blockIdx.x; tile < tiles.tiles; tile += gridDim.x) {
+    const int64_t begin = tile * tiles.tile, end = min(begin + tiles.tile, n);
+    const int64_t first_row = view.row_of(begin), last_row = view.row_of(end - 1);
+    const bool is_single = first_row == last_row;
+    const acc_t first_alpha = view.values[view.index_of(first_row)];
     double sum = 0;
-    for (int64_t at = lane * N; at < length; at += kWarp * N) {
-      const int count = length - at < N ? static_cast<int>(length - at) : N;
-      const Pack<acc_t, N> terms = op.template terms<N>(base + at, count, alpha);
+    for (int64_t at = begin + threadIdx.x * N; at < end; at += kBlock * N) {
+      const int count = end - at < N ? static_cast<int>(end - at) : N;
+      acc_t alpha[N];
+      if (is_single) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) sum += static_cast<double>(terms.value[j]);
+        for (int j = 0; j < N; ++j) alpha[j] = first_alpha;
+      } else {
+        view.template read<N, AlphaAccess::kWalk>(at, count, alpha);
+      }
+      const Pack<acc_t, N> pack = op.template terms<N>(at, count, alpha);
+      if (is_single) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) sum += static_cast<double>(pack.value[j]);
+      } else {
+        *reinterpret_cast<Pack<acc_t, N>*>(terms + (at - begin)) = pack;
+      }
     }
-    sum = cuda::warp_sum(sum);
-    if (lane == 0) partial[(outer * parts + part) * view.mid + index] = sum;
+    if (is_single) {
+      sum = cuda::block_sum(sum);
+      if (threadIdx.x == 0) put(first_row, tile, end, sum);
+      continue;
+    }
+    __syncthreads();
+    // A warp for each row, or a thread where rows are short: their sums are then stored side by side.
+    const bool is_short = view.inner < 2 * kWarp;
+    const int lanes = is_short ? 1 : kWarp, lane = threadIdx.x % lanes;
+    for (int64_t row = first_row + threadIdx.x / lanes; row <= last_row; row += kBlock / lanes) {
+      const int64_t from = max(row * view.inner, begin) - begin, to = min((row + 1) * view.inner, end) - begin;
+      double row_sum = 0;
+      for (int64_t i = from + lane; i < to; i += lanes) row_sum += static_cast<double>(terms[i]);
+      if (!is_short) row_sum = cuda::warp_sum(row_sum);
+      if (lane == 0) put(row, tile, end, row_sum);
+    }
+    __syncthreads();
   }
 }
 
-// An alpha for each of `mid` columns: a thread keeps the sums of N columns over the rows group, group + groups, ...
+// An alpha for each of `mid` columns. Walked flat, they repeat after `period` elements: as many rows as it takes to end on
+// a pack, or on a sector where there are rows enough. A thread keeps the sums of a pack of the period over the periods
+// group, group + groups, ...; each of the `rows` of a period is a row of partial sums.
+struct ColumnPeriods {
+  int64_t rows, period, groups;
+  bool is_wide;
+
+  ColumnPeriods(const AlphaLayout& layout, bool aligned, int pack) {
+    const auto rows_to = [&](int64_t elements) { return elements / std::gcd(layout.mid, elements); };
+    is_wide = aligned && (rows_to(pack) == 1 || layout.outer >= kPeriods * rows_to(pack));
+    const bool is_long = layout.outer >= kColumnRows * rows_to(kSectorElements);
+    rows = !is_wide ? 1 : rows_to(is_long ? kSectorElements : pack);
+    period = rows * layout.mid;
+    const int64_t packs = is_wide ? period / pack : period;
+    groups = std::clamp<int64_t>(kColumnThreads / packs, 1, std::max<int64_t>(1, layout.outer / rows / kColumnRows));
+  }
+};
+
 template <typename acc_t, int N, class Op>
 __global__ void __launch_bounds__(kBlock)
-    column_sums_kernel(Op op, AlphaView<acc_t> view, int64_t outer, int64_t groups, double* partial) {
-  const int64_t columns = view.mid / N, stride = static_cast<int64_t>(gridDim.x) * kBlock;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; item < groups * columns; item += stride) {
-    const int64_t group = item / columns, start = item % columns * N;
+    column_sums_kernel(Op op, AlphaView<acc_t> view, int64_t n, ColumnPeriods columns, double* partial) {
+  const int64_t packs = columns.period / N, stride = static_cast<int64_t>(gridDim.x) * kBlock;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; item < columns.groups * packs;
+       item += stride) {
+    const int64_t group = item / packs, start = item % packs * N;
     acc_t alpha[N];
-    double sums[N];
+    Pack<double, N> sums;
+    int64_t column = view.index_of(start);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      alpha[j] = view.values[start + j];
-      sums[j] = 0;
+      alpha[j] = view.values[column];
+      sums.value[j] = 0;
+      if (++column == view.mid) column = 0;
     }
-    for (int64_t row = group; row < outer; row += groups) {
-      const Pack<acc_t, N> terms = op.template terms<N>(row * view.mid + start, N, alpha);
+    for (int64_t at = group * columns.period + start; at < n; at += columns.groups * columns.period) {
+      const Pack<acc_t, N> terms = op.template terms<N>(at, n - at < N ? static_cast<int>(n - at) : N, alpha);
 #pragma unroll
-      for (int j = 0; j < N; ++j) sums[j] += static_cast<double>(terms.value[j]);
+      for (int j = 0; j < N; ++j) sums.value[j] += static_cast<double>(terms.value[j]);
     }
-#pragma unroll
-    for (int j = 0; j < N; ++j) partial[group * view.mid + start + j] = sums[j];
+    store(partial, group * columns.period + start, N, sums);
   }
-}
-
-template <typename acc_t, int N, class Op>
-void launch_row_sums(const AlphaLayout& layout, int64_t parts, const Op& op, double* partial) {
-  const int64_t rows = layout.outer * layout.mid;
-  const unsigned grid = cuda::grid_for(rows * parts * kWarp, 1);
-  TOLARIA_LAUNCH((row_sums_kernel<acc_t, N, Op>), grid, kBlock, op, AlphaView<acc_t>(layout), rows, parts, partial);
-}
-
-template <typename acc_t, int N, class Op>
-void launch_column_sums(const AlphaLayout& layout, int64_t groups, const Op& op, double* partial) {
-  const unsigned grid = cuda::grid_for(groups * (layout.mid / N), 1);
-  TOLARIA_LAUNCH((column_sums_kernel<acc_t, N, Op>), grid, kBlock, op, AlphaView<acc_t>(layout), layout.outer, groups,
-                 partial);
 }
 
 // Runs the op with room for its sums over alpha, and adds them up in a fixed order.
 template <int N, typename acc_t, class Op>
 at::Tensor run_with_alpha_sums(const AlphaLayout& layout, const at::Tensor& order, const at::Tensor& alpha,
                                bool aligned, Op op) {
-  const bool is_uniform = layout.is_uniform();
-  if (!is_uniform && layout.outer == 1) {
+  if (!layout.is_uniform() && layout.outer == 1) {
     at::Tensor terms = at::empty({layout.mid}, layout.values.options());
     op.alpha_direct = terms.mutable_data_ptr<acc_t>();
     cuda::for_each_pack<N, acc_t>(layout, aligned, op);
     return sums_to_alpha(terms, layout, order, alpha);
   }
-  const int64_t parts = (layout.inner + kPiece - 1) / kPiece, packs = std::max<int64_t>(1, layout.mid / N);
-  const int64_t groups = std::clamp<int64_t>(kColumnThreads / packs, 1, std::max<int64_t>(1, layout.outer / kColumnRows));
-  const int64_t rows = is_uniform ? layout.outer * parts : groups;
+  const AlphaView<acc_t> view(layout);
+  const int64_t n = layout.outer * layout.mid * layout.inner;
   const auto options = order.options().dtype(at::kDouble);
-  at::Tensor partial = at::empty({rows, layout.mid}, options), sums = at::empty({layout.mid}, options);
-  auto* partial_data = partial.mutable_data_ptr<double>();
-  const bool is_wide = aligned && (is_uniform ? layout.inner : layout.mid) % N == 0;
-  if (is_uniform) {
-    // A single row may end in a partial pack; further rows must begin on a pack.
-    const bool is_single = layout.outer * layout.mid == 1;
-    (is_wide || (aligned && is_single)) ? launch_row_sums<acc_t, N>(layout, parts, op, partial_data)
-                                        : launch_row_sums<acc_t, 1>(layout, parts, op, partial_data);
+  at::Tensor partial;
+  if (layout.is_uniform()) {
+    const RowTiles tiles(layout);
+    partial = at::empty({layout.outer * tiles.parts, layout.mid}, options);
+    auto* data = partial.mutable_data_ptr<double>();
+    const unsigned grid = cuda::grid_for(tiles.tiles * kBlock, 1);
+    if (aligned) {
+      TOLARIA_LAUNCH((row_sums_kernel<acc_t, N, Op>), grid, kBlock, op, view, n, tiles, data);
+    } else {
+      TOLARIA_LAUNCH((row_sums_kernel<acc_t, 1, Op>), grid, kBlock, op, view, n, tiles, data);
+    }
   } else {
-    is_wide ? launch_column_sums<acc_t, N>(layout, groups, op, partial_data)
-            : launch_column_sums<acc_t, 1>(layout, groups, op, partial_data);
+    const ColumnPeriods columns(layout, aligned, N);
+    partial = at::empty({columns.groups * columns.rows, layout.mid}, options);
+    auto* data = partial.mutable_data_ptr<double>();
+    const unsigned grid = cuda::grid_for(columns.groups * columns.period, columns.is_wide ? N : 1);
+    if (columns.is_wide) {
+      TOLARIA_LAUNCH((column_sums_kernel<acc_t, N, Op>), grid, kBlock, op, view, n, columns, data);
+    } else {
+      TOLARIA_LAUNCH((column_sums_kernel<acc_t, 1, Op>), grid, kBlock, op, view, n, columns, data);
+    }
   }
-  cuda::sum_rows(partial_data, rows, layout.mid, sums.mutable_data_ptr<double>());
+  if (partial.size(0) == 1) return sums_to_alpha(partial.view({layout.mid}), layout, order, alpha);
+  at::Tensor sums = at::empty({layout.mid}, options);
+  cuda::sum_rows(partial.const_data_ptr<double>(), partial.size(0), layout.mid, sums.mutable_data_ptr<double>());
   return sums_to_alpha(sums, layout, order, alpha);
 }
 
@@ -230,7 +294,7 @@ at::Tensor blend_cuda(const at::Tensor& host, const at::Tensor& seed, const at::
   if (!is_fused_pair_of(host_type, seed_type)) return blend_promoted(&blend_cuda, host, seed, alpha);
   const BlendPlan plan(host, seed, alpha);
   if (plan.out.numel() == 0) return plan.out;
-  TOLARIA_DISPATCH_PAIR(host_type, seed_type, "tolaria::blend", [&] {
+  TOLARIA_DISPATCH_PAIR(host_type, seed_type, [&] {
     constexpr int N = kPackSize<host_t, seed_t>;
     const BlendForward<host_t, seed_t, acc_t> op{plan.host.const_data_ptr<host_t>(), plan.seed.const_data_ptr<seed_t>(),
                                                  plan.out.mutable_data_ptr<host_t>()};
@@ -254,7 +318,7 @@ TensorTriple blend_backward_cuda(const at::Tensor& grad, const std::optional<at:
     if (output_mask[2]) grad_alpha = at::zeros(alpha.sizes(), alpha.options());
     return {plan.grad_host, plan.grad_seed, grad_alpha};
   }
-  TOLARIA_DISPATCH_PAIR(host_dtype, seed_dtype, "tolaria::blend_backward", [&] {
+  TOLARIA_DISPATCH_PAIR(host_dtype, seed_dtype, [&] {
     constexpr int N = kPackSize<host_t, seed_t>;
     const bool aligned = packs_fit<N>({plan.grad, plan.host, plan.seed, plan.grad_host, plan.grad_seed});
     const BlendBackward<host_t, seed_t, acc_t> op{

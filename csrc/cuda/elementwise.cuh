@@ -101,10 +101,14 @@ struct AlphaView {
   explicit AlphaView(const AlphaLayout& layout)
       : values(layout.values.const_data_ptr<acc_t>()), mid(layout.mid), inner(layout.inner) {}
 
-  __device__ int64_t row_of(int64_t element) const {
-    if (((element | inner) >> 32) == 0) return static_cast<uint32_t>(element) / static_cast<uint32_t>(inner);
-    return element / inner;
+  // a / b for a >= 0, b > 0: divisions of 64 bits are slow, and most tensors need none.
+  static __device__ int64_t quotient(int64_t a, int64_t b) {
+    if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+    return a / b;
   }
+
+  __device__ int64_t row_of(int64_t element) const { return quotient(element, inner); }
+  __device__ int64_t index_of(int64_t row) const { return row - quotient(row, mid) * mid; }
 
   template <int N, AlphaAccess access>
   __device__ void read(int64_t first, int count, acc_t (&alpha)[N]) const {
@@ -113,12 +117,12 @@ struct AlphaView {
 #pragma unroll
       for (int j = 0; j < N; ++j) alpha[j] = value;
     } else if constexpr (access == AlphaAccess::kVector) {  // inner == 1
-      const Pack<acc_t, N> pack = load<N>(values, first < mid ? first : first % mid, count);
+      const Pack<acc_t, N> pack = load<N>(values, index_of(first), count);
 #pragma unroll
       for (int j = 0; j < N; ++j) alpha[j] = pack.value[j];
     } else {
       const int64_t row = row_of(first);
-      int64_t place = first - row * inner, index = row % mid;
+      int64_t place = first - row * inner, index = index_of(row);
       acc_t value = values[index];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
@@ -145,20 +149,24 @@ __global__ void __launch_bounds__(kBlock) map_kernel(Op op, AlphaView<acc_t> vie
   }
 }
 
+// Below so many alphas in a row, packs that walk over them find all in a sector; above, lone elements side by side do.
+constexpr int64_t kWalkedAlphas = 8;
+
 // Runs the op over all elements. N: elements of the widest access; `aligned`: whether every array allows it.
 template <int N, typename acc_t, class Op>
 void for_each_pack(const AlphaLayout& layout, bool aligned, const Op& op) {
   const AlphaView<acc_t> view(layout);
   const int64_t n = layout.outer * layout.mid * layout.inner;
-  const bool has_own_alphas = layout.inner == 1 && (layout.mid % N == 0 || layout.outer == 1);
-  if (!aligned) {
-    TOLARIA_LAUNCH((map_kernel<acc_t, 1, AlphaAccess::kWalk, Op>), grid_for(n, 1), kBlock, op, view, n);
-  } else if (layout.mid == 1) {
+  constexpr int M = std::min<int>(N, 16 / sizeof(acc_t));  // alphas are the widest array where each element has its own
+  const bool has_own_alphas = layout.inner == 1 && (layout.mid % M == 0 || layout.outer == 1);
+  if (aligned && layout.mid == 1) {
     TOLARIA_LAUNCH((map_kernel<acc_t, N, AlphaAccess::kScalar, Op>), grid_for(n, N), kBlock, op, view, n);
-  } else if (has_own_alphas && is_aligned(view.values, N * sizeof(acc_t))) {
-    TOLARIA_LAUNCH((map_kernel<acc_t, N, AlphaAccess::kVector, Op>), grid_for(n, N), kBlock, op, view, n);
-  } else {
+  } else if (aligned && has_own_alphas && is_aligned(view.values, M * sizeof(acc_t))) {
+    TOLARIA_LAUNCH((map_kernel<acc_t, M, AlphaAccess::kVector, Op>), grid_for(n, M), kBlock, op, view, n);
+  } else if (aligned && (layout.inner > 1 || layout.mid <= kWalkedAlphas)) {
     TOLARIA_LAUNCH((map_kernel<acc_t, N, AlphaAccess::kWalk, Op>), grid_for(n, N), kBlock, op, view, n);
+  } else {
+    TOLARIA_LAUNCH((map_kernel<acc_t, 1, AlphaAccess::kWalk, Op>), grid_for(n, 1), kBlock, op, view, n);
   }
 }
 

@@ -1,5 +1,5 @@
-// classification_metrics_ on CUDA: one pass over the logits leaves a result for each row; a second, small launch adds
-// the rows up in a fixed order. Class counts are integers, so that their order does not matter.
+// classification_metrics_ on CUDA: one pass over the logits, in one launch. Each block adds up its rows; the last block to
+// finish adds up the blocks, in their order. Class counts are integers, so that their order does not matter.
 #include "math/metrics.h"
 
 #include <ATen/ops/empty.h>
@@ -18,36 +18,68 @@ using cuda::kBlock;
 using cuda::kWarp;
 using math::SoftmaxSum;
 
+// Blocks that a multiprocessor is to hold: said, since ptxas otherwise spills to hold one more.
+constexpr int kResident = 4;
 // Classes from which a row is worth a whole block rather than a warp.
 constexpr int64_t kBlockClasses = 4096;
 
-struct RowResult {
-  double loss;
-  int64_t rank;  // or one of the two below
-};
-constexpr int64_t kIgnored = -1, kInvalidLabel = -2;
-
+// What the kernels share; `partial` has kMetricsFields doubles for each block.
 struct MetricsTask {
   LogitRows rows;
   const int64_t* labels;
-  int64_t ignore_index;
-  RowResult* results;
-  int32_t* class_counts;  // correct, then total; null without per-class counts
+  int64_t ignore_index, topk;
+  int64_t counts;            // places of class counts in acc: two for each class, or none
+  int64_t* class_counts;     // correct, then total
+  unsigned* finished;        // blocks
+  double* partial;
+  double* acc;
+};
 
-  // The label's state: whether the row is to be looked at.
-  __device__ bool begin(int64_t row, int64_t label) const {
-    if (label != ignore_index && label >= 0 && label < rows.classes) return true;
-    results[row] = {0.0, label == ignore_index ? kIgnored : kInvalidLabel};
+// The sums of the rows that a thread finishes.
+struct RowSums {
+  double field[math::kMetricsFields] = {};
+
+  // Whether the row is to be looked at; if not, it is counted here where `is_counter`.
+  __device__ bool begin(const MetricsTask& task, int64_t label, bool is_counter) {
+    if (label == task.ignore_index) return false;
+    if (label >= 0 && label < task.rows.classes) return true;
+    if (is_counter) field[math::kInvalid] += 1;
     return false;
   }
 
   template <typename acc_t>
-  __device__ void finish(int64_t row, int64_t label, const SoftmaxSum<acc_t>& softmax, acc_t target,
-                         int64_t rank) const {
-    results[row] = {softmax.loss(target), rank};
-    if (class_counts == nullptr) return;
-    if (rank == 0) atomicAdd(class_counts + label, 1);
-    atomicAdd(class_counts + rows.classes + label, 1);
+  __device__ void add(const MetricsTask& task, int64_t label, const SoftmaxSum<acc_t>& softmax, acc_t target,
+                      int64_t rank) {
+    field[math::kLossSum] += softmax.loss(target);
+    field[math::kCount] += 1;
+    field[math::kCorrect] += rank == 0;
+    field[math::kTopkCorrect] += rank < task.topk;
+    if (task.counts == 0) return;
+    count(task.class_counts + task.rows.classes + label);
+    if (rank == 0) count(task.class_counts + label);
+  }
+
+  static __device__ void count(int64_t* place) { atomicAdd(reinterpret_cast<unsigned long long*>(place), 1ull); }
+
+  // All threads of the block call it once, after their rows.
+  __device__ void finish(const MetricsTask& task) {
+    double* own = task.partial + static_cast<int64_t>(blockIdx.x) * math::kMetricsFields;
+#pragma unroll
+    for (int f = 0; f < math::kMetricsFields; ++f) {
+      const double sum = cuda::block_sum(field[f]);
+      if (threadIdx.x == 0) own[f] = sum;
+    }
+    if (!cuda::is_last_block(task.finished, gridDim.x)) return;
+    for (int64_t i = threadIdx.x; i < task.counts; i += kBlock) {
+      task.acc[math::kMetricsFields + i] += static_cast<double>(__ldcg(task.class_counts + i));
+    }
+#pragma unroll
+    for (int f = 0; f < math::kMetricsFields; ++f) {
+      double sum = 0;
+      for (unsigned b = threadIdx.x; b < gridDim.x; b += kBlock) sum += __ldcg(task.partial + b * math::kMetricsFields + f);
+      sum = cuda::block_sum(sum);
+      if (threadIdx.x == 0) task.acc[f] += sum;
+    }
   }
 };
 
@@ -107,32 +139,35 @@ __device__ inline void warp_merge(SoftmaxSum<acc_t>& softmax, int64_t& rank) {
 }
 
 template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kBlock) warp_rows_kernel(MetricsTask task, const scalar_t* logits) {
+__global__ void __launch_bounds__(kBlock, kResident) warp_rows_kernel(MetricsTask task, const scalar_t* logits) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kBlock / kWarp);
+  RowSums sums;
   for (int64_t row = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp; row < task.rows.rows;
        row += warps) {
     const int64_t label = task.labels[row];
-    if (!task.begin(row, label)) continue;
+    if (!sums.begin(task, label, lane == 0)) continue;
     const scalar_t* x = logits + task.rows.offset(row);
     const acc_t target = static_cast<acc_t>(x[label]);
     SoftmaxSum<acc_t> softmax;
     int64_t rank = 0;
     lane_part(x, task.rows.classes, label, target, lane, kWarp, softmax, rank);
     warp_merge(softmax, rank);
-    if (lane == 0) task.finish(row, label, softmax, target, rank);
+    if (lane == 0) sums.add(task, label, softmax, target, rank);
   }
+  sums.finish(task);
 }
 
 template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kBlock) block_rows_kernel(MetricsTask task, const scalar_t* logits) {
+__global__ void __launch_bounds__(kBlock, kResident) block_rows_kernel(MetricsTask task, const scalar_t* logits) {
   __shared__ acc_t peaks[kBlock / kWarp];
-  __shared__ double sums[kBlock / kWarp];
+  __shared__ double totals[kBlock / kWarp];
   __shared__ int64_t ranks[kBlock / kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  RowSums sums;
   for (int64_t row = blockIdx.x; row < task.rows.rows; row += gridDim.x) {
     const int64_t label = task.labels[row];
-    if (!task.begin(row, label)) continue;
+    if (!sums.begin(task, label, threadIdx.x == 0)) continue;
     const scalar_t* x = logits + task.rows.offset(row);
     const acc_t target = static_cast<acc_t>(x[label]);
     SoftmaxSum<acc_t> softmax;
@@ -141,7 +176,7 @@ __global__ void __launch_bounds__(kBlock) block_rows_kernel(MetricsTask task, co
     warp_merge(softmax, rank);
     if (lane == 0) {
       peaks[warp] = softmax.max;
-      sums[warp] = softmax.sum;
+      totals[warp] = softmax.sum;
       ranks[warp] = rank;
     }
     __syncthreads();
@@ -149,23 +184,25 @@ __global__ void __launch_bounds__(kBlock) block_rows_kernel(MetricsTask task, co
       for (int w = 1; w < kBlock / kWarp; ++w) {
         SoftmaxSum<acc_t> other;
         other.max = peaks[w];
-        other.sum = sums[w];
+        other.sum = totals[w];
         softmax.merge(other);
         rank += ranks[w];
       }
-      task.finish(row, label, softmax, target, rank);
+      sums.add(task, label, softmax, target, rank);
     }
     __syncthreads();
   }
+  sums.finish(task);
 }
 
 // Rows beside each other in memory, classes apart: a thread for each row.
 template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kBlock) strided_rows_kernel(MetricsTask task, const scalar_t* logits) {
+__global__ void __launch_bounds__(kBlock, kResident) strided_rows_kernel(MetricsTask task, const scalar_t* logits) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlock;
+  RowSums sums;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; row < task.rows.rows; row += stride) {
     const int64_t label = task.labels[row];
-    if (!task.begin(row, label)) continue;
+    if (!sums.begin(task, label, true)) continue;
     const scalar_t* x = logits + task.rows.offset(row);
     const acc_t target = static_cast<acc_t>(x[label * task.rows.stride]);
     SoftmaxSum<acc_t> softmax;
@@ -173,34 +210,9 @@ __global__ void __launch_bounds__(kBlock) strided_rows_kernel(MetricsTask task, 
     for (int64_t c = 0; c < task.rows.classes; ++c) {
       take_in(static_cast<acc_t>(x[c * task.rows.stride]), target, c < label, c == label, softmax, rank);
     }
-    task.finish(row, label, softmax, target, rank);
+    sums.add(task, label, softmax, target, rank);
   }
-}
-
-// Block 0 adds up the rows; all blocks add the class counts.
-__global__ void __launch_bounds__(kBlock)
-    add_rows_kernel(const RowResult* results, int64_t rows, const int32_t* class_counts, int64_t counts, int64_t topk,
-                    double* acc) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlock;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < counts; i += stride) {
-    acc[math::kMetricsFields + i] += class_counts[i];
-  }
-  if (blockIdx.x != 0) return;
-  double sums[math::kMetricsFields] = {};
-  for (int64_t row = threadIdx.x; row < rows; row += kBlock) {
-    const RowResult result = results[row];
-    sums[math::kLossSum] += result.loss;
-    sums[math::kCount] += result.rank >= 0;
-    sums[math::kCorrect] += result.rank == 0;
-    sums[math::kTopkCorrect] += result.rank >= 0 && result.rank < topk;
-    sums[math::kInvalid] += result.rank == kInvalidLabel;
-  }
-#pragma unroll
-  for (int field = 0; field < math::kMetricsFields; ++field) {
-    const double sum = cuda::block_sum(sums[field]);
-    if (threadIdx.x == 0) acc[field] += sum;
-    __syncthreads();
-  }
+  sums.finish(task);
 }
 
 }  // namespace
@@ -209,27 +221,41 @@ void classification_metrics_cuda(at::Tensor& acc, const at::Tensor& logits, cons
                                  int64_t ignore_index, int64_t topk) {
   check_metrics(acc, logits, labels, topk);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const at::Tensor view = as_rows(logits), index = labels.to(at::kLong).contiguous();
-  const LogitRows rows = logit_rows(view);
+  at::Tensor view = as_rows(logits);
+  const at::Tensor index = labels.to(at::kLong).contiguous();
+  LogitRows rows = logit_rows(view);
   if (rows.rows == 0) return;
+  const bool are_rows_adjacent = rows.inner > 1 ? rows.inner_step == 1 : rows.outer_step == 1;
+  if (rows.stride != 1 && !are_rows_adjacent) {  // lanes would share no sector
+    view = view.contiguous();
+    rows = logit_rows(view);
+  }
+  const bool is_strided = rows.stride != 1 && rows.classes > 1, is_long = rows.classes >= kBlockClasses;
+  const int64_t threads = is_strided ? 1 : is_long ? kBlock : kWarp;
+  const unsigned grid = cuda::grid_for(rows.rows * threads, 1);
   const int64_t counts = acc.size(0) - math::kMetricsFields;
-  at::Tensor results = at::empty({rows.rows * static_cast<int64_t>(sizeof(RowResult))}, acc.options().dtype(at::kByte));
-  at::Tensor class_counts = at::zeros({counts}, acc.options().dtype(at::kInt));
-  const MetricsTask task{rows, index.const_data_ptr<int64_t>(), ignore_index,
-                         reinterpret_cast<RowResult*>(results.mutable_data_ptr()),
-                         counts == 0 ? nullptr : class_counts.mutable_data_ptr<int32_t>()};
+  at::Tensor integers = at::zeros({counts + 1}, acc.options().dtype(at::kLong));
+  at::Tensor partial = at::empty({static_cast<int64_t>(grid) * math::kMetricsFields}, acc.options());
+  auto* class_counts = integers.mutable_data_ptr<int64_t>();
+  const MetricsTask task{rows,
+                         index.const_data_ptr<int64_t>(),
+                         ignore_index,
+                         topk,
+                         counts,
+                         class_counts,
+                         reinterpret_cast<unsigned*>(class_counts + counts),
+                         partial.mutable_data_ptr<double>(),
+                         acc.mutable_data_ptr<double>()};
   TOLARIA_DISPATCH(logits.scalar_type(), "tolaria::classification_metrics_", [&] {
     const auto* data = view.const_data_ptr<scalar_t>();
-    if (rows.stride != 1) {
-      TOLARIA_LAUNCH((strided_rows_kernel<scalar_t, acc_t>), cuda::grid_for(rows.rows, 1), kBlock, task, data);
-    } else if (rows.classes < kBlockClasses) {
-      TOLARIA_LAUNCH((warp_rows_kernel<scalar_t, acc_t>), cuda::grid_for(rows.rows * kWarp, 1), kBlock, task, data);
+    if (is_strided) {
+      TOLARIA_LAUNCH((strided_rows_kernel<scalar_t, acc_t>), grid, kBlock, task, data);
+    } else if (is_long) {
+      TOLARIA_LAUNCH((block_rows_kernel<scalar_t, acc_t>), grid, kBlock, task, data);
     } else {
-      TOLARIA_LAUNCH((block_rows_kernel<scalar_t, acc_t>), cuda::grid_for(rows.rows * kBlock, 1), kBlock, task, data);
+      TOLARIA_LAUNCH((warp_rows_kernel<scalar_t, acc_t>), grid, kBlock, task, data);
     }
   });
-  TOLARIA_LAUNCH(add_rows_kernel, cuda::grid_for(counts, 1), kBlock, task.results, rows.rows, task.class_counts, counts,
-                 topk, acc.mutable_data_ptr<double>());
 }
 
 }  // namespace tolaria

@@ -1,6 +1,8 @@
 // Sums in a fixed order: within a warp, a block, and over rows of partial sums. No float atomics.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "cuda/launch.cuh"
@@ -17,45 +19,59 @@ __device__ inline double warp_sum(double value) {
   return value;
 }
 
-// The sum over a block of kBlock threads, in thread 0. All threads call it; it may be called again after a barrier.
+// The sum over a block of kBlock threads, in thread 0. All threads call it; it may be called again at once.
 __device__ inline double block_sum(double value) {
   __shared__ double warps[kBlock / kWarp];
   value = warp_sum(value);
+  __syncthreads();  // the sums of the call before have been read
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
   __syncthreads();
   value = threadIdx.x < kBlock / kWarp ? warps[threadIdx.x] : 0.0;
   return threadIdx.x < kWarp ? warp_sum(value) : 0.0;
 }
 
-// out[m] = sum over r of partial[r * mid + m]: a thread for each m, for many m.
-static __global__ void __launch_bounds__(kBlock)
-    sum_rows_wide_kernel(const double* partial, int64_t rows, int64_t mid, double* out) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlock;
-  for (int64_t m = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; m < mid; m += stride) {
-    double sum = 0;
-    for (int64_t r = 0; r < rows; ++r) sum += partial[r * mid + m];
-    out[m] = sum;
-  }
+// True in every thread of the block that finishes last of `blocks`; all that the others wrote before is visible to it.
+//
+// Each thread fences its own writes; the barrier puts all of them before thread 0's count, so a block that has counted
+// has published everything. Whoever reads the last count then fences again, lest its reads were made earlier. What other
+// blocks wrote must not have been read by this one before: a first-level cache may hold the old values.
+__device__ inline bool is_last_block(unsigned* finished, unsigned blocks) {
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(finished, 1u) == blocks - 1;
+  __syncthreads();
+  if (is_last) __threadfence();
+  return is_last;
 }
 
-// The same with a block for each m, for many rows.
+// out[m] = sum over r of partial[r * mid + m]. A block takes `columns` (a power of two) neighbours, and kBlock / columns
+// threads for each: these add every so many rows, then each other.
 static __global__ void __launch_bounds__(kBlock)
-    sum_rows_tall_kernel(const double* partial, int64_t rows, int64_t mid, double* out) {
-  for (int64_t m = blockIdx.x; m < mid; m += gridDim.x) {
+    sum_rows_kernel(const double* partial, int64_t rows, int64_t mid, int columns, double* out) {
+  __shared__ double sums[kBlock];
+  const int thread = static_cast<int>(threadIdx.x), lanes = kBlock / columns;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * columns;
+  for (int64_t start = static_cast<int64_t>(blockIdx.x) * columns; start < mid; start += stride) {
+    const int64_t m = start + thread % columns;
     double sum = 0;
-    for (int64_t r = threadIdx.x; r < rows; r += kBlock) sum += partial[r * mid + m];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) out[m] = sum;
+    if (m < mid) {
+      for (int64_t r = thread / columns; r < rows; r += lanes) sum += partial[r * mid + m];
+    }
+    sums[thread] = sum;
+    for (int half = kBlock / 2; half >= columns; half /= 2) {
+      __syncthreads();
+      if (thread < half) sums[thread] += sums[thread + half];
+    }
+    if (thread < columns && m < mid) out[m] = sums[thread];
     __syncthreads();
   }
 }
 
 inline void sum_rows(const double* partial, int64_t rows, int64_t mid, double* out) {
-  if (rows > 64 && mid < 65536) {
-    TOLARIA_LAUNCH(sum_rows_tall_kernel, static_cast<unsigned>(mid), kBlock, partial, rows, mid, out);
-  } else {
-    TOLARIA_LAUNCH(sum_rows_wide_kernel, grid_for(mid, 1), kBlock, partial, rows, mid, out);
-  }
+  const int64_t widest = rows < kWarp ? kBlock : kWarp;  // few rows need no helpers
+  const int columns = static_cast<int>(std::min<int64_t>(widest, std::bit_ceil(static_cast<uint64_t>(mid))));
+  TOLARIA_LAUNCH(sum_rows_kernel, grid_for(mid * (kBlock / columns), 1), kBlock, partial, rows, mid, columns, out);
 }
 
 }  // namespace tolaria::cuda
