@@ -23,6 +23,10 @@ class PlainRule:
     min_std: float = 0.0
     warmup_bound: float = math.inf
     band: tuple[float, float] = (0.95, 1.05)
+    drift_horizon: int = 0
+    drift_slack: float = 0.5
+    drift_threshold: float = 2.0
+    gradient_multiple: float = 10.0
     history: list[float] = field(default_factory=list)
     last_healthy: float = 0.0
     consecutive: int = 0
@@ -31,11 +35,16 @@ class PlainRule:
     count: int = 0
     mean: float = 0.0
     m2: float = 0.0
+    norms: list[float] = field(default_factory=list)
+    baseline: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    drift: float = 0.0
 
-    def judge(self, x: float, nonfinite: bool = False) -> tuple[str, bool]:
+    def judge(self, x: float, nonfinite: bool = False, norm: float | None = None) -> tuple[str, bool]:
         resting, self.resting = self.resting, max(0, self.resting - 1)
         if nonfinite or not math.isfinite(x):
             return "NON_FINITE", True
+        if norm is not None and not math.isfinite(norm):
+            return "GRADIENT_NORM", True
         if resting:
             return "HEALTHY", False
         warm = len(self.history) < self.min_history
@@ -50,6 +59,16 @@ class PlainRule:
         if x > self.warmup_bound if warm else self.explodes(x):
             self.consecutive += 1
             return "ANOMALY", self.consecutive >= self.min_panics
+        if norm is not None and len(self.norms) >= self.min_history and self.is_steep(norm):
+            self.consecutive += 1
+            return "GRADIENT_NORM", self.consecutive >= self.min_panics
+        drift = self.drift_with(x)
+        if drift > self.drift_threshold * self.drift_horizon:
+            return "DRIFT", True
+        self.drift = drift
+        self.move_baseline(x)
+        if norm is not None:
+            self.norms = [*self.norms, norm][-self.window :]
         self.history = [*self.history, x][-self.window :]
         self.last_healthy, self.consecutive, self.pending = x, 0, 0
         self.count += 1
@@ -58,16 +77,43 @@ class PlainRule:
         self.m2 += delta * (x - self.mean)
         return "HEALTHY", False
 
-    def statistics(self) -> tuple[float, float]:
+    @staticmethod
+    def statistics(values: list[float]) -> tuple[float, float]:
         mean = m2 = 0.0
-        for i, x in enumerate(self.history, start=1):
+        for i, x in enumerate(values, start=1):
             delta = x - mean
             mean += delta / i
             m2 += delta * (x - mean)
-        return mean, math.sqrt(m2 / len(self.history)) if m2 == m2 and m2 != math.inf else m2
+        return mean, math.sqrt(m2 / len(values)) if m2 == m2 and m2 != math.inf else m2
+
+    def is_steep(self, norm: float) -> bool:
+        mean, std = self.statistics(self.norms)
+        spread = max(std, self.min_std * abs(mean))
+        return norm > mean + self.sigmas * spread and norm > self.gradient_multiple * mean
+
+    def drift_with(self, x: float) -> float:
+        count, mean, variance = self.baseline
+        if not self.drift_horizon or count < self.min_history:
+            return self.drift
+        spread = max(math.sqrt(variance), self.min_std * abs(mean))
+        if spread > 0 and math.isfinite(x - mean):
+            z = min(2.0, max(-2.0, (x - mean) / spread))
+        else:
+            z = math.copysign(2.0, x - mean) if x != mean else 0.0
+        return max(0.0, self.drift + z - self.drift_slack)
+
+    def move_baseline(self, x: float) -> None:
+        count, mean, variance = self.baseline
+        count = min(count + 1.0, float(self.drift_horizon))
+        if count:
+            delta = x - mean
+            mean += delta / count
+            variance += (delta * (x - mean) - variance) / count
+            fine = math.isfinite(mean) and math.isfinite(variance)
+            self.baseline = (count, mean, variance) if fine else (1.0, x, 0.0)
 
     def explodes(self, x: float) -> bool:
-        mean, std = self.statistics()
+        mean, std = self.statistics(self.history)
         statistical = x > mean + self.sigmas * max(std, self.min_std * abs(mean))
         if self.rule == "all":
             return x > self.absolute and statistical and (mean <= 0 or x > self.multiple * mean)
@@ -77,3 +123,4 @@ class PlainRule:
         """As after a restore to the attach-time state."""
         self.history, self.last_healthy, self.consecutive, self.pending = [], 0.0, 0, 0
         self.resting = self.cooldown
+        self.norms, self.baseline, self.drift = [], (0.0, 0.0, 0.0), 0.0

@@ -7,6 +7,7 @@
 
 #include "common/governor_checks.h"
 #include "math/governor.h"
+#include "math/stats.h"
 
 namespace tolaria {
 
@@ -37,7 +38,7 @@ inline math::Governor governor_at(at::Tensor& state, int64_t column, const std::
   return governor_batch(state, mailbox)[column];
 }
 
-// What is judged: a loss for each governor, and two optional flags.
+// What is judged: a loss for each governor, two optional flags, and the gradient's norm where that is known.
 struct GovernorLosses {
   const void* loss;
   at::ScalarType loss_dtype;
@@ -45,6 +46,9 @@ struct GovernorLosses {
   at::ScalarType nonfinite_dtype;
   const void* active;
   at::ScalarType active_dtype;
+  const void* gradient;
+  at::ScalarType gradient_dtype;
+  bool gradient_is_stats;  // rows of tensor_stats instead of norms
 
   C10_HOST_DEVICE double operator[](int64_t i) const { return load_as_double(loss, loss_dtype, i); }
   C10_HOST_DEVICE bool is_active(int64_t i) const {
@@ -54,25 +58,34 @@ struct GovernorLosses {
   C10_HOST_DEVICE bool is_nonfinite(int64_t i) const {
     return nonfinite != nullptr && !(load_as_double(nonfinite, nonfinite_dtype, i) == 0.0);
   }
+  C10_HOST_DEVICE math::Gradient gradient_at(int64_t i) const {
+    if (gradient == nullptr) return {false, 0.0};
+    if (!gradient_is_stats) return {true, load_as_double(gradient, gradient_dtype, i)};
+    return {true, math::norm_of(static_cast<const double*>(gradient) + i * math::kStatsFields)};
+  }
 };
 
 // Keeps alive what `losses` points to (an argument that was not contiguous was copied).
 struct GovernorArguments {
   GovernorArguments(const at::Tensor& state, const at::Tensor& loss, const std::optional<at::Tensor>& nonfinite,
-                    const std::optional<at::Tensor>& active)
+                    const std::optional<at::Tensor>& active, const std::optional<at::Tensor>& gradient)
       : loss_(check_loss(state, loss)),
         nonfinite_(check_flag(state, nonfinite, "nonfinite")),
         active_(check_flag(state, active, "active")),
+        gradient_(check_gradient(state, gradient)),
         losses{loss_.const_data_ptr(),
                loss_.scalar_type(),
                nonfinite_ ? nonfinite_->const_data_ptr() : nullptr,
                nonfinite_ ? nonfinite_->scalar_type() : at::kBool,
                active_ ? active_->const_data_ptr() : nullptr,
-               active_ ? active_->scalar_type() : at::kBool} {}
+               active_ ? active_->scalar_type() : at::kBool,
+               gradient_ ? gradient_->const_data_ptr() : nullptr,
+               gradient_ ? gradient_->scalar_type() : at::kDouble,
+               gradient_ && gradient_->numel() != state.size(1)} {}
 
  private:
   at::Tensor loss_;
-  std::optional<at::Tensor> nonfinite_, active_;
+  std::optional<at::Tensor> nonfinite_, active_, gradient_;
 
  public:
   GovernorLosses losses;

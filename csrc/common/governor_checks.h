@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "math/governor.h"
+#include "math/stats.h"
 
 namespace tolaria {
 
@@ -15,9 +16,9 @@ inline int governor_window(const at::Tensor& state) {
                     "state: expected a contiguous float64 matrix (fields, governors), got ", state.scalar_type(),
                     " of shape ", state.sizes());
   const int64_t memories = state.size(0) - math::field::count;
-  const int64_t window = memories / 3 - math::memory::count;
-  TORCH_CHECK_VALUE(memories % 3 == 0 && window >= 1 && window <= math::kMaxWindow, "state: ", state.size(0),
-                    " fields fit no window length; make it with tolaria.ops.governor_state");
+  const int64_t windows = memories / 3 - math::memory::count, window = windows / 2;
+  TORCH_CHECK_VALUE(memories % 3 == 0 && windows % 2 == 0 && window >= 1 && window <= math::kMaxWindow,
+                    "state: ", state.size(0), " fields fit no window length; make it with tolaria.ops.governor_state");
   return static_cast<int>(window);
 }
 
@@ -66,6 +67,19 @@ inline std::optional<at::Tensor> check_flag(const at::Tensor& state, const std::
   TORCH_CHECK_TYPE(dtype == at::kBool || (at::isFloatingType(dtype) && flag->element_size() >= 2), name,
                    ": expected bool (or a floating found_inf), got ", dtype);
   return check_per_governor(state, *flag, name);
+}
+
+// Either a norm for each governor, or a row of tensor_stats for each.
+inline std::optional<at::Tensor> check_gradient(const at::Tensor& state, const std::optional<at::Tensor>& gradient) {
+  if (!gradient.has_value()) return std::nullopt;
+  TORCH_CHECK_TYPE(at::isFloatingType(gradient->scalar_type()) && gradient->element_size() >= 2,
+                   "gradient: expected float64, float32, float16 or bfloat16, got ", gradient->scalar_type());
+  if (gradient->scalar_type() != at::kDouble || gradient->numel() != state.size(1) * math::kStatsFields) {
+    return check_per_governor(state, *gradient, "gradient");
+  }
+  TORCH_CHECK_VALUE(gradient->device() == state.device(), "gradient: expected on ", state.device(),
+                    " like state, got ", gradient->device());
+  return gradient->contiguous();
 }
 
 inline void check_column(const at::Tensor& state, int64_t column) {

@@ -36,13 +36,14 @@ void judge_range(const GovernorBatch& batch, const double* config, const Governo
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, end - i));
     if (lanes == kLanes) {
       const math::Governor first = batch[i];
-      lane_moments(&first.live(math::memory::history_size), &first.loss_at(0), batch.n, batch.window, mean, m2);
+      lane_moments(&first.live(math::memory::history_size), &first.live(first.losses()), batch.n, batch.window, mean,
+                   m2);
     }
     for (int l = 0; l < lanes; ++l) {
       if (!losses.is_active(i + l)) continue;
       const math::Governor g = batch[i + l];
-      const math::Moments m = lanes == kLanes ? math::Moments{mean[l], m2[l]} : math::window_moments(g);
-      math::judge(g, config, m, losses[i + l], losses.is_nonfinite(i + l));
+      const math::Moments m = lanes == kLanes ? math::Moments{mean[l], m2[l]} : math::loss_moments(g);
+      math::judge(g, config, m, losses[i + l], losses.is_nonfinite(i + l), losses.gradient_at(i + l));
     }
   }
 }
@@ -66,10 +67,10 @@ std::vector<std::string> governor_fields() {
 
 void governor_step_cpu(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
                        const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
-                       const std::optional<at::Tensor>& mailbox) {
+                       const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient) {
   const GovernorBatch batch = governor_batch(state, mailbox);
   check_governor_config(state, config);
-  const GovernorArguments arguments(state, loss, nonfinite, active);
+  const GovernorArguments arguments(state, loss, nonfinite, active, gradient);
   const GovernorLosses& losses = arguments.losses;
   const double* c = config.const_data_ptr<double>();
   if (batch.n <= kRowGrain) return judge_range(batch, c, losses, 0, batch.n);

@@ -12,7 +12,7 @@ __global__ void governor_step_kernel(GovernorBatch batch, const double* config, 
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= batch.n || !losses.is_active(i)) return;
   const math::Governor g = batch[i];
-  math::judge(g, config, math::window_moments(g), losses[i], losses.is_nonfinite(i));
+  math::judge(g, config, math::loss_moments(g), losses[i], losses.is_nonfinite(i), losses.gradient_at(i));
 }
 
 __global__ void governor_order_kernel(math::Governor g, const double* config, math::Order order, math::Reason reason,
@@ -24,11 +24,11 @@ __global__ void governor_order_kernel(math::Governor g, const double* config, ma
 
 void governor_step_cuda(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
                         const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
-                        const std::optional<at::Tensor>& mailbox) {
+                        const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient) {
   const c10::cuda::CUDAGuard guard(state.device());
   const GovernorBatch batch = governor_batch(state, mailbox);
   check_governor_config(state, config);
-  const GovernorArguments arguments(state, loss, nonfinite, active);
+  const GovernorArguments arguments(state, loss, nonfinite, active, gradient);
   // One thread a governor: for the usual single one a warp is the smallest block there is.
   const int block = batch.n <= 32 ? 32 : 128;
   TOLARIA_LAUNCH(governor_step_kernel, static_cast<unsigned>((batch.n + block - 1) / block), block, batch,

@@ -9,111 +9,12 @@
 #include <c10/macros/Macros.h>
 
 #include <cmath>
-#include <cstdint>
 #include <limits>
 
-#include "math/governor_fields.h"
+#include "math/governor_rules.h"
+#include "math/governor_state.h"
 
 namespace tolaria::math {
-
-// A column of `state`; memory 0 is the live one, 1 and 2 are the slots'.
-struct Governor {
-  double* column;
-  int64_t stride;  // number of governors
-  int window;
-  double* mailbox;  // status words and ring of this governor, or null
-  int64_t ring_records;
-
-  C10_HOST_DEVICE double& operator[](int f) const { return column[f * stride]; }
-  C10_HOST_DEVICE double& recall(int which, int m) const {
-    return column[(field::count + which * (memory::count + window) + m) * stride];
-  }
-  C10_HOST_DEVICE double& live(int m) const { return recall(0, m); }
-  C10_HOST_DEVICE double& loss_at(int i) const { return recall(0, memory::count + i); }
-};
-
-struct Moments {
-  double mean;
-  double m2;
-};
-
-// One Welford update; `count` is the number of samples including x. (Welford 1962; Knuth, TAOCP 2, 4.2.2.)
-C10_HOST_DEVICE inline Moments welford(Moments m, double x, double count) {
-  const double delta = x - m.mean;
-  m.mean += delta / count;
-  m.m2 += delta * (x - m.mean);
-  return m;
-}
-
-C10_HOST_DEVICE inline Moments window_moments(const Governor& g) {
-  Moments m{0.0, 0.0};
-  const int size = static_cast<int>(g.live(memory::history_size));
-  for (int i = 0; i < size; ++i) m = welford(m, g.loss_at(i), i + 1.0);
-  return m;
-}
-
-C10_HOST_DEVICE inline bool is_finite(double x) { return x - x == 0.0; }
-
-// Makes what this thread wrote visible to the host before what it writes next.
-C10_HOST_DEVICE inline void publish() {
-#ifdef __CUDA_ARCH__
-  __threadfence_system();
-#endif
-}
-
-// The rollback count comes last: a host that sees it move finds the words that describe that rollback.
-C10_HOST_DEVICE inline void write_status(const Governor& g) {
-  if (g.mailbox == nullptr) return;
-  double* s = g.mailbox;
-  const int good = static_cast<int>(g[field::last_good]);
-  s[status::step] = g[field::step];
-  s[status::reason] = g[field::reason];
-  s[status::rollback] = g[field::rollback];
-  s[status::restored_capture] = g[field::restored_capture];
-  s[status::restored_step] = g[field::restored_step];
-  s[status::last_good_capture] = g[field::slot_capture_0 + good];
-  s[status::last_good_step] = g[field::slot_step_0 + good];
-  s[status::capture_count] = g[field::capture_count];
-  s[status::promotion_count] = g[field::promotion_count];
-  s[status::tensor_index] = g[field::tensor_index];
-  s[status::anchor_step] = g[field::anchor_step];
-  publish();
-  s[status::rollback_count] = g[field::rollback_count];
-}
-
-// Appends one record to the ring; the count of records is written after the record itself.
-C10_HOST_DEVICE inline void emit(const Governor& g, EventKind kind, double capture_id, double capture_step) {
-  const double sequence = g[field::events];
-  g[field::events] = sequence + 1.0;
-  if (g.mailbox == nullptr || g.ring_records == 0) return;
-  double* r = g.mailbox + status::count + (static_cast<int64_t>(sequence) % g.ring_records) * record::count;
-  r[record::kind] = kind;
-  r[record::step] = g[field::step];
-  r[record::reason] = g[field::reason];
-  r[record::rollback] = g[field::rollback];
-  r[record::loss] = g[field::loss];
-  r[record::mean] = g[field::mean];
-  r[record::std] = g[field::std];
-  r[record::threshold_absolute] = g[field::threshold_absolute];
-  r[record::threshold_statistical] = g[field::threshold_statistical];
-  r[record::threshold_multiplier] = g[field::threshold_multiplier];
-  r[record::panics] = g[field::panics];
-  r[record::tensor_index] = g[field::tensor_index];
-  r[record::capture_id] = capture_id;
-  r[record::capture_step] = capture_step;
-  r[record::steps_lost] = g[field::steps_lost];
-  r[record::rollback_count] = g[field::rollback_count];
-  publish();
-  g.mailbox[status::events] = sequence + 1.0;
-}
-
-C10_HOST_DEVICE inline void copy_memory(const Governor& g, int to, int from) {
-  for (int m = 0; m < memory::count + g.window; ++m) g.recall(to, m) = g.recall(from, m);
-}
-
-C10_HOST_DEVICE inline void clear_memory(const Governor& g, int which) {
-  for (int m = 0; m < memory::count + g.window; ++m) g.recall(which, m) = 0.0;
-}
 
 C10_HOST_DEVICE inline void cancel_candidate(const Governor& g) {
   g[field::candidate] = -1.0;
@@ -199,42 +100,25 @@ C10_HOST_DEVICE inline void finish_capture_part(const Governor& g, int part, dou
   }
 }
 
-struct Thresholds {
-  double absolute, statistical, multiplier;
-};
-
-C10_HOST_DEVICE inline Thresholds thresholds(const double* c, double mean, double std) {
-  const double floor = c[config::min_std] * (mean < 0.0 ? -mean : mean);
-  const double infinity = std::numeric_limits<double>::infinity();
-  Thresholds t;
-  t.absolute = c[config::absolute_threshold];
-  t.statistical = mean + c[config::sensitivity] * (std < floor ? floor : std);
-  // The multiplier says nothing about a mean that is not positive: it always agrees in "all", never trips in "any".
-  t.multiplier = mean > 0.0 ? c[config::multiplier] * mean : (c[config::rule_any] != 0.0 ? infinity : -infinity);
-  return t;
-}
-
-C10_HOST_DEVICE inline bool is_explosion(const double* c, const Thresholds& t, double x) {
-  const bool absolute = x > t.absolute, statistical = x > t.statistical, multiplier = x > t.multiplier;
-  return c[config::rule_any] != 0.0 ? (absolute || statistical || multiplier) : (absolute && statistical && multiplier);
-}
-
-C10_HOST_DEVICE inline bool is_chance_level(const Governor& g, const double* c, double x) {
-  const double guess = c[config::random_guess_loss];  // NaN where there is none: every comparison below is then false
-  return g.live(memory::history_size) >= c[config::min_history] &&
-         g.live(memory::last_healthy) < c[config::lobotomy_healthy_below] * guess &&
-         x >= c[config::lobotomy_low] * guess && x <= c[config::lobotomy_high] * guess;
-}
-
-// x joins H and the lifetime statistics.
-C10_HOST_DEVICE inline void accept(const Governor& g, double x) {
-  int size = static_cast<int>(g.live(memory::history_size));
+// Appends a value to a window of the live memory that begins at `first`; a full one loses its oldest.
+C10_HOST_DEVICE inline void push(const Governor& g, int size_field, int first, double value) {
+  int size = static_cast<int>(g.live(size_field));
   if (size == g.window) {
-    for (int i = 1; i < size; ++i) g.loss_at(i - 1) = g.loss_at(i);
+    for (int i = first + 1; i < first + size; ++i) g.live(i - 1) = g.live(i);
     --size;
   }
-  g.loss_at(size) = x;
-  g.live(memory::history_size) = size + 1.0;
+  g.live(first + size) = value;
+  g.live(size_field) = size + 1.0;
+}
+
+// A healthy step: x joins H, the lifetime statistics and the drift test's baseline, the gradient its own window.
+C10_HOST_DEVICE inline void accept(const Governor& g, const double* c, double x, Gradient gradient, double drift) {
+  push(g, memory::history_size, g.losses(), x);
+  if (gradient.is_known) push(g, memory::gradient_size, g.gradients(), gradient.norm);
+  if (c[config::drift_horizon] != 0.0) {
+    g.live(memory::drift_sum) = drift;
+    move_baseline(g, c, x);
+  }
   g.live(memory::last_healthy) = x;
   g.live(memory::consecutive) = 0.0;
   g.live(memory::lobotomy_pending) = 0.0;
@@ -244,8 +128,8 @@ C10_HOST_DEVICE inline void accept(const Governor& g, double x) {
   g[field::life_min] = count == 1.0 || x < g[field::life_min] ? x : g[field::life_min];
   g[field::life_max] = count == 1.0 || x > g[field::life_max] ? x : g[field::life_max];
   g[field::life_count] = count;
-  g[field::life_mean] = life.mean;
-  g[field::life_m2] = life.m2;
+  g[field::life_mean] = one_nan(life.mean);
+  g[field::life_m2] = one_nan(life.m2);
 }
 
 // Candidate and capture orders after a verdict. `paused` (cooldown) neither promotes nor orders.
@@ -262,13 +146,19 @@ C10_HOST_DEVICE inline void advance_slots(const Governor& g, const double* c, bo
   if (healthy && !paused && due && g[field::candidate] < 0.0 && c[config::log_only] == 0.0) order_capture(g);
 }
 
-// Judges one loss (DESIGN 4, rules 1 to 5). `m` are the moments of H; `nonfinite` is the caller's own flag.
-C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, Moments m, double x, bool nonfinite) {
+// Judges one loss (DESIGN 4, rules 1 to 5 and options). `m` are the moments of H; `nonfinite` is the caller's own flag.
+C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, Moments m, double x, bool nonfinite,
+                                  Gradient gradient) {
   const double size = g.live(memory::history_size);
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const double std = std::sqrt(m.m2 / size);
   const Thresholds t = thresholds(c, m.mean, std);
   const bool poisoned_capture = g[field::candidate] >= 0.0 && g[field::candidate_bad] >= 0.0;
+  // Under a GradScaler an overflow is routine, and the step was left out: there is no gradient to judge.
+  if (!is_finite(gradient.norm) && c[config::gradient_may_overflow] != 0.0) gradient.is_known = false;
+  const double steepest = gradient.is_known ? gradient_threshold(g, c) : std::numeric_limits<double>::infinity();
+  const bool exploded = size < c[config::min_history] ? x > c[config::warmup_bound] : is_explosion(c, t, x);
+  const double drift = drift_with(g, c, x);
 
   Reason reason = kHealthy;
   bool rollback = false, joins = false, paused = false;
@@ -278,16 +168,22 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, Moments m,
   } else if (nonfinite || !is_finite(x)) {
     reason = kNonFinite;
     rollback = true;
+  } else if (gradient.is_known && !is_finite(gradient.norm)) {
+    reason = kGradientNorm;
+    rollback = true;
   } else if (g[field::cooldown_left] > 0.0) {
     paused = true;
   } else if (is_chance_level(g, c, x)) {
     reason = kLobotomy;
     g.live(memory::lobotomy_pending) += 1.0;
     rollback = g.live(memory::lobotomy_pending) >= c[config::lobotomy_patience];
-  } else if (size < c[config::min_history] ? x > c[config::warmup_bound] : is_explosion(c, t, x)) {
-    reason = kAnomaly;
+  } else if (exploded || (gradient.is_known && gradient.norm > steepest)) {
+    reason = exploded ? kAnomaly : kGradientNorm;
     g.live(memory::consecutive) += 1.0;
     rollback = g.live(memory::consecutive) >= c[config::min_panics_before_rollback];
+  } else if (drift > c[config::drift_threshold] * c[config::drift_horizon]) {
+    reason = kDrift;
+    rollback = true;
   } else {
     joins = true;
   }
@@ -295,16 +191,19 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, Moments m,
   g[field::step] += 1.0;
   g[field::reason] = reason;
   g[field::rollback] = rollback ? 1.0 : 0.0;
-  g[field::loss] = x;
-  g[field::mean] = size > 0.0 ? m.mean : nan;
-  g[field::std] = size > 0.0 ? std : nan;
+  g[field::loss] = one_nan(x);
+  g[field::mean] = size > 0.0 ? one_nan(m.mean) : nan;
+  g[field::std] = size > 0.0 ? one_nan(std) : nan;
   g[field::threshold_absolute] = t.absolute;
-  g[field::threshold_statistical] = size > 0.0 ? t.statistical : nan;
+  g[field::threshold_statistical] = size > 0.0 ? one_nan(t.statistical) : nan;
   g[field::threshold_multiplier] = size > 0.0 ? t.multiplier : nan;
+  g[field::gradient_norm] = gradient.is_known ? one_nan(gradient.norm) : -1.0;
+  g[field::gradient_threshold] = one_nan(steepest);
+  g[field::drift] = drift;
   g[field::tensor_index] = poisoned_capture ? g[field::candidate_bad] : -1.0;
   g[field::reward] = 0.0;
   if (g[field::cooldown_left] > 0.0) g[field::cooldown_left] -= 1.0;
-  if (joins) accept(g, x);
+  if (joins) accept(g, c, x, gradient, drift);
   g[field::panics] = g.live(memory::consecutive);
 
   const bool acts = rollback && c[config::log_only] == 0.0;

@@ -8,7 +8,8 @@ namespace tolaria::math {
 #define TOLARIA_GOVERNOR_FIELDS(X)                                                                       \
   /* the last verdict: what a Verdict copies */                                                          \
   X(step) X(reason) X(rollback) X(loss) X(mean) X(std) X(threshold_absolute) X(threshold_statistical)    \
-  X(threshold_multiplier) X(panics) X(tensor_index) X(reward)                                            \
+  X(threshold_multiplier) X(gradient_norm) X(gradient_threshold) X(drift) X(panics) X(tensor_index)      \
+  X(reward)                                                                                              \
   /* orders for the snapshot ops: the slot to write, per capture part (-1: none); 1 if a restore is due */ \
   X(capture_order_0) X(capture_order_1) X(restore_order)                                                 \
   /* Welford statistics of all healthy losses; these never go back */                                    \
@@ -19,14 +20,18 @@ namespace tolaria::math {
   X(slot_step_0) X(slot_step_1) X(slot_capture_0) X(slot_capture_1)                                      \
   X(restored_capture) X(restored_step) X(steps_lost) X(events)
 
-// What belongs to the state that was judged, so goes back with it; followed by `window` losses, oldest first.
-#define TOLARIA_GOVERNOR_MEMORY(X) X(history_size) X(last_healthy) X(consecutive) X(lobotomy_pending)
+// What belongs to the state that was judged, so goes back with it; followed by `window` losses, oldest first, and by
+// `window` gradient norms.
+#define TOLARIA_GOVERNOR_MEMORY(X)                                                                       \
+  X(history_size) X(last_healthy) X(consecutive) X(lobotomy_pending) X(gradient_size)                    \
+  X(drift_count) X(drift_mean) X(drift_variance) X(drift_sum)
 
 #define TOLARIA_GOVERNOR_CONFIG(X)                                                                       \
   X(window) X(min_history) X(absolute_threshold) X(sensitivity) X(multiplier) X(rule_any) X(min_std)     \
   X(warmup_bound) X(min_panics_before_rollback) X(random_guess_loss) X(lobotomy_healthy_below)           \
   X(lobotomy_low) X(lobotomy_high) X(lobotomy_patience) X(cooldown) X(snapshot_interval) X(probation)    \
-  X(log_only) X(death_penalty)
+  X(log_only) X(death_penalty) X(gradient_multiplier) X(gradient_may_overflow)                           \
+  X(drift_horizon) X(drift_slack) X(drift_threshold)
 
 // A mailbox row: status words, then a ring of records. The device writes it, the host only reads.
 #define TOLARIA_GOVERNOR_STATUS(X)                                                                       \
@@ -34,8 +39,8 @@ namespace tolaria::math {
   X(last_good_capture) X(last_good_step) X(capture_count) X(promotion_count) X(tensor_index) X(anchor_step)
 #define TOLARIA_GOVERNOR_RECORD(X)                                                                       \
   X(kind) X(step) X(reason) X(rollback) X(loss) X(mean) X(std) X(threshold_absolute)                     \
-  X(threshold_statistical) X(threshold_multiplier) X(panics) X(tensor_index) X(capture_id)               \
-  X(capture_step) X(steps_lost) X(rollback_count)
+  X(threshold_statistical) X(threshold_multiplier) X(gradient_norm) X(gradient_threshold) X(drift)       \
+  X(panics) X(tensor_index) X(capture_id) X(capture_step) X(steps_lost) X(rollback_count)
 
 #define TOLARIA_ENTRY(name) name,
 namespace field {
@@ -55,11 +60,21 @@ enum : int { TOLARIA_GOVERNOR_RECORD(TOLARIA_ENTRY) count };
 }
 #undef TOLARIA_ENTRY
 
-enum Reason : int { kHealthy = 0, kNonFinite = 1, kLobotomy = 2, kAnomaly = 3, kNonFiniteState = 4, kManual = 5 };
+enum Reason : int {
+  kHealthy = 0,
+  kNonFinite = 1,
+  kLobotomy = 2,
+  kAnomaly = 3,
+  kNonFiniteState = 4,
+  kManual = 5,
+  kGradientNorm = 6,
+  kDrift = 7
+};
 enum EventKind : int { kVerdictEvent = 0, kCaptureEvent = 1, kPromotionEvent = 2, kRollbackEvent = 3 };
 enum Order : int { kOrderRollback = 0, kOrderCapture = 1, kOrderPromote = 2, kOrderForget = 3 };
 
 constexpr int kMaxWindow = 4096;
+constexpr double kDriftClip = 2.0;    // standard deviations that one loss adds to the drift sum at most
 constexpr int kCaptureParts = 2;      // 0: what others mutate, on the current stream; 1: parameters and optimizer state
 constexpr int kAllPartsDone = (1 << kCaptureParts) - 1;
 

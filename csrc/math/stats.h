@@ -4,8 +4,10 @@
 #include <c10/macros/Macros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 namespace tolaria::math {
@@ -83,5 +85,10 @@ struct Stats {
 
 // Places in the result of tensor_stats.
 enum StatsField : int { kSumSquares, kMaxAbs, kNonfiniteCount, kFirstNonfinite, kStatsFields };
+
+// The norm that a result of tensor_stats tells; NaN if a value was not finite.
+C10_HOST_DEVICE inline double norm_of(const double* stats) {
+  return stats[kNonfiniteCount] > 0.0 ? std::numeric_limits<double>::quiet_NaN() : std::sqrt(stats[kSumSquares]);
+}
 
 }  // namespace tolaria::math

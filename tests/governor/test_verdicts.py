@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "any": {"rule": "any", "min_std": 0.05},
     "patient": {"lobotomy_patience": 3, "cooldown": 2, "min_panics_before_rollback": 3},
     "bounded": {"warmup_bound": 50.0, "lobotomy_band": (0.95, math.inf), "window": 12},
+    "drift": {"drift_horizon": 12, "drift_threshold": 0.4, "min_std": 0.05, "gradient_multiplier": 3.0},
     "log-only": {"log_only": True},
 }
 
@@ -50,6 +51,17 @@ def losses_like_a_run(n: int, steps: int, seed: int) -> Tensor:
     return x
 
 
+def norms_like_a_run(n: int, steps: int, seed: int) -> Tensor:
+    """(steps, n, 4) rows of ``tensor_stats``, with overflows, explosions and zeros among them."""
+    source = torch.Generator().manual_seed(seed)
+    norm = torch.rand(steps, n, generator=source, dtype=torch.float64)
+    kind = torch.rand(steps, n, generator=source)
+    norm = torch.where(kind < 0.05, norm * 1e3, norm)
+    norm = torch.where((kind >= 0.05) & (kind < 0.07), 0.0, norm)
+    bad = ((kind >= 0.07) & (kind < 0.09)).double()
+    return torch.stack([norm * norm, norm, bad, bad - 1.0], dim=2)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int64), b.view(torch.int64))
 
@@ -65,19 +77,20 @@ def carry_out_captures(state: Tensor, poisoned: Tensor) -> None:
 @pytest.mark.parametrize("n", [1, 3, 8, 17, 1000])
 def test_compiled_equals_reference_bit_for_bit(n: int, name: str) -> None:
     config = GovernorConfig(snapshot_interval=7, **SETTINGS[name])
-    settings_ = config.to_tensor(math.log(10), "cpu")
+    settings_ = config.to_tensor(math.log(10), "cpu", gradient_may_overflow=n == 17)
     source = torch.Generator().manual_seed(n)
     states = [ops.governor_state(n, window=config.window) for _ in range(2)]
     for state in states:
         state[StateField.attached] = torch.arange(n) % 2
     boxes = [ops.governor_mailbox(n, records=4) for _ in range(2)]
-    for loss in losses_like_a_run(n, 60, seed=n):
+    for loss, rows in zip(losses_like_a_run(n, 60, seed=n), norms_like_a_run(n, 60, seed=n), strict=True):
+        gradient = {1: None, 3: rows[:, 1].float(), 8: rows[:, 1].bfloat16()}.get(n, rows)
         active = torch.rand(n, generator=source) < 0.9
         flag = (torch.rand(n, generator=source) < 0.02).float()
         poisoned = torch.rand(n, generator=source) < 0.3
         for mode, state, box in zip(("fused", "reference"), states, boxes, strict=True):
             with tolaria.backend(mode):  # type: ignore[arg-type]
-                ops.governor_step_(state, settings_, loss, flag, active, box)
+                ops.governor_step_(state, settings_, loss, flag, active, box, gradient)
             carry_out_captures(state, poisoned)
         assert same_bits(*states)
         assert same_bits(*boxes)
@@ -114,14 +127,22 @@ def test_verdicts_follow_the_rule_of_the_contract(name: str, mode: str) -> None:
         "warmup_bound": config.warmup_bound,
         "band": config.lobotomy_band,
         "window": config.window,
+        "drift_horizon": config.drift_horizon,
+        "drift_threshold": config.drift_threshold,
+        "gradient_multiple": config.gradient_multiplier,
     }
     rules = [PlainRule(guess=math.log(10), **plain) for _ in range(n)]
     state = ops.governor_state(n, window=config.window, attached=False)
     tensor = config.to_tensor(math.log(10), "cpu")
     with tolaria.backend(mode):  # type: ignore[arg-type]
-        for loss in losses_like_a_run(n, steps, seed=7):
-            ops.governor_step_(state, tensor, loss)
-            verdicts = [rule.judge(x) for rule, x in zip(rules, loss.tolist(), strict=True)]
+        for loss, rows in zip(losses_like_a_run(n, steps, 7), norms_like_a_run(n, steps, 7), strict=True):
+            gradient = rows if name == "drift" else None
+            norms = torch.where(rows[:, 2] > 0, math.nan, rows[:, 0].sqrt()).tolist()
+            ops.governor_step_(state, tensor, loss, gradient=gradient)
+            verdicts = [
+                rule.judge(x, norm=None if gradient is None else norm)
+                for rule, x, norm in zip(rules, loss.tolist(), norms, strict=True)
+            ]
             for rule, (_, rollback) in zip(rules, verdicts, strict=True):
                 if rollback:
                     rule.rolled_back()
@@ -204,6 +225,10 @@ def test_bad_arguments_are_named(mode: str) -> None:
             ops.governor_step_(state, config, torch.ones(2), torch.ones(2, dtype=torch.int32))
         with pytest.raises(ValueError, match=r"active: expected one value"):
             ops.governor_step_(state, config, torch.ones(2), None, torch.ones(1, dtype=torch.bool))
-        with pytest.raises(ValueError, match=r"config: expected 19 float64"):
+        with pytest.raises(ValueError, match=r"gradient: expected one value for each of the 2 governors"):
+            ops.governor_step_(state, config, torch.ones(2), gradient=torch.ones(3))
+        with pytest.raises(TypeError, match=r"gradient: expected float64"):
+            ops.governor_step_(state, config, torch.ones(2), gradient=torch.ones(2, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"config: expected 24 float64"):
             ops.governor_step_(state, config[:-1], torch.ones(2))
     assert same_bits(state, untouched)

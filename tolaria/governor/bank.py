@@ -136,12 +136,15 @@ class GovernorBank:
         self._policies.pop(i, None)
         self._state[StateField.attached, i] = 0.0
 
-    def step(self, losses: Tensor, *, active: Tensor | None = None) -> Tensor:
+    def step(
+        self, losses: Tensor, *, active: Tensor | None = None, gradient_norms: Tensor | None = None
+    ) -> Tensor:
         """Judge one loss per environment, restore and capture the attached rows.
 
         Args:
             losses: ``(n,)``, any floating dtype, on the bank's device.
             active: ``(n,)`` bool; rows that are not active keep every byte.
+            gradient_norms: ``(n,)`` norms to be judged beside the losses; a bank computes none by itself.
 
         Returns:
             Rewards, float32 ``(n,)`` on the bank's device: minus ``death_penalty`` for a row that rolled back
@@ -154,7 +157,7 @@ class GovernorBank:
         """
         for engine in self._engines.values():
             engine.judged()
-        ops.governor_step_(self._state, self._settings, losses, None, active, self._mailbox)
+        ops.governor_step_(self._state, self._settings, losses, None, active, self._mailbox, gradient_norms)
         mask = None if active is None else active.reshape(-1)
         for i, engine in self._engines.items():
             # An inactive row keeps its orders; the CPU would look at them again, so it is passed over.

@@ -26,8 +26,8 @@ class GovernorConfig:
     """Healthy losses remembered, H (losses, >= min_history)."""
     min_history: int = 10
     """Healthy losses needed before an explosion or a lobotomy can be judged (losses, >= 2)."""
-    absolute_threshold: float = 10.0
-    """A loss up to this is no explosion (loss units)."""
+    absolute_threshold: float | None = 10.0
+    """A loss up to this is no explosion (loss units); None: max(10, 1.5 times the random-guess loss)."""
     sensitivity: float = 6.0
     """A loss up to mean + this many standard deviations is no explosion (dimensionless, > 0)."""
     multiplier: float = 3.0
@@ -36,8 +36,8 @@ class GovernorConfig:
     """Whether all three thresholds must be passed, or any one of them."""
     min_std: float = 0.0
     """Floor of the standard deviation, as a share of |mean|: a flat plateau must not shoot a healthy run."""
-    warmup_bound: float = math.inf
-    """While H is shorter than min_history, a loss above this is an anomaly (loss units)."""
+    warmup_bound: float | None = math.inf
+    """While H is shorter than min_history, a loss above this is an anomaly (loss units); None: as above."""
     min_panics_before_rollback: int = 2
     """Anomalies in a row that order a rollback (>= 1)."""
     lobotomy_healthy_below: float = 0.6
@@ -46,6 +46,16 @@ class GovernorConfig:
     """Collapse to chance: a loss between these multiples of the random-guess loss; the upper may be inf."""
     lobotomy_patience: int = 1
     """In-band losses that order a rollback (>= 1)."""
+    drift_horizon: int = 0
+    """Healthy losses over which the drift test's baseline forgets; 0: no drift test (losses)."""
+    drift_slack: float = 0.5
+    """Standard deviations above the baseline that the drift test lets pass, at each loss (>= 0)."""
+    drift_threshold: float = 2.0
+    """The drift sum that orders a rollback, in horizons (standard deviations times losses, > 0)."""
+    gradient_norm: bool = False
+    """Judge the norm of the gradients of all covered optimizers beside the loss: one more pass over them."""
+    gradient_multiplier: float = 10.0
+    """A norm up to so many means of its own window is no anomaly (dimensionless, > 0)."""
     cooldown: int = 0
     """Steps after a rollback during which only non-finite losses are judged and none joins H (>= 0)."""
     snapshot_interval: int = 100
@@ -84,6 +94,7 @@ class GovernorConfig:
             "window": (2, 4096),
             "min_panics_before_rollback": (1, math.inf),
             "lobotomy_patience": (1, math.inf),
+            "drift_horizon": (0, math.inf),
             "cooldown": (0, math.inf),
             "snapshot_interval": (2, math.inf),
             "probation": (1, math.inf),
@@ -98,10 +109,14 @@ class GovernorConfig:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 limit = f" and at most {int(high)}" if math.isfinite(high) else ""
                 found.append((name, f"an integer of at least {low}{limit}", value))
-        for name in ("absolute_threshold", "sensitivity", "multiplier", "warmup_bound", "lr_factor"):
+        for name in ("sensitivity", "multiplier", "lr_factor", "drift_threshold", "gradient_multiplier"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 found.append((name, "a number above 0", getattr(self, name)))
-        for name in ("min_std", "death_penalty", "lobotomy_healthy_below"):
+        for name in ("absolute_threshold", "warmup_bound"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                found.append((name, "a number above 0, or None", value))
+        for name in ("min_std", "death_penalty", "lobotomy_healthy_below", "drift_slack"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf):
                 found.append((name, "a finite number of at least 0", getattr(self, name)))
         if self.rule not in ("all", "any"):
@@ -116,7 +131,7 @@ class GovernorConfig:
             and band[0] <= band[1]
         ):
             found.append(("lobotomy_band", "(low, high) with low <= high", band))
-        for name in ("log_only", "restore_rng", "skip_anomalous_steps"):
+        for name in ("gradient_norm", "log_only", "restore_rng", "skip_anomalous_steps"):
             if not isinstance(getattr(self, name), bool):
                 found.append((name, "True or False", getattr(self, name)))
         if found:
@@ -133,18 +148,23 @@ class GovernorConfig:
 
     @classmethod
     def strict(cls, random_guess_loss: float | None = None, **overrides: object) -> GovernorConfig:
-        """Settings without the default rule's blind spots: any threshold trips, and the warm-up is bounded.
+        """Settings without the default rule's blind spots.
+
+        Any threshold trips, the warm-up is bounded, slow climbs are found, and the gradient's norm is judged.
 
         Args:
-            random_guess_loss: loss of guessing, r; the absolute threshold is max(10, 1.5 r).
+            random_guess_loss: loss of guessing, r; the absolute threshold is max(10, 1.5 r). None: the one
+                that the governor is made with.
             **overrides: fields that are to differ.
         """
-        absolute = max(10.0, 1.5 * (random_guess_loss or 0.0))
+        absolute = None if random_guess_loss is None else max(10.0, 1.5 * random_guess_loss)
         settings: dict[str, Any] = {
             "rule": "any",
             "min_std": 0.05,
             "absolute_threshold": absolute,
             "warmup_bound": absolute,
+            "drift_horizon": 50,
+            "gradient_norm": True,
             **overrides,
         }
         return cls(**settings)
@@ -154,9 +174,26 @@ class GovernorConfig:
         fields: dict[str, Any] = changes
         return dataclasses.replace(self, **fields)
 
-    def to_tensor(self, random_guess_loss: float | None, device: torch.device | str) -> Tensor:
-        """The fields that ``governor_step_`` reads: float64 ``(CONFIG_FIELDS,)`` on ``device``."""
+    def to_tensor(
+        self,
+        random_guess_loss: float | None,
+        device: torch.device | str,
+        *,
+        gradient_may_overflow: bool = False,
+    ) -> Tensor:
+        """The fields that ``governor_step_`` reads: float64 ``(CONFIG_FIELDS,)`` on ``device``.
+
+        Args:
+            random_guess_loss: loss of guessing, or None.
+            device: where the governors live.
+            gradient_may_overflow: whether a non-finite gradient is routine, as it is under a GradScaler.
+        """
+        fallback = max(10.0, 1.5 * (random_guess_loss or 0.0))
+        absolute, warm = self.absolute_threshold, self.warmup_bound
         derived = {
+            ConfigField.absolute_threshold: fallback if absolute is None else absolute,
+            ConfigField.warmup_bound: fallback if warm is None else warm,
+            ConfigField.gradient_may_overflow: gradient_may_overflow,
             ConfigField.rule_any: self.rule == "any",
             ConfigField.random_guess_loss: math.nan if random_guess_loss is None else random_guess_loss,
             ConfigField.lobotomy_low: self.lobotomy_band[0],

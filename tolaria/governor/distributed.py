@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,8 +35,12 @@ def check_ranks(process_group: dist.ProcessGroup | None, model: nn.Module | None
 
 
 def agree(
-    process_group: dist.ProcessGroup, state: Tensor, loss: Tensor, nonfinite: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    process_group: dist.ProcessGroup,
+    state: Tensor,
+    loss: Tensor,
+    nonfinite: Tensor | None,
+    gradient: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean loss and joined flags of all ranks, reduced on the device; a NaN or infinity on one reaches all.
 
     A non-finite value that a capture found on one rank becomes every rank's, in ``state``.
@@ -44,15 +50,23 @@ def agree(
         state: float64 ``(fields, n)``; ``candidate_bad`` is updated in place.
         loss: ``n`` losses of this rank.
         nonfinite: ``n`` flags of this rank, or None.
+        gradient: ``n`` norms of this rank or its row of ``tensor_stats``, or None on every rank.
 
     Returns:
-        float64 losses ``(n,)`` and flags ``(n,)``.
+        float64 losses ``(n,)``, flags ``(n,)`` and, if there are any, mean norms ``(n,)``.
     """
     bad = state[StateField.candidate_bad]
     own = torch.zeros_like(bad) if nonfinite is None else (nonfinite.reshape(-1) != 0).to(bad)
-    shared = torch.stack([loss.detach().reshape(-1).to(bad), own, (bad >= 0).to(bad)])
+    told = [loss.detach().reshape(-1).to(bad), own, (bad >= 0).to(bad)]
+    if gradient is not None:
+        norms = gradient.detach().reshape(len(bad), -1).to(bad)
+        if norms.shape[1] > 1:
+            norms = torch.where(norms[:, 2:3] > 0, math.nan, norms[:, :1].sqrt())
+        told.append(norms[:, 0])
+    shared = torch.stack(told)
     dist.all_reduce(shared, group=process_group)
-    mean = shared[0] / dist.get_world_size(process_group)
+    ranks = dist.get_world_size(process_group)
+    mean = shared[0] / ranks
     elsewhere = (shared[2] > 0) & (bad < 0) & (state[StateField.candidate] >= 0)
     bad.copy_(torch.where(elsewhere, float(OTHER_RANK), bad))
-    return mean, shared[1]
+    return mean, shared[1], None if gradient is None else shared[3] / ranks

@@ -167,6 +167,22 @@ class Engine(ABC):
         """Give an order from outside the rule."""
         ops.governor_order_(self._state, self._settings, self._column, order, reason, tensor, self._mailbox)
 
+    def gradient_stats(self) -> Tensor | None:
+        """``tensor_stats`` over the gradients of what the optimizers train; None if there are none.
+
+        An incubating seed's are left out, since they cannot hurt the host. Of a sparse gradient the stored
+        values count.
+        """
+        aside = {id(t) for _, holder in self._seed_holders for t in holder.incubating_tensors()}
+        gradients = [
+            p.grad._values() if p.grad.is_sparse else p.grad
+            for optimizer in self.tracked.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None and id(p) not in aside
+        ]
+        return ops.tensor_stats(gradients) if gradients else None
+
     def cull_poisoned_seeds(self) -> Iterator[GovernorEvent]:
         """Cull, alone, every incubating seed that holds a non-finite value; the host cannot have felt it."""
         for name, holder in self._seed_holders:

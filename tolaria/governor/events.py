@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tolaria.governor.verdict import GovernorReport
+from tolaria.governor.verdict import GovernorReport, judged_norm
 from tolaria.ops import EventKind, PanicReason, RecordField, StatusField
 
 
@@ -62,6 +62,9 @@ class VerdictEvent(GovernorEvent):
     thresholds: tuple[float, float, float]
     consecutive_panics: int
     tensor_name: str | None
+    gradient_norm: float = math.nan
+    gradient_threshold: float = math.nan
+    drift: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +202,9 @@ class MailboxReader:
         loss, mean, std, panics = (
             r[RecordField.loss], r[RecordField.mean], r[RecordField.std], int(r[RecordField.panics])
         )  # fmt: skip
+        gradient_norm, gradient_threshold, drift = (
+            judged_norm(r[RecordField.gradient_norm]), r[RecordField.gradient_threshold], r[RecordField.drift]
+        )  # fmt: skip
         if kind is EventKind.VERDICT:
             return VerdictEvent(
                 step=step,
@@ -211,6 +217,9 @@ class MailboxReader:
                 thresholds=thresholds,
                 consecutive_panics=panics,
                 tensor_name=name,
+                gradient_norm=gradient_norm,
+                gradient_threshold=gradient_threshold,
+                drift=drift,
             )
         self._rollbacks += 1
         report = GovernorReport(
@@ -227,6 +236,9 @@ class MailboxReader:
             reward=self._reward,
             rollback_count=int(r[RecordField.rollback_count]),
             tensor_name=name,
+            gradient_norm=gradient_norm,
+            gradient_threshold=gradient_threshold,
+            drift=drift,
         )
         return RollbackEvent(step=step, row=self._row, report=report)
 

@@ -111,7 +111,12 @@ class TolariaGovernor:
     def _build(self, tracked: TrackedState) -> None:
         device = tracked.device
         self._state = ops.governor_state(1, window=self.config.window, device=device)
-        self._settings = self.config.to_tensor(self.random_guess_loss, device)
+        scaler = tracked.scaler
+        self._settings = self.config.to_tensor(
+            self.random_guess_loss,
+            device,
+            gradient_may_overflow=scaler is not None and scaler.is_enabled(),
+        )
         self._mailbox = attach.make_mailbox(1, self.config.event_capacity, device)
         self._reader = MailboxReader(self._mailbox.numpy()[0], 0, -self.config.death_penalty)
         self._engine = attach.make_engine(
@@ -128,12 +133,21 @@ class TolariaGovernor:
 
     # -- every step ------------------------------------------------------------------------------------------
 
-    def check_vital_signs(self, loss: Tensor | float, *, nonfinite: Tensor | bool | None = None) -> Verdict:
+    def check_vital_signs(
+        self,
+        loss: Tensor | float,
+        *,
+        nonfinite: Tensor | bool | None = None,
+        gradient_norm: Tensor | float | None = None,
+    ) -> Verdict:
         """Judge a loss and update the statistics, without acting on it.
 
         Args:
             loss: one value: a tensor of any floating dtype on the model's device, or a number.
             nonfinite: judge as NaN whatever ``loss`` is, if true (a flag, or a ``found_inf`` tensor).
+            gradient_norm: judge this norm beside the loss, one value as for ``loss``: for instance what
+                ``clip_grad_norm_`` returned, which is the norm before clipping. None: the norm of the
+                gradients as they are now if ``config.gradient_norm`` is set, else none.
 
         Returns:
             The verdict, true when a rollback is called for. Pass it to :meth:`step` after the optimizer step.
@@ -142,20 +156,27 @@ class TolariaGovernor:
             TypeError: ``loss`` is neither a number nor a floating tensor.
             ValueError: ``loss`` has more than one element, or is on another device.
         """
-        self._judge(loss, nonfinite)
+        self._judge(loss, nonfinite, gradient_norm)
         verdict = Verdict(self._state[:_VERDICT_FIELDS, 0].clone())
         self._latest = verdict
         if self._skipper is not None:
             self._skipper.after_verdict(self._state[StateField.reason])
         return verdict
 
-    def step(self, loss: Tensor | float | Verdict, *, nonfinite: Tensor | bool | None = None) -> None:
+    def step(
+        self,
+        loss: Tensor | float | Verdict,
+        *,
+        nonfinite: Tensor | bool | None = None,
+        gradient_norm: Tensor | float | None = None,
+    ) -> None:
         """Judge (unless given the verdict just returned), restore if ordered, capture if due.
 
         Args:
             loss: the loss this optimizer step was computed from (with accumulation the mean of its
                 micro-batches), or the :class:`Verdict` that :meth:`check_vital_signs` just returned for it.
             nonfinite: as for :meth:`check_vital_signs`; not together with a verdict.
+            gradient_norm: likewise.
 
         Raises:
             TypeError, ValueError: as :meth:`check_vital_signs`; also for a verdict that is not the latest.
@@ -166,10 +187,11 @@ class TolariaGovernor:
                 raise ValueError(
                     "loss: expected the verdict that check_vital_signs returned last, got an older one"
                 )
-            if nonfinite is not None:
-                raise ValueError("nonfinite: expected None together with a verdict, which is already judged")
+            for name, value in (("nonfinite", nonfinite), ("gradient_norm", gradient_norm)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected None with a verdict, which is judged already")
         else:
-            self._judge(loss, nonfinite)
+            self._judge(loss, nonfinite, gradient_norm)
         for event in self._engine.act():
             self._tell(event)
         if self._skipper is not None:
@@ -184,18 +206,30 @@ class TolariaGovernor:
         """
         self._engine.begin_step()
 
-    def _judge(self, loss: Tensor | float, nonfinite: Tensor | bool | None) -> None:
+    def _judge(
+        self,
+        loss: Tensor | float,
+        nonfinite: Tensor | bool | None,
+        gradient_norm: Tensor | float | None = None,
+    ) -> None:
         if self._closed:
             raise TolariaError("governor: it is closed; make a new one")
         if not isinstance(loss, Tensor):
             loss = self._scalar.fill_(attach.as_number("loss", loss))
         if nonfinite is not None and not isinstance(nonfinite, Tensor):
             nonfinite = torch.tensor(bool(nonfinite), device=self._state.device)
+        gradient: Tensor | None = None
+        if isinstance(gradient_norm, Tensor):
+            gradient = gradient_norm
+        elif gradient_norm is not None:
+            gradient = torch.full_like(self._scalar, attach.as_number("gradient_norm", gradient_norm))
+        elif self.config.gradient_norm:
+            gradient = self._engine.gradient_stats()
         self._engine.judged()
         if self._group is not None:
-            loss, nonfinite = agree(self._group, self._state, loss, nonfinite)
+            loss, nonfinite, gradient = agree(self._group, self._state, loss, nonfinite, gradient)
         self._latest = None
-        ops.governor_step_(self._state, self._settings, loss, nonfinite, None, self._mailbox)
+        ops.governor_step_(self._state, self._settings, loss, nonfinite, None, self._mailbox, gradient)
 
     # -- by hand ---------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ def lifetime_statistics(state: Tensor) -> dict[str, float]:
 def saved_form(config: GovernorConfig, random_guess_loss: float | None, state: Tensor) -> dict[str, Any]:
     """What a governor saves of itself: plain values and one CPU tensor."""
     return {
-        "version": 1,
+        "version": 2,
         "config": asdict(config),
         "random_guess_loss": random_guess_loss,
         "state": state.detach().cpu().clone(),
@@ -47,7 +47,7 @@ def read_saved_form(saved: Mapping[str, Any]) -> tuple[GovernorConfig, Tensor]:
         ValueError: ``saved`` is nothing that :func:`saved_form` returned.
     """
     missing = {"version", "config", "random_guess_loss", "state"} - set(saved)
-    if missing or saved.get("version") != 1:
+    if missing or saved.get("version") != 2:
         raise ValueError(
             f"state: expected a dict from TolariaGovernor.state_dict(), it lacks {sorted(missing)}"
         )

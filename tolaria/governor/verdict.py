@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from tolaria.ops import PanicReason, StateField
+
+
+def judged_norm(stored: float) -> float:
+    """A gradient norm as it is told: the state holds -1 where none was judged."""
+    return math.nan if stored == -1.0 else stored
 
 
 class Verdict:
@@ -75,6 +81,21 @@ class Verdict:
         )
 
     @property
+    def gradient_norm(self) -> float:
+        """The gradient's norm that was judged beside the loss; NaN where none was."""
+        return judged_norm(self._value(StateField.gradient_norm))
+
+    @property
+    def gradient_threshold(self) -> float:
+        """What that norm must exceed to be an anomaly; infinite while its window is too short."""
+        return self._value(StateField.gradient_threshold)
+
+    @property
+    def drift(self) -> float:
+        """The drift sum with this loss (standard deviations times losses); 0 without a drift test."""
+        return self._value(StateField.drift)
+
+    @property
     def consecutive_panics(self) -> int:
         """Anomalies in a row, this one included."""
         return int(self._value(StateField.panics))
@@ -116,3 +137,9 @@ class GovernorReport:
     """Rollbacks so far, this one included."""
     tensor_name: str | None = None
     """First tensor found holding a non-finite value, where that was the reason."""
+    gradient_norm: float = math.nan
+    """The gradient's norm at the panic; NaN where it was not judged."""
+    gradient_threshold: float = math.nan
+    """What it would have had to exceed to be an anomaly."""
+    drift: float = 0.0
+    """The drift sum at the panic."""

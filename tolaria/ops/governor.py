@@ -20,6 +20,7 @@ def governor_step_(
     nonfinite: Tensor | None = None,
     active: Tensor | None = None,
     mailbox: Tensor | None = None,
+    gradient: Tensor | None = None,
 ) -> None:
     """Judge one loss for each of ``n`` governors, in one launch and without reading anything back.
 
@@ -34,16 +35,18 @@ def governor_step_(
         active: ``n`` flags; a row whose flag is 0 is not touched.
         mailbox: float64 ``(n, status + records)`` in (page-locked) CPU memory, where events and status are
             written.
+        gradient: ``n`` norms of the gradients that belong to the losses, any floating dtype, or the ``n``
+            rows ``(n, 4)`` that :func:`tolaria.ops.tensor_stats` returned for them; None: not judged.
 
     Raises:
         ValueError: a shape or device does not fit.
         TypeError: ``loss`` is not floating, or a flag is neither bool nor floating.
     """
     if _backend.fused(state):
-        torch.ops.tolaria.governor_step_.default(state, config, loss, nonfinite, active, mailbox)
+        torch.ops.tolaria.governor_step_.default(state, config, loss, nonfinite, active, mailbox, gradient)
     else:
-        reference.check_step_arguments(state, config, loss, nonfinite, active)
-        reference.governor_step_(state, config, loss, nonfinite, active, mailbox)
+        reference.check_step_arguments(state, config, loss, nonfinite, active, gradient)
+        reference.governor_step_(state, config, loss, nonfinite, active, mailbox, gradient)
 
 
 def governor_order_(

@@ -18,105 +18,20 @@ from tolaria.reference.governor_layout import (
     MemoryField,
     Order,
     PanicReason,
-    RecordField,
     StateField,
-    StatusField,
-    memory_row,
-    window_of,
 )
+from tolaria.reference.governor_rules import (
+    drift_with,
+    gradient_norm,
+    gradient_threshold,
+    is_chance_level,
+    move_baseline,
+    thresholds,
+    window_moments,
+)
+from tolaria.reference.governor_state import Governors, emit, write_status
 
 _S, _M = StateField, MemoryField
-_Value = Tensor | float
-
-
-class Governors:
-    """The columns of ``state`` by name; writes select the rows they concern."""
-
-    def __init__(self, state: Tensor, config: Tensor | None, mailbox: Tensor | None) -> None:
-        self.state = state
-        self.window = window_of(state)
-        self.settings = config.unbind() if config is not None else ()
-        self.mailbox = mailbox
-
-    def __getitem__(self, field: int) -> Tensor:
-        return self.state[field]
-
-    def put(self, field: int, rows: Tensor, value: _Value) -> None:
-        """Write ``value`` to ``field`` of ``rows``; the others keep their bytes."""
-        self.state[field] = torch.where(rows, value, self.state[field])
-
-    def setting(self, field: ConfigField) -> Tensor:
-        """One setting, 0-dim."""
-        return self.settings[field]
-
-    def memory(self, field: MemoryField) -> int:
-        """The state row of ``field`` in the live memory."""
-        return memory_row(0, self.window, field)
-
-    def live(self, field: MemoryField) -> Tensor:
-        """``field`` of the live memory."""
-        return self.state[self.memory(field)]
-
-    def block(self, which: int) -> Tensor:
-        """Memory ``which``: 0 live, 1 and 2 the slots'."""
-        return self.state[memory_row(which, self.window, 0) : memory_row(which + 1, self.window, 0)]
-
-    def history(self) -> Tensor:
-        """The losses of the live memory, ``(window, n)``, oldest first."""
-        return self.block(0)[len(MemoryField) :]
-
-    def by_slot(self, slot: Tensor, field: StateField) -> Tensor:
-        """``field`` of slot 0 or of slot 1 (the field after it), whichever ``slot`` says."""
-        return torch.where(slot == 0, self[field], self[field + 1])
-
-
-def _window_moments(g: Governors) -> tuple[Tensor, Tensor]:
-    size = g.live(_M.history_size)
-    mean = torch.zeros_like(size)
-    m2 = torch.zeros_like(size)
-    for i, x in enumerate(g.history().unbind()):
-        inside = i < size
-        new_mean, new_m2 = welford(mean, m2, x, i + 1.0)
-        mean = torch.where(inside, new_mean, mean)
-        m2 = torch.where(inside, new_m2, m2)
-    return mean, m2
-
-
-def _emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: _Value, capture_step: _Value) -> None:
-    """Append a record for each of ``rows`` to the rings; it reads the device, so it is not sync-free."""
-    sequence = g[_S.events].clone()
-    g.put(_S.events, rows, sequence + 1.0)
-    if g.mailbox is None or not bool(rows.any()):
-        return
-    records = (g.mailbox.shape[1] - len(StatusField)) // len(RecordField)
-    filled = {
-        RecordField.kind: torch.full_like(sequence, kind),
-        RecordField.capture_id: torch.as_tensor(capture_id, dtype=sequence.dtype).expand_as(sequence),
-        RecordField.capture_step: torch.as_tensor(capture_step, dtype=sequence.dtype).expand_as(sequence),
-    }
-    columns = [filled[f] if f in filled else g[StateField[f.name]] for f in RecordField]
-    table = torch.stack([column.to(sequence.device) for column in columns], dim=1).to(g.mailbox.device)
-    for row in rows.nonzero().flatten().tolist():
-        count = int(sequence[row])
-        if records:
-            start = len(StatusField) + (count % records) * len(RecordField)
-            g.mailbox[row, start : start + len(RecordField)] = table[row]
-        g.mailbox[row, StatusField.events] = count + 1.0
-
-
-def write_status(g: Governors, rows: Tensor) -> None:
-    """Bring the status words of ``rows`` up to date."""
-    if g.mailbox is None:
-        return
-    good = g[_S.last_good]
-    derived = {
-        StatusField.last_good_capture: g.by_slot(good, _S.slot_capture_0),
-        StatusField.last_good_step: g.by_slot(good, _S.slot_step_0),
-    }
-    words = [derived[f] if f in derived else g[StateField[f.name]] for f in list(StatusField)[1:]]
-    table = torch.stack(words, dim=1).to(g.mailbox.device)
-    target = g.mailbox[:, 1 : len(StatusField)]
-    target.copy_(torch.where(rows.to(g.mailbox.device).unsqueeze(1), table, target))
 
 
 def _cancel_candidate(g: Governors, rows: Tensor) -> None:
@@ -147,7 +62,7 @@ def _promote_candidate(g: Governors, rows: Tensor) -> None:
     g.put(_S.anchor_step, rows, capture_step)
     g.put(_S.promotion_count, rows, g[_S.promotion_count] + 1.0)
     _cancel_candidate(g, rows)
-    _emit(g, rows, EventKind.PROMOTION, g.by_slot(slot, _S.slot_capture_0), capture_step)
+    emit(g, rows, EventKind.PROMOTION, g.by_slot(slot, _S.slot_capture_0), capture_step)
 
 
 def commit_rollback(g: Governors, rows: Tensor) -> None:
@@ -164,38 +79,30 @@ def commit_rollback(g: Governors, rows: Tensor) -> None:
     kept = torch.where(slot == 0, g.block(1), g.block(2))
     g.block(0).copy_(torch.where(rows, kept, g.block(0)))
     _cancel_candidate(g, rows)
-    _emit(g, rows, EventKind.ROLLBACK, g[_S.restored_capture], g[_S.restored_step])
+    emit(g, rows, EventKind.ROLLBACK, g[_S.restored_capture], g[_S.restored_step])
 
 
-def _thresholds(g: Governors, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    c = g.setting
-    floor = c(ConfigField.min_std) * mean.abs()
-    absolute = c(ConfigField.absolute_threshold).expand_as(mean)
-    statistical = mean + c(ConfigField.sensitivity) * torch.where(std < floor, floor, std)
-    silent = torch.where(c(ConfigField.rule_any) != 0, torch.inf, -torch.inf).to(mean)
-    return absolute, statistical, torch.where(mean > 0, c(ConfigField.multiplier) * mean, silent)
-
-
-def _is_chance_level(g: Governors, x: Tensor) -> Tensor:
-    c = g.setting
-    guess = c(ConfigField.random_guess_loss)
-    return (
-        (g.live(_M.history_size) >= c(ConfigField.min_history))
-        & (g.live(_M.last_healthy) < c(ConfigField.lobotomy_healthy_below) * guess)
-        & (x >= c(ConfigField.lobotomy_low) * guess)
-        & (x <= c(ConfigField.lobotomy_high) * guess)
-    )
-
-
-def _accept(g: Governors, rows: Tensor, x: Tensor) -> None:
-    """``x`` joins H and the lifetime statistics of ``rows``."""
-    history, size = g.history(), g.live(_M.history_size)
+def _push(g: Governors, rows: Tensor, size_field: MemoryField, window: Tensor, value: Tensor) -> None:
+    """Append ``value`` to ``rows`` of a window; a full one loses its oldest."""
+    size = g.live(size_field)
     full = rows & (size == g.window)
-    history[:-1] = torch.where(full, history[1:], history[:-1])
+    window[:-1] = torch.where(full, window[1:], window[:-1])
     size = torch.where(full, size - 1.0, size)
     last = size.clamp(max=g.window - 1).long().unsqueeze(0)
-    history.scatter_(0, last, torch.where(rows, x, history.gather(0, last)))
-    g.put(g.memory(_M.history_size), rows, size + 1.0)
+    window.scatter_(0, last, torch.where(rows, value, window.gather(0, last)))
+    g.put(g.memory(size_field), rows, size + 1.0)
+
+
+def _accept(
+    g: Governors, rows: Tensor, x: Tensor, norm: Tensor | None, has_norm: Tensor, drift: Tensor
+) -> None:
+    """A healthy step: ``x`` joins H, the lifetime statistics and the drift baseline, the norm its window."""
+    _push(g, rows, _M.history_size, g.history(), x)
+    if norm is not None:
+        _push(g, rows & has_norm, _M.gradient_size, g.gradients(), norm)
+    drifting = rows & (g.setting(ConfigField.drift_horizon) != 0)
+    g.put(g.memory(_M.drift_sum), drifting, drift)
+    move_baseline(g, drifting, x)
     g.put(g.memory(_M.last_healthy), rows, x)
     g.put(g.memory(_M.consecutive), rows, 0.0)
     g.put(g.memory(_M.lobotomy_pending), rows, 0.0)
@@ -228,6 +135,7 @@ def governor_step_(
     nonfinite: Tensor | None = None,
     active: Tensor | None = None,
     mailbox: Tensor | None = None,
+    gradient: Tensor | None = None,
 ) -> None:
     """Reference of :func:`tolaria.ops.governor_step_`."""
     g = Governors(state, config, mailbox)
@@ -236,24 +144,34 @@ def governor_step_(
     rows = torch.ones_like(x, dtype=torch.bool) if active is None else active.reshape(-1) != 0
     finite = torch.isfinite(x) if nonfinite is None else torch.isfinite(x) & (nonfinite.reshape(-1) == 0)
     size = g.live(_M.history_size).clone()
-    mean, m2 = _window_moments(g)
+    mean, m2 = window_moments(g.history(), size)
     std = correctly_rounded_sqrt(m2 / size)
-    absolute, statistical, multiplier = _thresholds(g, mean, std)
+    absolute, statistical, multiplier = thresholds(g, mean, std)
 
     over = [x > absolute, x > statistical, x > multiplier]
     explosion = torch.where(
         c(ConfigField.rule_any) != 0, over[0] | over[1] | over[2], over[0] & over[1] & over[2]
     )
-    warm = size < c(ConfigField.min_history)
+    explosion = torch.where(size < c(ConfigField.min_history), x > c(ConfigField.warmup_bound), explosion)
+    norm, has_norm = gradient_norm(g, gradient)
+    steepest = torch.full_like(x, torch.inf)
+    if norm is not None:
+        steepest = torch.where(has_norm, gradient_threshold(g), torch.inf)
+    judged = torch.full_like(x, -1.0) if norm is None else torch.where(has_norm, norm, -1.0)
+    drift = drift_with(g, x)
     # The rules in their order of precedence; a row falls to the first that holds.
     poisoned = (g[_S.candidate] >= 0) & (g[_S.candidate_bad] >= 0)
     nonfinite_loss = ~poisoned & ~finite
     open_ = ~poisoned & finite
+    nonfinite_gradient = open_ & has_norm & ~judged.isfinite()
+    open_ = open_ & ~nonfinite_gradient
     paused = open_ & (g[_S.cooldown_left] > 0)
-    lobotomy = open_ & ~paused & _is_chance_level(g, x)
+    lobotomy = open_ & ~paused & is_chance_level(g, x)
     open_ = open_ & ~paused & ~lobotomy
-    anomaly = open_ & torch.where(warm, x > c(ConfigField.warmup_bound), explosion)
-    joins = open_ & ~anomaly
+    steep = open_ & ~explosion & (judged > steepest)
+    anomaly = open_ & (explosion | steep)
+    drifted = open_ & ~anomaly & (drift > c(ConfigField.drift_threshold) * c(ConfigField.drift_horizon))
+    joins = open_ & ~anomaly & ~drifted
 
     pending, consecutive = g.memory(_M.lobotomy_pending), g.memory(_M.consecutive)
     g.put(pending, rows & lobotomy, g[pending] + 1.0)
@@ -261,6 +179,8 @@ def governor_step_(
     rollback = (
         poisoned
         | nonfinite_loss
+        | nonfinite_gradient
+        | drifted
         | (lobotomy & (g[pending] >= c(ConfigField.lobotomy_patience)))
         | (anomaly & (g[consecutive] >= c(ConfigField.min_panics_before_rollback)))
     )
@@ -270,6 +190,8 @@ def governor_step_(
         (nonfinite_loss, PanicReason.NON_FINITE),
         (lobotomy, PanicReason.LOBOTOMY),
         (anomaly, PanicReason.ANOMALY),
+        (nonfinite_gradient | steep, PanicReason.GRADIENT_NORM),
+        (drifted, PanicReason.DRIFT),
     ):
         reason = torch.where(held, float(value), reason)
 
@@ -283,17 +205,20 @@ def governor_step_(
     g.put(_S.threshold_absolute, rows, absolute)
     g.put(_S.threshold_statistical, rows, torch.where(known, statistical, torch.nan))
     g.put(_S.threshold_multiplier, rows, torch.where(known, multiplier, torch.nan))
+    g.put(_S.gradient_norm, rows, judged)
+    g.put(_S.gradient_threshold, rows, steepest)
+    g.put(_S.drift, rows, drift)
     g.put(_S.tensor_index, rows, torch.where(poisoned, g[_S.candidate_bad], -1.0))
     g.put(_S.reward, rows, 0.0)
     g.put(_S.cooldown_left, rows & (g[_S.cooldown_left] > 0), g[_S.cooldown_left] - 1.0)
-    _accept(g, rows & joins, x)
+    _accept(g, rows & joins, x, norm, has_norm, drift)
     g.put(_S.panics, rows, g[consecutive])
 
     acts = rollback & (c(ConfigField.log_only) == 0)
     attached = g[_S.attached] != 0
     healthy = reason == PanicReason.HEALTHY
     g.put(_S.restore_order, rows, (acts & attached).to(x))
-    _emit(g, rows & ~healthy, EventKind.VERDICT, -1.0, -1.0)
+    emit(g, rows & ~healthy, EventKind.VERDICT, -1.0, -1.0)
     _advance_slots(g, rows & attached, healthy, paused)
     commit_rollback(g, rows & acts & ~attached)
     write_status(g, rows)
@@ -317,7 +242,7 @@ def governor_order_(
         g.put(_S.reason, fresh, float(reason))
         g.put(_S.tensor_index, fresh, float(tensor_index))
         g.put(_S.rollback, fresh, 1.0)
-        _emit(g, fresh, EventKind.VERDICT, -1.0, -1.0)
+        emit(g, fresh, EventKind.VERDICT, -1.0, -1.0)
         g.put(_S.restore_order, row, g[_S.attached])
         commit_rollback(g, row & (g[_S.attached] == 0))
     elif order == Order.CAPTURE:
@@ -346,12 +271,17 @@ def finish_capture_part(state: Tensor, column: int, part: int, bad: int, mailbox
         row = torch.zeros(state.shape[1], dtype=torch.bool, device=state.device)
         row[column] = True
         slot = g[_S.candidate]
-        _emit(g, row, EventKind.CAPTURE, g.by_slot(slot, _S.slot_capture_0), g.by_slot(slot, _S.slot_step_0))
+        emit(g, row, EventKind.CAPTURE, g.by_slot(slot, _S.slot_capture_0), g.by_slot(slot, _S.slot_step_0))
         write_status(g, row)
 
 
 def check_step_arguments(
-    state: Tensor, config: Tensor, loss: Tensor, nonfinite: Tensor | None, active: Tensor | None
+    state: Tensor,
+    config: Tensor,
+    loss: Tensor,
+    nonfinite: Tensor | None,
+    active: Tensor | None,
+    gradient: Tensor | None,
 ) -> None:
     """The argument checks of the compiled op, in the same words."""
     n = state.shape[1]
@@ -362,12 +292,16 @@ def check_step_arguments(
         )
     if not loss.is_floating_point() or loss.element_size() < 2:
         raise TypeError(f"loss: expected float64, float32, float16 or bfloat16, got {loss.dtype}")
-    for name, values in (("loss", loss), ("nonfinite", nonfinite), ("active", active)):
+    rows = gradient is not None and gradient.dtype == torch.float64 and gradient.numel() == 4 * n
+    given = {"loss": loss, "nonfinite": nonfinite, "active": active, "gradient": gradient}
+    for name, values in given.items():
         if values is None:
             continue
+        if name == "gradient" and not (values.is_floating_point() and values.element_size() >= 2):
+            raise TypeError(f"gradient: expected float64, float32, float16 or bfloat16, got {values.dtype}")
         if values.dtype != torch.bool and not values.is_floating_point():
             raise TypeError(f"{name}: expected bool (or a floating found_inf), got {values.dtype}")
-        if values.numel() != n:
+        if values.numel() != n and not (name == "gradient" and rows):
             raise ValueError(
                 f"{name}: expected one value for each of the {n} governors, got shape {list(values.shape)}"
             )

@@ -1,8 +1,8 @@
 """Layout of the governor's tensors: which field lies where. Compared with the compiled side's names.
 
-``state``    float64 ``(STATE_FIELDS + 3 * (MEMORY_FIELDS + window), n)``, one column a governor: the fields,
-             then three memories (live, slot 0, slot 1), each its fields followed by ``window`` healthy
-             losses, oldest first.
+``state``    float64 ``(STATE_FIELDS + 3 * (MEMORY_FIELDS + 2 * window), n)``, one column a governor: the
+             fields, then three memories (live, slot 0, slot 1), each its fields followed by ``window``
+             healthy losses, oldest first, and by as many gradient norms.
 ``config``   float64 ``(CONFIG_FIELDS,)``, shared by the ``n`` governors.
 ``mailbox``  float64 ``(n, STATUS_FIELDS + records * RECORD_FIELDS)``: status words, then a ring of records.
 """
@@ -20,7 +20,7 @@ StateField = IntEnum(
         # the last verdict
         "step", "reason", "rollback", "loss", "mean", "std",
         "threshold_absolute", "threshold_statistical", "threshold_multiplier",
-        "panics", "tensor_index", "reward",
+        "gradient_norm", "gradient_threshold", "drift", "panics", "tensor_index", "reward",
         # orders for the snapshot ops
         "capture_order_0", "capture_order_1", "restore_order",
         # lifetime statistics and counts: these never go back
@@ -35,8 +35,13 @@ StateField = IntEnum(
 )  # fmt: skip
 
 MemoryField = IntEnum(
-    "MemoryField", ["history_size", "last_healthy", "consecutive", "lobotomy_pending"], start=0
-)
+    "MemoryField",
+    [
+        "history_size", "last_healthy", "consecutive", "lobotomy_pending", "gradient_size",
+        "drift_count", "drift_mean", "drift_variance", "drift_sum",
+    ],
+    start=0,
+)  # fmt: skip
 
 ConfigField = IntEnum(
     "ConfigField",
@@ -44,7 +49,8 @@ ConfigField = IntEnum(
         "window", "min_history", "absolute_threshold", "sensitivity", "multiplier", "rule_any", "min_std",
         "warmup_bound", "min_panics_before_rollback", "random_guess_loss", "lobotomy_healthy_below",
         "lobotomy_low", "lobotomy_high", "lobotomy_patience", "cooldown", "snapshot_interval", "probation",
-        "log_only", "death_penalty",
+        "log_only", "death_penalty", "gradient_multiplier", "gradient_may_overflow",
+        "drift_horizon", "drift_slack", "drift_threshold",
     ],
     start=0,
 )  # fmt: skip
@@ -63,7 +69,8 @@ RecordField = IntEnum(
     "RecordField",
     [
         "kind", "step", "reason", "rollback", "loss", "mean", "std",
-        "threshold_absolute", "threshold_statistical", "threshold_multiplier", "panics", "tensor_index",
+        "threshold_absolute", "threshold_statistical", "threshold_multiplier",
+        "gradient_norm", "gradient_threshold", "drift", "panics", "tensor_index",
         "capture_id", "capture_step", "steps_lost", "rollback_count",
     ],
     start=0,
@@ -88,6 +95,10 @@ class PanicReason(IntEnum):
     """A capture found a non-finite value in a tensor that was finite at attach."""
     MANUAL = 5
     """The caller asked for the rollback."""
+    GRADIENT_NORM = 6
+    """The gradient was not finite, or its norm exploded."""
+    DRIFT = 7
+    """The losses have been climbing for long, each by little."""
 
 
 class EventKind(IntEnum):
@@ -114,12 +125,12 @@ ALL_PARTS_DONE = 0b11
 
 def memory_row(which: int, window: int, field: int) -> int:
     """Row of ``field`` in memory ``which`` (0 live, 1 and 2 the slots'); past the last are the losses."""
-    return len(StateField) + which * (len(MemoryField) + window) + field
+    return len(StateField) + which * (len(MemoryField) + 2 * window) + field
 
 
 def window_of(state: Tensor) -> int:
     """The window length that a state was made for."""
-    return (state.shape[0] - len(StateField)) // 3 - len(MemoryField)
+    return ((state.shape[0] - len(StateField)) // 3 - len(MemoryField)) // 2
 
 
 def governor_state(

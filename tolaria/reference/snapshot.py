@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tolaria.reference.governor import Governors, commit_rollback, finish_capture_part, write_status
+from tolaria.reference.governor import commit_rollback, finish_capture_part
 from tolaria.reference.governor_layout import StateField
+from tolaria.reference.governor_state import Governors, write_status
 
 
 def first_nonfinite(tensors: Sequence[Tensor]) -> int:

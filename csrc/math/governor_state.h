@@ -1,0 +1,95 @@
+// One governor's column of the state: how to reach its fields and memories, and what it tells the host.
+#pragma once
+
+#include <c10/macros/Macros.h>
+
+#include <cstdint>
+
+#include "math/governor_fields.h"
+
+namespace tolaria::math {
+
+// A column of `state`; memory 0 is the live one, 1 and 2 are the slots'.
+struct Governor {
+  double* column;
+  int64_t stride;  // number of governors
+  int window;
+  double* mailbox;  // status words and ring of this governor, or null
+  int64_t ring_records;
+
+  C10_HOST_DEVICE double& operator[](int f) const { return column[f * stride]; }
+  C10_HOST_DEVICE int memory_size() const { return memory::count + 2 * window; }
+  C10_HOST_DEVICE double& recall(int which, int m) const {
+    return column[(field::count + which * memory_size() + m) * stride];
+  }
+  C10_HOST_DEVICE double& live(int m) const { return recall(0, m); }
+  // Where the windows of a memory begin.
+  C10_HOST_DEVICE int losses() const { return memory::count; }
+  C10_HOST_DEVICE int gradients() const { return memory::count + window; }
+};
+
+// Makes what this thread wrote visible to the host before what it writes next.
+C10_HOST_DEVICE inline void publish() {
+#ifdef __CUDA_ARCH__
+  __threadfence_system();
+#endif
+}
+
+// The rollback count comes last: a host that sees it move finds the words that describe that rollback.
+C10_HOST_DEVICE inline void write_status(const Governor& g) {
+  if (g.mailbox == nullptr) return;
+  double* s = g.mailbox;
+  const int good = static_cast<int>(g[field::last_good]);
+  s[status::step] = g[field::step];
+  s[status::reason] = g[field::reason];
+  s[status::rollback] = g[field::rollback];
+  s[status::restored_capture] = g[field::restored_capture];
+  s[status::restored_step] = g[field::restored_step];
+  s[status::last_good_capture] = g[field::slot_capture_0 + good];
+  s[status::last_good_step] = g[field::slot_step_0 + good];
+  s[status::capture_count] = g[field::capture_count];
+  s[status::promotion_count] = g[field::promotion_count];
+  s[status::tensor_index] = g[field::tensor_index];
+  s[status::anchor_step] = g[field::anchor_step];
+  publish();
+  s[status::rollback_count] = g[field::rollback_count];
+}
+
+// Appends one record to the ring; the count of records is written after the record itself.
+C10_HOST_DEVICE inline void emit(const Governor& g, EventKind kind, double capture_id, double capture_step) {
+  const double sequence = g[field::events];
+  g[field::events] = sequence + 1.0;
+  if (g.mailbox == nullptr || g.ring_records == 0) return;
+  double* r = g.mailbox + status::count + (static_cast<int64_t>(sequence) % g.ring_records) * record::count;
+  r[record::kind] = kind;
+  r[record::step] = g[field::step];
+  r[record::reason] = g[field::reason];
+  r[record::rollback] = g[field::rollback];
+  r[record::loss] = g[field::loss];
+  r[record::mean] = g[field::mean];
+  r[record::std] = g[field::std];
+  r[record::threshold_absolute] = g[field::threshold_absolute];
+  r[record::threshold_statistical] = g[field::threshold_statistical];
+  r[record::threshold_multiplier] = g[field::threshold_multiplier];
+  r[record::gradient_norm] = g[field::gradient_norm];
+  r[record::gradient_threshold] = g[field::gradient_threshold];
+  r[record::drift] = g[field::drift];
+  r[record::panics] = g[field::panics];
+  r[record::tensor_index] = g[field::tensor_index];
+  r[record::capture_id] = capture_id;
+  r[record::capture_step] = capture_step;
+  r[record::steps_lost] = g[field::steps_lost];
+  r[record::rollback_count] = g[field::rollback_count];
+  publish();
+  g.mailbox[status::events] = sequence + 1.0;
+}
+
+C10_HOST_DEVICE inline void copy_memory(const Governor& g, int to, int from) {
+  for (int m = 0; m < g.memory_size(); ++m) g.recall(to, m) = g.recall(from, m);
+}
+
+C10_HOST_DEVICE inline void clear_memory(const Governor& g, int which) {
+  for (int m = 0; m < g.memory_size(); ++m) g.recall(which, m) = 0.0;
+}
+
+}  // namespace tolaria::math

@@ -1,0 +1,103 @@
+"""What a loss is compared with: thresholds, the band of chance level, the gradient's and the drift test.
+
+The pure-PyTorch side of ``csrc/math/governor_rules.h``; every operation stands in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tolaria.reference.governor_arithmetic import correctly_rounded_sqrt, welford
+from tolaria.reference.governor_layout import ConfigField, MemoryField
+from tolaria.reference.governor_state import Governors
+
+_M = MemoryField
+_DRIFT_CLIP = 2.0
+
+
+def window_moments(window: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of a window ``(window, n)``, oldest to newest."""
+    mean = torch.zeros_like(size)
+    m2 = torch.zeros_like(size)
+    for i, x in enumerate(window.unbind()):
+        inside = i < size
+        new_mean, new_m2 = welford(mean, m2, x, i + 1.0)
+        mean = torch.where(inside, new_mean, mean)
+        m2 = torch.where(inside, new_m2, m2)
+    return mean, m2
+
+
+def _floored(g: Governors, std: Tensor, mean: Tensor) -> Tensor:
+    """A standard deviation that is not below its floor, a share of ``|mean|``."""
+    floor = g.setting(ConfigField.min_std) * mean.abs()
+    return torch.where(std < floor, floor, std)
+
+
+def thresholds(g: Governors, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Absolute, statistical and multiplier threshold."""
+    c = g.setting
+    absolute = c(ConfigField.absolute_threshold).expand_as(mean)
+    statistical = mean + c(ConfigField.sensitivity) * _floored(g, std, mean)
+    silent = torch.where(c(ConfigField.rule_any) != 0, torch.inf, -torch.inf).to(mean)
+    return absolute, statistical, torch.where(mean > 0, c(ConfigField.multiplier) * mean, silent)
+
+
+def is_chance_level(g: Governors, x: Tensor) -> Tensor:
+    """Whether a network that had learnt has the loss of guessing."""
+    c = g.setting
+    guess = c(ConfigField.random_guess_loss)
+    return (
+        (g.live(_M.history_size) >= c(ConfigField.min_history))
+        & (g.live(_M.last_healthy) < c(ConfigField.lobotomy_healthy_below) * guess)
+        & (x >= c(ConfigField.lobotomy_low) * guess)
+        & (x <= c(ConfigField.lobotomy_high) * guess)
+    )
+
+
+def gradient_threshold(g: Governors) -> Tensor:
+    """What a gradient's norm must exceed to be an explosion; infinite until its window is long enough."""
+    c, size = g.setting, g.live(_M.gradient_size)
+    mean, m2 = window_moments(g.gradients(), size)
+    statistical = mean + c(ConfigField.sensitivity) * _floored(g, correctly_rounded_sqrt(m2 / size), mean)
+    multiplier = c(ConfigField.gradient_multiplier) * mean
+    larger = torch.where(statistical > multiplier, statistical, multiplier)
+    return torch.where(size < c(ConfigField.min_history), torch.inf, larger)
+
+
+def drift_with(g: Governors, x: Tensor) -> Tensor:
+    """The drift sum with ``x`` counted in: a one-sided CUSUM (Page 1954) of standardised losses."""
+    c, total, mean = g.setting, g.live(_M.drift_sum), g.live(_M.drift_mean)
+    z = (x - mean) / _floored(g, correctly_rounded_sqrt(g.live(_M.drift_variance)), mean)
+    z = torch.where(z.isnan(), 0.0, z.clamp(-_DRIFT_CLIP, _DRIFT_CLIP))
+    following = total + z - c(ConfigField.drift_slack)
+    following = torch.where(following > 0, following, 0.0)
+    armed = g.live(_M.drift_count) >= c(ConfigField.min_history)
+    return torch.where(armed & (c(ConfigField.drift_horizon) != 0), following, total)
+
+
+def move_baseline(g: Governors, rows: Tensor, x: Tensor) -> None:
+    """Plain moments of the first ``drift_horizon`` losses, from then on exponentially forgetting ones."""
+    horizon = g.setting(ConfigField.drift_horizon)
+    count = torch.minimum(g.live(_M.drift_count) + 1.0, horizon)
+    delta = x - g.live(_M.drift_mean)
+    mean = g.live(_M.drift_mean) + delta / count
+    variance = g.live(_M.drift_variance)
+    variance = variance + (delta * (x - mean) - variance) / count
+    anew = ~(mean.isfinite() & variance.isfinite())  # overflow
+    g.put(g.memory(_M.drift_count), rows, torch.where(anew, 1.0, count))
+    g.put(g.memory(_M.drift_mean), rows, torch.where(anew, x, mean))
+    g.put(g.memory(_M.drift_variance), rows, torch.where(anew, 0.0, variance))
+
+
+def gradient_norm(g: Governors, gradient: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """The norms, given as such or as rows of ``tensor_stats``, and which of them are to be judged."""
+    n = g.state.shape[1]
+    if gradient is None:
+        return None, torch.zeros(n, dtype=torch.bool, device=g.state.device)
+    norm = gradient.detach().to(torch.float64).reshape(n, -1)
+    if norm.shape[1] > 1:
+        norm = torch.where(norm[:, 2] > 0, torch.nan, correctly_rounded_sqrt(norm[:, 0]))
+    norm = norm.reshape(n)
+    # Under a GradScaler an overflow is routine, and the step was left out: there is no gradient to judge.
+    return norm, norm.isfinite() | (g.setting(ConfigField.gradient_may_overflow) == 0)

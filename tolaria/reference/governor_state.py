@@ -1,0 +1,107 @@
+"""One column a governor: reading and writing fields by rows, and what the host is told.
+
+The pure-PyTorch side of ``csrc/math/governor_state.h``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tolaria.reference.governor_layout import (
+    ConfigField,
+    EventKind,
+    MemoryField,
+    RecordField,
+    StateField,
+    StatusField,
+    memory_row,
+    window_of,
+)
+
+_S = StateField
+Value = Tensor | float
+
+
+class Governors:
+    """The columns of ``state`` by name; writes select the rows they concern."""
+
+    def __init__(self, state: Tensor, config: Tensor | None, mailbox: Tensor | None) -> None:
+        self.state = state
+        self.window = window_of(state)
+        self.settings = config.unbind() if config is not None else ()
+        self.mailbox = mailbox
+
+    def __getitem__(self, field: int) -> Tensor:
+        return self.state[field]
+
+    def put(self, field: int, rows: Tensor, value: Value) -> None:
+        """Write ``value`` to ``field`` of ``rows``; the others keep their bytes. There is one NaN for all."""
+        if isinstance(value, Tensor):
+            value = torch.where(value.isnan(), torch.nan, value)
+        self.state[field] = torch.where(rows, value, self.state[field])
+
+    def setting(self, field: ConfigField) -> Tensor:
+        """One setting, 0-dim."""
+        return self.settings[field]
+
+    def memory(self, field: MemoryField) -> int:
+        """The state row of ``field`` in the live memory."""
+        return memory_row(0, self.window, field)
+
+    def live(self, field: MemoryField) -> Tensor:
+        """``field`` of the live memory."""
+        return self.state[self.memory(field)]
+
+    def block(self, which: int) -> Tensor:
+        """Memory ``which``: 0 live, 1 and 2 the slots'."""
+        return self.state[memory_row(which, self.window, 0) : memory_row(which + 1, self.window, 0)]
+
+    def history(self) -> Tensor:
+        """The losses of the live memory, ``(window, n)``, oldest first."""
+        return self.block(0)[len(MemoryField) : len(MemoryField) + self.window]
+
+    def gradients(self) -> Tensor:
+        """The gradient norms of the live memory, ``(window, n)``, oldest first."""
+        return self.block(0)[len(MemoryField) + self.window :]
+
+    def by_slot(self, slot: Tensor, field: StateField) -> Tensor:
+        """``field`` of slot 0 or of slot 1 (the field after it), whichever ``slot`` says."""
+        return torch.where(slot == 0, self[field], self[field + 1])
+
+
+def emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: Value, capture_step: Value) -> None:
+    """Append a record for each of ``rows`` to the rings; it reads the device, so it is not sync-free."""
+    sequence = g[_S.events].clone()
+    g.put(_S.events, rows, sequence + 1.0)
+    if g.mailbox is None or not bool(rows.any()):
+        return
+    records = (g.mailbox.shape[1] - len(StatusField)) // len(RecordField)
+    filled = {
+        RecordField.kind: torch.full_like(sequence, kind),
+        RecordField.capture_id: torch.as_tensor(capture_id, dtype=sequence.dtype).expand_as(sequence),
+        RecordField.capture_step: torch.as_tensor(capture_step, dtype=sequence.dtype).expand_as(sequence),
+    }
+    columns = [filled[f] if f in filled else g[StateField[f.name]] for f in RecordField]
+    table = torch.stack([column.to(sequence.device) for column in columns], dim=1).to(g.mailbox.device)
+    for row in rows.nonzero().flatten().tolist():
+        count = int(sequence[row])
+        if records:
+            start = len(StatusField) + (count % records) * len(RecordField)
+            g.mailbox[row, start : start + len(RecordField)] = table[row]
+        g.mailbox[row, StatusField.events] = count + 1.0
+
+
+def write_status(g: Governors, rows: Tensor) -> None:
+    """Bring the status words of ``rows`` up to date."""
+    if g.mailbox is None:
+        return
+    good = g[_S.last_good]
+    derived = {
+        StatusField.last_good_capture: g.by_slot(good, _S.slot_capture_0),
+        StatusField.last_good_step: g.by_slot(good, _S.slot_step_0),
+    }
+    words = [derived[f] if f in derived else g[StateField[f.name]] for f in list(StatusField)[1:]]
+    table = torch.stack(words, dim=1).to(g.mailbox.device)
+    target = g.mailbox[:, 1 : len(StatusField)]
+    target.copy_(torch.where(rows.to(g.mailbox.device).unsqueeze(1), table, target))
