@@ -96,6 +96,17 @@ def test_compiled_equals_reference_bit_for_bit(n: int, name: str) -> None:
         assert same_bits(*boxes)
 
 
+def test_overflowing_statistics_are_one_nan() -> None:
+    config = GovernorConfig(window=2, min_history=2, drift_horizon=7).to_tensor(None, "cpu")
+    states = [ops.governor_state(2) for _ in range(2)]
+    for mode, state in zip(("fused", "reference"), states, strict=True):
+        with tolaria.backend(mode):  # type: ignore[arg-type]
+            for loss in ([1.0, 0.5], [-1.7e308, 1.7e308], [1.0, 1.7e308], [-1.7e308, -1.7e308], [2.0, 1.0]):
+                ops.governor_step_(state, config, torch.tensor(loss, dtype=torch.float64))
+    assert bool(states[0].isnan().any())
+    assert same_bits(*states)
+
+
 @pytest.mark.parametrize("order", list(Order))
 def test_orders_equal_the_reference(order: Order) -> None:
     config = GovernorConfig(snapshot_interval=7).to_tensor(None, "cpu")
