@@ -30,6 +30,7 @@ class MorphogeneticModel(nn.Module):
 
     Raises:
         ValueError: a slot that the host does not have, a bad name, or none at all.
+        TypeError: ``host`` is not a module, or ``slots`` neither names nor a mapping.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class MorphogeneticModel(nn.Module):
         example_input: Tensor | tuple[Tensor, ...] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(host, nn.Module):
+            raise TypeError(f"MorphogeneticModel: host: expected an nn.Module, got {type(host).__name__}")
         own = [m.name for m in host.modules() if isinstance(m, SeedSlot)]
         paths = _slot_paths(host, slots, has_own=bool(own))
         twice = sorted({name for name in own if own.count(name) > 1 or name in paths})
@@ -218,6 +221,10 @@ def _slot_paths(
         paths = dict(points)
     elif isinstance(slots, Mapping):
         paths = dict(slots)
+    elif not isinstance(slots, Sequence):
+        raise TypeError(
+            f"slots: expected names, or a mapping from name to submodule path, got {type(slots).__name__}"
+        )
     else:
         unknown = [name for name in slots if name not in points]
         if unknown:
@@ -228,7 +235,7 @@ def _slot_paths(
         paths = {name: points[name] for name in slots}
     modules = dict(host.named_modules())
     for name, path in paths.items():
-        if not name or "." in name:
+        if not isinstance(name, str) or not name or "." in name:
             raise ValueError(
                 f"slots: expected a name without dots, got {name!r}; use a mapping from name to path"
             )

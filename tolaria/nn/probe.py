@@ -35,20 +35,30 @@ def probe_seed(seed: nn.Module, features: Tensor, *, where: str) -> SeedTraits:
 
     Raises:
         TypeError: the output is not a tensor.  ValueError: its shape, dtype or device is not that of its
-            input.
+            input, or the forward raised.
     """
     probe = _stand_in(features)
     with preserve_random_state(), torch.no_grad():
         was_training = seed.training
         seed.eval()
-        _check_output(seed(probe.clone()), probe, where)
+        _check_output(_try(seed, probe.clone(), where), probe, where)
         seed.train(was_training)
         trial = copy.deepcopy(seed).train()
         given, before = probe.clone(memory_format=torch.preserve_format), random_state()
         version = given._version
-        _check_output(trial(given), probe, where)
+        _check_output(_try(trial, given, where), probe, where)
         mutates = given._version != version or not torch.equal(given, probe)
         return SeedTraits(mutates, streams_drawn(before))
+
+
+def _try(seed: nn.Module, features: Tensor, where: str) -> object:
+    try:
+        return seed(features)
+    except Exception as error:
+        raise ValueError(
+            f"{where}: expected a seed that takes features of shape {tuple(features.shape)}, its forward "
+            f"raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _stand_in(features: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -87,6 +88,20 @@ def streams_drawn(before: Mapping[StreamName, object]) -> frozenset[StreamName]:
     return frozenset(name for name, state in before.items() if not _equal(state, after[name]))
 
 
+def check_rng_seed(rng_seed: object) -> None:
+    """Raise unless ``rng_seed`` can seed a torch generator, or is None.
+
+    Raises:
+        TypeError: not an integer.  ValueError: out of range.
+    """
+    if rng_seed is None:
+        return
+    if isinstance(rng_seed, bool) or not isinstance(rng_seed, Integral):
+        raise TypeError(f"rng_seed: expected an integer or None, got {rng_seed!r}")
+    if not -(2**63) <= rng_seed < 2**63:
+        raise ValueError(f"rng_seed: expected an integer of at most 63 bits and a sign, got {rng_seed}")
+
+
 def derive_seed(*parts: object) -> int:
     """A 32-bit seed made of ``parts`` and the process's initial torch seed; draws from no stream."""
     return zlib.crc32("/".join(str(part) for part in (torch.initial_seed(), *parts)).encode())
@@ -117,7 +132,7 @@ class RandomStream:
             random.seed(rng_seed)
             numpy_random = _numpy_random()
             if numpy_random is not None:
-                numpy_random.seed(rng_seed)  # type: ignore[attr-defined]
+                numpy_random.seed(rng_seed % 2**32)  # type: ignore[attr-defined]
             for name in names:
                 if name.startswith("cuda:"):
                     torch.cuda.default_generators[int(name[5:])].manual_seed(rng_seed)

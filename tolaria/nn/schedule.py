@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -101,12 +100,10 @@ class AlphaSchedule:
                 value = torch.minimum(value, self._limit)
             self.alpha.copy_(value)
 
-    def rebound(self, alpha: Tensor, position: Tensor, limit: Tensor) -> AlphaSchedule:
-        """The same schedule at the same place over other tensors (after a module moved to another device)."""
-        moved = copy.copy(self)
-        moved.alpha, moved._position, moved._limit = alpha, position, limit
-        moved._table = self._table.to(device=alpha.device)
-        return moved
+    def rebind(self, alpha: Tensor, position: Tensor, limit: Tensor) -> None:
+        """Go on at the same place over other tensors (after a module moved to another device)."""
+        self.alpha, self._position, self._limit = alpha, position, limit
+        self._table = self._table.to(device=alpha.device)
 
     @property
     def position(self) -> int:
@@ -160,5 +157,5 @@ def _check(alpha: Tensor, steps: int, kind: str, start: float, end: float) -> No
     if kind not in get_args(ScheduleKind):
         raise ValueError(f"AlphaSchedule: kind: expected one of {get_args(ScheduleKind)}, got {kind!r}")
     for name, value in (("start", start), ("end", end)):
-        if not 0.0 <= value <= 1.0:  # also refuses NaN
+        if not (isinstance(value, (int, float)) and 0.0 <= value <= 1.0):  # also refuses NaN
             raise ValueError(f"AlphaSchedule: {name}: expected a number in [0, 1], got {value!r}")

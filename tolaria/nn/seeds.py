@@ -142,8 +142,8 @@ def _call_factory(
 def _built(blueprint: Blueprint, argument: Tensor | int, options: Mapping[str, object], where: str) -> object:
     try:
         return blueprint.factory(argument, **options)
-    except TypeError as error:
-        raise TypeError(
+    except (TypeError, ValueError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(
             f"{where}: blueprint {blueprint.name!r} cannot be built with options {dict(options)}: {error}"
         ) from error
 
@@ -172,6 +172,8 @@ class DepthwiseResidual(nn.Module):
 
     def __init__(self, channels: int, kernel: int = 5) -> None:
         super().__init__()
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd integer >= 1, got {kernel!r}")
         self.depthwise = nn.Conv2d(
             channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False
         )
@@ -210,7 +212,9 @@ class NormResidual(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Same shape in and out."""
-        return x_BCHW + self.norm(x_BCHW)  # type: ignore[no-any-return]
+        # Contiguous, since group norm's channels_last backward crashes the process (torch 2.13 and 2.14) when
+        # its input wants no gradient, as the detached features of an incubating seed do.
+        return x_BCHW + self.norm(x_BCHW.contiguous())  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------- sequences

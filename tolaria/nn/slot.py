@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tolaria import ops
 from tolaria.nn.probe import SeedTraits, probe_seed
-from tolaria.nn.randomness import RandomStream, derive_seed, preserve_random_state
+from tolaria.nn.randomness import RandomStream, check_rng_seed, derive_seed, preserve_random_state
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
 from tolaria.nn.seeds import build_seed
 from tolaria.nn.stage import IllegalTransitionError, SeedStage, check_transition
@@ -76,13 +76,12 @@ class SeedSlot(nn.Module):
         if seed is None or stage is SeedStage.GERMINATED:
             return features
         if stage is SeedStage.TRAINING:
-            if (
-                not torch.is_grad_enabled()
-            ):  # nobody can learn from it, and the host's values pass through anyway
+            if not torch.is_grad_enabled():  # nobody can learn from it, and the host's values pass anyway
                 return features
-            return ops.straight_through(features, self._run(seed, features.detach()))
+            beside = ops.straight_through(features, self._run(seed, features.detach()))
+            return _with_strides_of(features, beside)
         if stage is SeedStage.FOSSILIZED and not features.is_cuda:
-            return self._run(seed, features)
+            return self._run(seed, features).to(features.dtype)  # which may differ under autocast
         grown = self._run(seed, ops.seed_gate(features, self.alpha))
         return ops.blend(features, grown, self.alpha)
 
@@ -93,7 +92,8 @@ class SeedSlot(nn.Module):
         if isinstance(output, Tensor):
             return self(output)
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            return (self(output[0]), *output[1:])
+            changed = (self(output[0]), *output[1:])
+            return type(output)(*changed) if hasattr(output, "_fields") else changed
         raise TypeError(
             f"slot {self.name!r}: expected its injection point to return a tensor or a tuple that begins "
             f"with one, got {type(output).__name__}"
@@ -159,7 +159,13 @@ class SeedSlot(nn.Module):
             TypeError: the blueprint did not build a module, or the seed does not return a tensor.
         """
         check_transition(self.name, self._stage, SeedStage.GERMINATED)
+        check_rng_seed(rng_seed)
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"slot {self.name!r}: features: expected a floating point tensor, got {got}")
         chosen = derive_seed(self.name, self.generation) if rng_seed is None else int(rng_seed)
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"slot {self.name!r}: options: expected a mapping or None, got {options!r}")
         settings = dict(options or {})
         with preserve_random_state():
             seed = build_seed(
@@ -344,9 +350,25 @@ class SeedSlot(nn.Module):
             if after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
         if self.schedule is not None:
-            self.schedule = self.schedule.rebound(self.alpha, self.alpha_position, self.alpha_limit)
+            self.schedule.rebind(self.alpha, self.alpha_position, self.alpha_limit)
         return self
 
     def extra_repr(self) -> str:
         """Name, stage and blueprint."""
         return f"{self.name!r}, stage={self._stage.name}, blueprint={self.blueprint!r}"
+
+
+def _with_strides_of(features: Tensor, beside: Tensor) -> Tensor:
+    """``beside`` laid out as ``features`` are, gaps included (those of a slice).
+
+    A layer that follows may choose its kernel by strides, and another kernel rounds differently. Features
+    that overlap themselves (expanded ones) cannot be copied so and stay dense.
+    """
+    if beside.stride() == features.stride():
+        return beside
+    extent = 1  # of the dimensions with smaller strides, from first to last element
+    for stride, size in sorted(zip(features.stride(), features.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return beside
+        extent += stride * (size - 1)
+    return beside.new_empty_strided(features.shape, features.stride()).copy_(beside)

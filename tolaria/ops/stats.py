@@ -42,6 +42,10 @@ def tensor_stats(tensors: Iterable[Tensor | None]) -> Tensor:
         kind = type(first).__name__
         raise TypeError(f"tolaria.tensor_stats: tensors: expected Tensors and None, got {kind}")
     if _backend.fused(first):
-        result: Tensor = torch.ops.tolaria.tensor_stats.default(items)
+        try:
+            result: Tensor = torch.ops.tolaria.tensor_stats.default(items)
+        except RuntimeError:
+            reference.check_list(items)  # says which entry is no tensor, where that is the matter
+            raise
         return result
     return reference.tensor_stats(items)

@@ -22,6 +22,8 @@ def check_list(tensors: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
     kept = [(i, t) for i, t in enumerate(tensors) if t is not None]
     for i, tensor in kept:
         where = f"tolaria.tensor_stats: tensors[{i}]"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{where}: expected a Tensor or None, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{where}: expected a strided tensor, got {_checks.layout_name(tensor.layout)}")
         is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)

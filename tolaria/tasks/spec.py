@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tolaria.errors import ConfigError
 from tolaria.nn.device import validate_device
 from tolaria.nn.model import MorphogeneticModel
-from tolaria.nn.randomness import preserve_random_state
+from tolaria.nn.randomness import check_rng_seed, preserve_random_state
 from tolaria.nn.schedule import ScheduleKind
 from tolaria.tasks.data import TaskData
 
@@ -255,14 +255,16 @@ def create_model(
             them.
 
     Raises:
+        TypeError: ``task`` or ``device`` is of the wrong kind, or ``rng_seed`` no integer.
         ValueError: unknown task, malformed or unsupported device, unknown slot.
         RuntimeError: the device is not there.
     """
     spec = task if isinstance(task, TaskSpec) else get_task(task)
     target = validate_device(device)
+    check_rng_seed(rng_seed)
     with preserve_random_state() if rng_seed is not None else nullcontext():
         if rng_seed is not None:
-            torch.default_generator.manual_seed(rng_seed)
+            torch.default_generator.manual_seed(int(rng_seed))
         host = spec.model_factory()
     model = MorphogeneticModel(
         host, slots if slots is not None else spec.slots, example_input=spec.example_input()

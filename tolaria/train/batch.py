@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +11,24 @@ from torch import Tensor, nn
 from tolaria.tasks.spec import TaskType
 
 _INPUT_NAMES = ("inputs", "input_ids", "x", "pixel_values")
+_KEYWORD_NAMES = ("input_ids", "pixel_values")  # of batches whose other entries (a mask) go to the model, too
 _TARGET_NAMES = ("targets", "labels", "y")
-
-
-def check_task_type(task_type: str) -> None:
-    """Raise ValueError unless ``task_type`` is one of those there are."""
-    if task_type not in get_args(TaskType):
-        raise ValueError(f"task_type: expected one of {get_args(TaskType)}, got {task_type!r}")
 
 
 def split_batch(batch: object) -> tuple[Any, Tensor]:
     """Inputs and targets of a batch: a pair, or a mapping with an input and a target entry.
 
+    Of a mapping with ``input_ids`` or ``pixel_values`` every entry but the target is an input, by keyword.
+
     Raises:
         TypeError: neither.
     """
     if isinstance(batch, Mapping):
-        inputs = next((batch[name] for name in _INPUT_NAMES if name in batch), None)
+        named = next((name for name in _INPUT_NAMES if name in batch), None)
         targets = next((batch[name] for name in _TARGET_NAMES if name in batch), None)
-        if inputs is not None and isinstance(targets, Tensor):
-            return inputs, targets
+        if named is not None and isinstance(targets, Tensor):
+            rest = {name: batch[name] for name in batch if name not in _TARGET_NAMES}
+            return (rest if named in _KEYWORD_NAMES and len(rest) > 1 else batch[named]), targets
         got = f"a mapping with keys {sorted(map(str, batch))}"
     elif isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
@@ -49,12 +47,13 @@ def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401  (any ne
     if isinstance(value, Mapping):
         return {name: to_device(each, device) for name, each in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(to_device(each, device) for each in value)
+        moved = [to_device(each, device) for each in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value
 
 
 def call_model(model: nn.Module, inputs: Any) -> Tensor:  # noqa: ANN401
-    """The model's logits: its output, the ``logits`` of an output object, or the first element of a tuple.
+    """The model's logits: its output, ``logits`` of an output object or mapping, or the first of a tuple.
 
     Raises:
         TypeError: no tensor is found there.
@@ -65,7 +64,7 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:  # noqa: ANN401
         output = model(*inputs)
     else:
         output = model(inputs)
-    logits = getattr(output, "logits", output)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
         logits = logits[0]
     if not isinstance(logits, Tensor):

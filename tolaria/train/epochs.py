@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.nn.device import validate_device
 from tolaria.nn.schedule import AlphaSchedule
 from tolaria.nn.slot import SeedSlot
 from tolaria.nn.stage import SeedStage
 from tolaria.tasks.spec import TaskType
-from tolaria.train.batch import check_task_type
+from tolaria.train import arguments
 from tolaria.train.step import Criterion, GovernorLike, Learner, StepHooks, StepPlan, train_step
 
 
@@ -238,15 +238,19 @@ def _plan(
     alpha_schedules: Sequence[AlphaSchedule] = (),
 ) -> StepPlan:
     """Check the options that the loops share and put them together."""
-    check_task_type(task_type)
-    for name, learner in (("max_grad_norm", host), ("seed_max_grad_norm", seed)):
-        norm = learner.max_grad_norm if learner is not None else None
-        if norm is not None and not norm > 0:
-            raise ValueError(f"{name}: expected a number above 0 or None, got {norm!r}")
+    arguments.check_task_type(task_type)
+    arguments.check_model_and_criterion(model, criterion)
+    arguments.check_optimizer("optimizer" if seed is None else "host_optimizer", host.optimizer)
+    arguments.check_norm("max_grad_norm", host.max_grad_norm)
+    if seed is not None:
+        arguments.check_norm("seed_max_grad_norm", seed.max_grad_norm)
     if amp_dtype not in (None, torch.float16, torch.bfloat16):
         raise ValueError(f"amp_dtype: expected torch.float16, torch.bfloat16 or None, got {amp_dtype!r}")
-    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
-        raise TypeError("schedulers: ReduceLROnPlateau needs a metric; step it yourself after validation")
+    arguments.check_steppers("schedulers", schedulers)
+    arguments.check_steppers("alpha_schedules", alpha_schedules)
+    arguments.check_calls("governor", governor, ("config", "check_vital_signs", "step"))
+    arguments.check_calls("hooks", hooks, [name for name in vars(StepHooks) if not name.startswith("_")])
+    arguments.check_scaler(host.scaler)
     checked = validate_device(device)
     if host.scaler is not None and not host.scaler.is_enabled():
         host.scaler = None
@@ -259,14 +263,17 @@ def _plan(
 def _seed_learner(
     optimizer: Optimizer | None, max_norm: float | None, scaler: GradScaler | None, device: str | torch.device
 ) -> Learner | None:
+    arguments.check_scaler(scaler)
     if optimizer is None:
         return None
     if scaler is None or not scaler.is_enabled():
         return Learner(optimizer, max_norm)
-    return Learner(optimizer, max_norm, GradScaler(torch.device(device).type, init_scale=1.0))
+    return Learner(optimizer, max_norm, GradScaler(validate_device(device).type, init_scale=1.0))
 
 
 def _check_apart(host: Optimizer, seed: Optimizer) -> None:
+    arguments.check_optimizer("host_optimizer", host)
+    arguments.check_optimizer("seed_optimizer", seed)
     of_host = {id(p) for group in host.param_groups for p in group["params"]}
     shared = sum(id(p) in of_host for group in seed.param_groups for p in group["params"])
     if shared:
@@ -280,9 +287,9 @@ def _check_apart(host: Optimizer, seed: Optimizer) -> None:
 def _run_epoch(
     plan: StepPlan, trainloader: Iterable[object], accumulation_steps: int, max_steps: int | None
 ) -> EpochStats:
-    for name, value in (("accumulation_steps", accumulation_steps), ("max_steps", max_steps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    arguments.check_loader("trainloader", trainloader)
+    arguments.check_count("accumulation_steps", accumulation_steps, 1)
+    arguments.check_count("max_steps", max_steps, 1, optional=True)
     plan.model.train()
     losses: list[Tensor] = []
     rows: list[int] = []

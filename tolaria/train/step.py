@@ -174,13 +174,20 @@ def _accumulate(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor
         inputs, targets = to_device(inputs, plan.device), to_device(targets, plan.device)
         with plan.autocast():
             logits, labels = for_criterion(call_model(plan.model, inputs), targets, plan.task_type)
-            loss = plan.hooks.on_loss(plan.criterion(logits, labels))
+            loss = plan.hooks.on_loss(_scalar(plan.criterion(logits, labels)))
         share = loss / count if count > 1 else loss
         scaled = share if plan.host.scaler is None else plan.host.scaler.scale(share)
         scaled.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         rows += batch_rows(inputs, targets)
     return (losses[0] if count == 1 else torch.stack(losses).mean()), rows
+
+
+def _scalar(loss: object) -> Tensor:
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise TypeError(f"criterion: expected a 0-dim tensor as the loss, got {got}; reduce it with .mean()")
 
 
 def _step_optimizers(plan: StepPlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,8 @@ from tolaria.nn.device import validate_device
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.ops import MetricsField
 from tolaria.tasks.spec import TaskType
-from tolaria.train.batch import call_model, check_task_type, for_criterion, split_batch, to_device
+from tolaria.train import arguments
+from tolaria.train.batch import call_model, for_criterion, split_batch, to_device
 from tolaria.train.step import Criterion
 
 _IGNORE = -100
@@ -80,9 +82,12 @@ def validate_and_get_metrics(
             asked.
         TypeError: a batch of the wrong kind, or labels that are not integers.
     """
-    check_task_type(task_type)
-    if train_batches is not None and (isinstance(train_batches, bool) or train_batches < 0):
-        raise ValueError(f"train_batches: expected an integer >= 0 or None, got {train_batches!r}")
+    arguments.check_task_type(task_type)
+    arguments.check_model_and_criterion(model, criterion)
+    arguments.check_loader("trainloader", trainloader)
+    arguments.check_loader("testloader", testloader)
+    arguments.check_count("num_classes", num_classes, 1)
+    arguments.check_count("train_batches", train_batches, 0, optional=True)
     where = validate_device(device)
     generators = [*_own_generators(trainloader), *_own_generators(testloader)]
     autocast = torch.autocast(where.type, dtype=amp_dtype) if amp_dtype is not None else nullcontext()
@@ -120,10 +125,9 @@ class _Tally:
 
     def __init__(self, criterion: Criterion, task_type: TaskType) -> None:
         self.criterion, self.task_type = criterion, task_type
-        self.ignore_index = int(getattr(criterion, "ignore_index", _IGNORE))
+        self.ignore_index = _ignore_index(criterion)
         self.is_plain = is_plain_cross_entropy(criterion)
         self.metrics: ops.MetricsAccumulator | None = None
-        self.loss_sum: Tensor | None = None
 
     def over(self, model: nn.Module, loader: Iterable[object], device: torch.device) -> _Tally:
         """Take in every batch."""
@@ -138,43 +142,43 @@ class _Tally:
         classes = _class_labels(logits, labels)
         if self.metrics is None:
             self.metrics = ops.MetricsAccumulator(
-                logits.shape[1], device=logits.device, ignore_index=self.ignore_index
+                logits.shape[min(logits.dim() - 1, 1)], device=logits.device, ignore_index=self.ignore_index
             )
-        self.metrics.update(logits, classes)
-        if self.is_plain:
+        if self.is_plain and classes is labels:  # the fused loss is that of labels, not of probabilities
+            self.metrics.update(logits, classes)
             return
+        before = self.metrics.values[MetricsField.LOSS_SUM].clone()
+        self.metrics.update(logits, classes)
         loss = self.criterion(logits, labels).double()
         counted = (classes != self.ignore_index).sum()
         if loss.dim() or getattr(self.criterion, "reduction", "mean") == "sum":
             share = loss.sum()
         else:  # selected, since the mean over nothing is NaN
             share = torch.where(counted > 0, loss * counted, 0.0)
-        self.loss_sum = share if self.loss_sum is None else self.loss_sum + share
-
-    def sums(self) -> Tensor | None:
-        """The accumulator's values, with the criterion's own loss; None if there was no batch."""
-        if self.metrics is None:
-            return None
-        if self.loss_sum is not None:
-            self.metrics.values[MetricsField.LOSS_SUM] = self.loss_sum
-        return self.metrics.values
+        self.metrics.values[MetricsField.LOSS_SUM] = before + share
 
 
 def _class_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """Integer labels; those of probabilities or one-hot rows are their largest entries."""
     if not labels.is_floating_point():
         return labels
-    if labels.shape == logits.shape and logits.dim() > 1:
+    if labels.shape == logits.shape and logits.dim() > 1 and logits.shape[1] > 1:
         return labels.argmax(dim=1)
     raise TypeError(
-        f"targets: expected integer labels, or probabilities of shape {tuple(logits.shape)}, "
-        f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        "targets: expected integer labels, or probabilities of at least two classes in the logits' shape "
+        f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
     )
+
+
+def _ignore_index(criterion: object) -> int:
+    """The label that the criterion leaves out; ``functools.partial`` of a function is looked into."""
+    keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}
+    return int(keywords.get("ignore_index", getattr(criterion, "ignore_index", _IGNORE)))
 
 
 def _fetch(*tallies: _Tally) -> list[list[float]]:
     """The sums of every tally, in one transfer; zeros for one that saw no batch."""
-    held = [sums for sums in (tally.sums() for tally in tallies) if sums is not None]
+    held = [tally.metrics.values for tally in tallies if tally.metrics is not None]
     values = torch.cat(held).tolist() if held else []  # sync: the one transfer
     found = []
     for tally in tallies:
