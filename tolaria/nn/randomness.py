@@ -98,7 +98,7 @@ def check_rng_seed(rng_seed: object) -> None:
         return
     if isinstance(rng_seed, bool) or not isinstance(rng_seed, Integral):
         raise TypeError(f"rng_seed: expected an integer or None, got {rng_seed!r}")
-    if not -(2**63) <= rng_seed < 2**63:
+    if not -(2**63) <= int(rng_seed) < 2**63:
         raise ValueError(f"rng_seed: expected an integer of at most 63 bits and a sign, got {rng_seed}")
 
 

@@ -46,7 +46,7 @@ def check_optimizer(name: str, optimizer: object) -> None:
 
 def check_norm(name: str, norm: object) -> None:
     """Raise ValueError unless ``norm`` is a number above 0, or None."""
-    if norm is not None and not (isinstance(norm, Real) and norm > 0):
+    if norm is not None and not (isinstance(norm, Real) and float(norm) > 0):
         raise ValueError(f"{name}: expected a number above 0 or None, got {norm!r}")
 
 
