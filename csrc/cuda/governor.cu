@@ -8,6 +8,7 @@
 namespace tolaria {
 namespace {
 
+// Nothing is shared between threads: each reads and writes its own column and its own row of the mailbox.
 __global__ void governor_step_kernel(GovernorBatch batch, const double* config, GovernorLosses losses) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= batch.n || !losses.is_active(i)) return;

@@ -93,6 +93,12 @@ __device__ void zero_bytes(char* target, int64_t bytes) {
 }
 
 // True in every thread of the block that finishes last; all that other blocks wrote is visible to it.
+//
+// Release: each thread fences its own writes, and the barrier lets thread 0 count the block only behind all of them; it
+// also comes after every thread of the block has read the order. Acquire: the last block fences once it has seen the full
+// count. So no block is left that reads the order or the header, which the caller then changes by plain stores: the next
+// launch that reads them is ordered behind this one. One counter a part, since part 1 runs on the side stream beside
+// others; part 0 and the restore share one, being in order on the stream that judges.
 __device__ bool is_last_block(unsigned long long* blocks_done) {
   __shared__ bool last;
   __threadfence();

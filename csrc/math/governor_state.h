@@ -28,7 +28,9 @@ struct Governor {
   C10_HOST_DEVICE int gradients() const { return memory::count + window; }
 };
 
-// Makes what this thread wrote visible to the host before what it writes next.
+// Makes what this thread wrote visible to the host before what it writes next. The words are aligned doubles, each one
+// store over the bus, and the fence keeps the compiler from moving them too, so nothing has to be volatile. One thread
+// writes a mailbox row at a time: judge, restore and capture of a governor are ordered by the stream or by an event.
 C10_HOST_DEVICE inline void publish() {
 #ifdef __CUDA_ARCH__
   __threadfence_system();

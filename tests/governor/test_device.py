@@ -216,22 +216,36 @@ def test_graph_capture_asks_for_capturable_and_a_settled_structure() -> None:
         run.governor.step(run.bad)
 
 
-def test_clean_step_counts() -> None:
+def counted(vgpu: Any, run: Run) -> tuple[int, dict[str, Any]]:
+    """Launches of our kernels, and the counts, of one call of step beside nothing else."""
+    loss = torch.ones((), device="cuda")
+    torch.cuda.synchronize()
+    vgpu.reset()
+    run.governor.step(loss)
+    stats = vgpu.stats()
+    assert not stats["aten_launches"]
+    assert stats["host_sync_total"] == stats["mallocs"]["count"] == stats["host_mallocs"]["count"] == 0
+    assert stats["event_queries"] == stats["stream_queries"] == 0
+    assert all(m["count"] == 0 for m in stats["memcpy"].values())
+    return sum(k["launches"] for k in stats["kernel_launches"].values()), stats
+
+
+def test_counts_of_clean_and_capturing_steps() -> None:
     vgpu = pytest.importorskip("vgpu", reason="counts come from the virtual device")
     run = Run(interval=6)
     for _ in range(9):
         run.step()
     torch.cuda.synchronize()
-    loss = torch.ones((), device="cuda")
-    vgpu.reset()
-    run.governor.step(loss)
-    stats = vgpu.stats()
-    launches = sum(k["launches"] for k in stats["kernel_launches"].values())
-    assert launches <= 3
-    assert not stats["aten_launches"]
-    assert stats["host_sync_total"] == stats["mallocs"]["count"] == stats["host_mallocs"]["count"] == 0
-    assert stats["event_queries"] == stats["stream_queries"] == 0
-    assert all(m["count"] == 0 for m in stats["memcpy"].values())
+    run.governor.poll()
+    clean: list[int] = []
+    capturing: list[int] = []
+    for _ in range(8):
+        launches, stats = counted(vgpu, run)
+        (clean if stats["event_records"] == 0 else capturing).append(launches)
+    assert capturing
+    assert clean
+    assert max(clean) <= 3
+    assert max(capturing) <= min(clean) + 2
 
 
 def test_bank_on_the_device() -> None:

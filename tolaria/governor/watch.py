@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from tolaria.governor.tracked import SCALER_TENSORS, TrackedState
 
 _VALUES = operator.methodcaller("values")
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+_NUMBERS = (int, float, tuple)  # a tuple: betas, which a schedule may cycle
 
 
 class StructureWatch:
@@ -47,18 +44,24 @@ class StructureWatch:
 
     def has_moved(self) -> bool:
         """Whether something may be different; no device call, and it may say yes too often."""
-        now = self._contents()
+        now, seen = self._contents(), self._seen
         # The objects seen last are kept, not their ids, which a successor could have inherited.
-        same = len(now) == len(self._seen) and all(map(operator.is_, now, self._seen))
-        return not same or self._whereabouts() != self._rest
+        if len(now) != len(seen):
+            return True
+        if not all(map(operator.is_, now, seen)):
+            # Numbers, such as step counters and rates, come and go.
+            changed = (pair for pair in zip(now, seen, strict=True) if pair[0] is not pair[1])
+            if not all(isinstance(a, _NUMBERS) and isinstance(b, _NUMBERS) for a, b in changed):
+                return True
+        return self._whereabouts() != self._rest
 
     def _contents(self) -> list[object]:
-        """What the containers hold, and tensors elsewhere; numbers, such as step counters, come and go."""
-        held = chain.from_iterable(map(_VALUES, self._containers))
-        found = [value for value in held if type(value) is not int and type(value) is not float]
-        groups = [group for o in self._tracked.optimizers for group in o.param_groups]
-        found += [value for group in groups for value in group.values() if _is_tensor(value)]
-        found += chain.from_iterable(group["params"] for group in groups)
+        """What the containers hold, the groups' settings and parameters, and the scaler's tensors."""
+        found = list(chain.from_iterable(map(_VALUES, self._containers)))
+        for optimizer in self._tracked.optimizers:
+            for group in optimizer.param_groups:
+                found += group["params"]
+                found += [value for key, value in group.items() if key != "params"]
         found += [getattr(self._tracked.scaler, name, None) for name in SCALER_TENSORS]
         return found
 
