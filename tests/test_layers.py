@@ -22,7 +22,6 @@ ALLOWED = {
     "train": {"tasks", "nn", "governor", "ops", *BASE},
     "runs": {"train", "tasks", "nn", "governor", "_backend", *BASE},
     "chaos": {"train", "tasks", "nn", "governor", "ops", *BASE},
-    "integrations": {"train", "governor", *BASE},
 }
 CSRC = {
     "math": {"math"},
