@@ -74,7 +74,7 @@ def test_blend_moves_each_array_once(count, size, alpha_kind, memory_format, lea
         arrays = [grad, host, seed, *own]
         if learned:
             arrays += [host, seed, *own]
-            assert_economical(counters, arrays, more=1.1)  # partial sums, written and read
+            assert_economical(counters, arrays, more + 0.05)  # partial sums, written and read
         else:
             assert_economical(counters, arrays, more)
 
