@@ -20,6 +20,13 @@
 
 namespace tolaria::cpu {
 
+// Asks for the cache line at `address`, which need not be readable.
+TOLARIA_INLINE void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
+
 #ifdef TOLARIA_HAS_X86_VARIANTS
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };

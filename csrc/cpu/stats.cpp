@@ -17,8 +17,11 @@ using math::Stats;
 
 // Running sums side by side; a fixed number, so that every instruction set adds in one order.
 constexpr int64_t kLanes = 16;
-// Elements that are searched for non-finite values and then, from the first-level cache, squared.
+// Elements that are looked through again, from the first-level cache, when one of them is not finite.
 constexpr int64_t kBlock = 1024;
+// How far ahead memory is asked for: the sums keep the processor too busy to look far enough itself. 2 KiB read a list of
+// 44 MB at 1.0 times the pace of a plain sum, 1 KiB at 1.1, no prefetch at 1.3 (Zen 3, two cores).
+constexpr int64_t kPrefetchBytes = 2048;
 
 template <typename scalar_t>
 struct ChunkStats {
@@ -40,12 +43,10 @@ struct ChunkStats {
   static TOLARIA_INLINE void floating(const scalar_t* data, int64_t n, double* lanes, Stats& stats) {
     using bits_t = typename math::Magnitude<scalar_t>::bits_t;
     constexpr bits_t inf = math::Magnitude<scalar_t>::inf;
-    bits_t peak = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const bits_t bits = math::magnitude_bits(data[i]);
-      peak = bits > peak ? bits : peak;
-    }
-    if (C10_UNLIKELY(peak >= inf)) {
+    double sums[kLanes];
+    std::memcpy(sums, lanes, sizeof(sums));
+    bits_t peak = add_magnitudes<bits_t>(data, n, sums);
+    if (C10_UNLIKELY(peak >= inf)) {  // the sums are spoilt: again from `lanes`, without what is not finite
       peak = 0;
       for (int64_t i = 0; i < n; ++i) {
         const bits_t bits = math::magnitude_bits(data[i]);
@@ -54,9 +55,36 @@ struct ChunkStats {
       }
       add_squares(data, n, lanes, [](scalar_t x) TOLARIA_INLINE_LAMBDA { return math::finite_or_zero(x); });
     } else {
-      add_squares(data, n, lanes, [](scalar_t x) TOLARIA_INLINE_LAMBDA { return static_cast<double>(x); });
+      std::memcpy(lanes, sums, sizeof(sums));
     }
     stats.max_abs = std::max(stats.max_abs, math::magnitude_of<scalar_t>(peak));
+  }
+
+  // Adds the squares to `sums` as add_squares does, and returns the largest magnitude, NaN above all.
+  template <typename bits_t>
+  static TOLARIA_INLINE bits_t add_magnitudes(const scalar_t* data, int64_t n, double* sums) {
+    bits_t peaks[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      cpu::prefetch(data + i + kPrefetchBytes / sizeof(scalar_t));
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const bits_t bits = math::magnitude_bits(data[i + l]);
+        peaks[l] = bits > peaks[l] ? bits : peaks[l];
+      }
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const double x = static_cast<double>(data[i + l]);
+        sums[l] += x * x;
+      }
+    }
+    for (int64_t l = 0; i + l < n; ++l) {
+      const bits_t bits = math::magnitude_bits(data[i + l]);
+      peaks[l] = bits > peaks[l] ? bits : peaks[l];
+      const double x = static_cast<double>(data[i + l]);
+      sums[l] += x * x;
+    }
+    bits_t peak = 0;
+    for (const bits_t bits : peaks) peak = bits > peak ? bits : peak;
+    return peak;
   }
 
   static TOLARIA_INLINE void integral(const scalar_t* data, int64_t n, double* lanes, Stats& stats) {
