@@ -13,11 +13,11 @@ namespace tolaria::math {
 // Places in the accumulator; correct[C] and count[C] of the classes follow, unless it is too short for them.
 enum MetricsField : int { kLossSum, kCount, kCorrect, kTopkCorrect, kInvalid, kMetricsFields };
 
-// exp(x) for x <= 0 within 2 ulp: 2^n times a polynomial of the rest. 0 below -87, where it leaves the normal numbers;
-// NaN stays NaN. No branch and no call, so that a loop of it becomes vector code.
+// exp(x) for x <= 0 within 2 ulp: 2^n times a polynomial of the rest. 0 from about -87.7 down, where n = -127 leaves the
+// normal numbers; NaN stays NaN. No branch and no call, so that a loop of it becomes vector code.
 C10_HOST_DEVICE inline float exp_nonpositive(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const float clamped = x < -87.0f ? -87.0f : x;
+  const float clamped = x < -88.0f ? -88.0f : x;
   const float shifted = clamped * 1.44269504088896341f + kRound;
   const float n = shifted - kRound;
   const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -33,7 +33,7 @@ C10_HOST_DEVICE inline float exp_nonpositive(float x) {
   bits = (bits - 0x4B400000u + 127u) << 23;
   float scale;
   memcpy(&scale, &bits, sizeof(scale));
-  return x < -87.0f ? 0.0f : p * scale;
+  return p * scale;
 }
 
 C10_HOST_DEVICE inline double exp_nonpositive(double x) { return ::exp(x); }
