@@ -1,6 +1,7 @@
 """tolaria: keep networks that grow while they train alive, at no cost."""
 
 from tolaria._backend import backend, current_mode
+from tolaria._host_allocator import HostAllocatorTuning, tune_host_allocator
 from tolaria.errors import (
     BuildMismatchError,
     ConfigError,
@@ -42,6 +43,7 @@ __all__ = [
     "GovernorConfig",
     "GovernorEvent",
     "GovernorReport",
+    "HostAllocatorTuning",
     "MissingDependencyError",
     "MorphogeneticModel",
     "PanicReason",
@@ -63,6 +65,7 @@ __all__ = [
     "train_epoch_blended",
     "train_epoch_incubator_mode",
     "train_epoch_normal",
+    "tune_host_allocator",
     "validate_and_get_metrics",
     "validate_device",
 ]

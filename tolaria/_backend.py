@@ -83,12 +83,12 @@ def fused(tensor: Tensor) -> bool:
     """Whether an op on ``tensor`` goes to the compiled extension under the mode in force."""
     if _mode == "reference":
         return False
-    device = tensor.device.type
-    if _extension.LOADED and (device == "cpu" or device == "meta" or (device == "cuda" and _extension.CUDA)):
+    if _extension.LOADED and (tensor.is_cpu or tensor.is_meta or (_extension.CUDA and tensor.is_cuda)):
         return True
     if _mode == "fused":
         raise ExtensionMissingError(
-            f"backend 'fused': the extension has no kernels for device {device!r}; `tolaria doctor` says why"
+            f"backend 'fused': the extension has no kernels for device {tensor.device.type!r}; "
+            "`tolaria doctor` says why"
         )
     if not _extension.LOADED:
         _warn_once()
