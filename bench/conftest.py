@@ -132,6 +132,7 @@ def measure(record: Callable[..., None], device: str, effort: Effort) -> Callabl
         moved_bytes: read and written by one call, for bytes per second; default: that of the passes.
         absent: why an implementation that one would expect is not there, by name.
         one_thread: whether torch may use only one.
+        slow_compile: ``compiled`` takes so long to be made that ``--quick`` goes without.
         info: more about the fused implementation.
     """
 
@@ -145,13 +146,15 @@ def measure(record: Callable[..., None], device: str, effort: Effort) -> Callabl
         moved_bytes: int | None = None,
         absent: Mapping[str, str] | None = None,
         one_thread: bool = False,
+        slow_compile: bool = False,
         info: Mapping[str, object] | None = None,
     ) -> None:
         with threads(1 if one_thread else 0):
             missing = dict(absent or {})
             functions: dict[str, Function] = {}
             for name, function in implementations.items():
-                if name == "compiled" and effort is SMOKE:
+                if name == "compiled" and (effort is SMOKE or (effort is QUICK and slow_compile)):
+                    missing[name] = "compiled only in a full run"
                     continue
                 try:
                     result = function()

@@ -99,7 +99,7 @@ def bench_snapshot_of_a_model(direction, one_thread, measure, device):
 
     def load():
         model.load_state_dict(saved[0])
-        optimizer.load_state_dict(saved[1])
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))  # it keeps what it is given, and would train it
 
     functions = {
         "capture": {

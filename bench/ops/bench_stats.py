@@ -65,6 +65,7 @@ def compare(name, tensors, measure, one_thread, absent):
         passes=[([flat], [])],
         absent=absent,
         one_thread=one_thread,
+        slow_compile=True,
     )
 
 

@@ -183,7 +183,7 @@ def bench_rollback(name, record, effort, device):
 
     def load():
         model.load_state_dict(saved[0])
-        optimizer.load_state_dict(saved[1])
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))  # it keeps what it is given, and would train it
 
     ways = {
         "capture": {"fused": governor.snapshot, "clone + deepcopy": clone},
