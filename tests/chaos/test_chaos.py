@@ -71,6 +71,12 @@ def test_undisturbed_run_is_left_alone():
     assert outcome.score > 90.0
 
 
+def test_rollback_to_the_state_at_attach_is_compared_with_it():
+    outcome = execute(make_run(), *chosen_faults(["nan-loss"]), steps=40, start=5)
+    assert (outcome.rollbacks, outcome.steps_lost) == (1, 5)
+    assert outcome.is_as_promised, outcome
+
+
 def test_poisoned_capture_is_never_promoted():
     outcome = execute(make_run(), PoisonedCapture(), steps=60, start=41)
     assert (outcome.start, outcome.reason, outcome.detected_after) == (50, "NON_FINITE_STATE", 0)

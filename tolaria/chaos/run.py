@@ -154,7 +154,7 @@ class _Watch:
 
     def __init__(self, run: ChaosRun, start: int) -> None:
         self.run, self.start = run, start
-        self.copies = {0: _fingerprint(run)}
+        self.copies = {1: _fingerprint(run)}  # the capture at attach
         self.reason: str | None = None
         self.detected: int | None = None
         self.rollbacks, self.lost = 0, 0

@@ -126,7 +126,7 @@ class GovernorReport:
     consecutive_panics: int
     """Anomalies in a row."""
     restored_capture: int
-    """Id of the capture that was put back; 0 is the one made at attach."""
+    """Id of the capture that was put back; 1 is the one made at attach."""
     restored_step: int
     """Step at which that capture was made."""
     steps_lost: int
