@@ -1,8 +1,13 @@
 // blend: the ends are selected, so that a NaN on the unused side stays out; between them, torch.lerp's two branches.
 // alpha <= 0 is the host's end, alpha >= 1 the seed's; a NaN alpha is neither and makes the result NaN.
+//
+// The branches fuse multiplication and addition, explicitly, as torch.lerp does: where host and seed nearly cancel,
+// rounding the product apart would put the result thousands of ulp away from it. std::fma has the same bits everywhere.
 #pragma once
 
 #include <c10/macros/Macros.h>
+
+#include <cmath>
 
 namespace tolaria::math {
 
@@ -18,12 +23,12 @@ C10_HOST_DEVICE inline BlendBranch blend_branch(acc_t alpha) {
 
 template <typename acc_t>
 C10_HOST_DEVICE inline acc_t blend_low(acc_t host, acc_t seed, acc_t alpha) {
-  return host + alpha * (seed - host);
+  return std::fma(alpha, seed - host, host);
 }
 
 template <typename acc_t>
 C10_HOST_DEVICE inline acc_t blend_high(acc_t host, acc_t seed, acc_t alpha) {
-  return seed - (seed - host) * (acc_t(1) - alpha);
+  return std::fma(alpha - acc_t(1), seed - host, seed);
 }
 
 // One element; written without branches, so that a loop over varying alpha becomes vector selects. Selecting among

@@ -55,6 +55,22 @@ def test_blend_is_as_good_as_the_reference(case):
     torch.testing.assert_close(results[3].double(), exact[3], rtol=eps, atol=4 * float(scale) * eps)
 
 
+@needs_extension
+@pytest.mark.parametrize("alpha_shape", [(), (64, 1), (64, 1027)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_blend_is_within_two_ulp_of_the_reference_even_where_host_and_seed_cancel(dtype, alpha_shape):
+    host, seed = torch.randn(2, 64, 1027, dtype=torch.float64).to(dtype)
+    alpha = torch.rand(alpha_shape, dtype=torch.float64).to(dtype)
+    results = []
+    for mode in ("fused", "reference"):
+        with tolaria.backend(mode):
+            results.append(blend(host, seed, alpha).double())
+    apart = (results[0] - results[1]).abs()
+    info = torch.finfo(dtype)
+    ulp = torch.ldexp(torch.full_like(results[1], info.eps / 2), torch.frexp(results[1])[1])
+    assert (apart <= 2 * ulp.clamp(min=info.smallest_normal * info.eps)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 3, 4, 5)], ids=str)
 def test_ends_are_selected_bit_for_bit(backend, device, dtype, shape):
