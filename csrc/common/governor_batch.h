@@ -15,13 +15,14 @@ namespace tolaria {
 struct GovernorBatch {
   double* state;
   int64_t n;
+  int64_t stride;  // from field to field; at least n
   int window;
   double* mailbox;
   int64_t mailbox_row;
   int64_t ring_records;
 
   C10_HOST_DEVICE math::Governor operator[](int64_t i) const {
-    return {state + i, n, window, mailbox == nullptr ? nullptr : mailbox + i * mailbox_row, ring_records};
+    return {state + i, stride, window, mailbox == nullptr ? nullptr : mailbox + i * mailbox_row, ring_records};
   }
 };
 
@@ -29,7 +30,7 @@ inline GovernorBatch governor_batch(at::Tensor& state, const std::optional<at::T
   const int window = governor_window(state);
   const int64_t records = check_mailbox(state, mailbox);
   const int64_t row = mailbox.has_value() ? mailbox->size(1) : 0;
-  return {state.mutable_data_ptr<double>(), state.size(1), window,
+  return {state.mutable_data_ptr<double>(), state.size(1), state.stride(0), window,
           mailbox.has_value() ? mailbox->mutable_data_ptr<double>() : nullptr, row, records};
 }
 

@@ -12,9 +12,10 @@
 namespace tolaria {
 
 inline int governor_window(const at::Tensor& state) {
-  TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble && state.dim() == 2 && state.is_contiguous(),
-                    "state: expected a contiguous float64 matrix (fields, governors), got ", state.scalar_type(),
-                    " of shape ", state.sizes());
+  TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble && state.dim() == 2 &&
+                        (state.stride(1) == 1 || state.size(1) == 1) && state.stride(0) >= state.size(1),
+                    "state: expected a float64 matrix (fields, governors) whose rows are contiguous, got ",
+                    state.scalar_type(), " of shape ", state.sizes(), " and strides ", state.strides());
   const int64_t memories = state.size(0) - math::field::count;
   const int64_t windows = memories / 3 - math::memory::count, window = windows / 2;
   TORCH_CHECK_VALUE(memories % 3 == 0 && windows % 2 == 0 && window >= 1 && window <= math::kMaxWindow,

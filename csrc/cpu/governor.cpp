@@ -36,7 +36,7 @@ void judge_range(const GovernorBatch& batch, const double* config, const Governo
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, end - i));
     if (lanes == kLanes) {
       const math::Governor first = batch[i];
-      lane_moments(&first.live(math::memory::history_size), &first.live(first.losses()), batch.n, batch.window, mean,
+      lane_moments(&first.live(math::memory::history_size), &first.live(first.losses()), batch.stride, batch.window, mean,
                    m2);
     }
     for (int l = 0; l < lanes; ++l) {

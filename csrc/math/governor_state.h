@@ -12,7 +12,7 @@ namespace tolaria::math {
 // A column of `state`; memory 0 is the live one, 1 and 2 are the slots'.
 struct Governor {
   double* column;
-  int64_t stride;  // number of governors
+  int64_t stride;  // from field to field
   int window;
   double* mailbox;  // status words and ring of this governor, or null
   int64_t ring_records;

@@ -96,6 +96,32 @@ def test_compiled_equals_reference_bit_for_bit(n: int, name: str) -> None:
         assert same_bits(*boxes)
 
 
+@pytest.mark.parametrize("mode", ["fused", "reference"])
+def test_rows_may_stand_apart_and_do_where_they_would_share_a_cache_set(mode: str) -> None:
+    n, config = 1024, GovernorConfig(snapshot_interval=7).to_tensor(math.log(10), "cpu")
+    apart = ops.governor_state(n)
+    assert apart.stride(0) // 8 % 2 == 1, "rows an even number of cache lines apart: 462 us instead of 70"
+    wide = torch.full((len(apart), 2 * n), torch.nan, dtype=torch.float64)
+    inside = wide[:, 5 : n + 5].copy_(apart)
+    packed = apart.contiguous()
+    with tolaria.backend(mode):  # type: ignore[arg-type]
+        for loss in losses_like_a_run(n, 20, seed=5):
+            for state in (apart, packed, inside):
+                ops.governor_step_(state, config, loss)
+        for state in (apart, packed, inside):
+            ops.governor_order_(state, config, 7, Order.ROLLBACK)
+    assert same_bits(apart, packed)
+    assert same_bits(inside, packed)
+    assert bool(wide[:, :5].isnan().all()) and bool(wide[:, n + 5 :].isnan().all())
+
+
+def test_columns_must_lie_side_by_side() -> None:
+    config, packed = GovernorConfig().to_tensor(None, "cpu"), ops.governor_state(4)
+    for state in (packed.T.contiguous().T, packed[:, :1].expand(-1, 4), packed[:, ::2]):
+        with tolaria.backend("fused"), pytest.raises(ValueError, match="whose rows are contiguous"):
+            ops.governor_step_(state, config, torch.ones(state.shape[1]))
+
+
 def test_overflowing_statistics_are_one_nan() -> None:
     config = GovernorConfig(window=2, min_history=2, drift_horizon=7).to_tensor(None, "cpu")
     states = [ops.governor_state(2) for _ in range(2)]
