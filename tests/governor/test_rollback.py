@@ -354,7 +354,7 @@ def test_skipped_step_changes_nothing_at_all(backend: str) -> None:
     assert_same(before["model"], after["model"])
     assert_same(before["optimizer"], after["optimizer"])
     governor.check_vital_signs(1.0)
-    with pytest.raises(ValueError, match="returned last"):
+    with pytest.raises(ValueError, match="was returned last"):
         governor.step(verdict)
 
 

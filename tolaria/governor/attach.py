@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from tolaria import ops
@@ -16,7 +17,8 @@ from tolaria.governor.device_engine import DeviceEngine
 from tolaria.governor.engine import Engine, HostEngine
 from tolaria.governor.events import MailboxReader
 from tolaria.governor.memory import allocate
-from tolaria.governor.tracked import TrackedState
+from tolaria.governor.sinks import Sink
+from tolaria.governor.tracked import Stateful, TrackedState
 
 
 def make_mailbox(n: int, records: int, device: torch.device) -> Tensor:
@@ -46,15 +48,28 @@ def checked_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimi
 
     Raises:
         TypeError: the model is no module, or an optimizer none.
+        ValueError: an optimizer comes twice, or a parameter is not initialised yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizers, Optimizer | Iterable) or isinstance(optimizers, Mapping | str):
+        raise TypeError(
+            "optimizers: expected a torch.optim.Optimizer or a sequence of them, got "
+            f"{type(optimizers).__name__}"
+        )
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     for i, optimizer in enumerate(listed):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizers[{i}]: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
+        if any(optimizer is earlier for earlier in listed[:i]):
+            raise ValueError(f"optimizers[{i}]: expected each optimizer once, got one a second time")
+    lazy = [name for name, tensor in _named_tensors(model) if is_lazy(tensor)]
+    if lazy:
+        raise ValueError(
+            f"model: expected initialised parameters, got a lazy {lazy[0]}; run one forward before attaching"
+        )
     return listed
 
 
@@ -70,6 +85,58 @@ def check_settings(config: GovernorConfig | None, scaler: torch.amp.GradScaler |
     ):
         if value is not None and not isinstance(value, wanted):
             raise TypeError(f"{name}: expected {wanted.__name__} or None, got {type(value).__name__}")
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def check_listed(
+    *,
+    schedulers: Sequence[Stateful] = (),
+    extras: Mapping[str, Stateful] | None = None,
+    generators: Sequence[torch.Generator] = (),
+    sinks: Sequence[Sink] = (),
+) -> None:
+    """A look at the types of what comes in sequences and mappings.
+
+    Raises:
+        TypeError: one is no sequence or mapping, or holds something else.
+    """
+    for name, values, wanted, fits in (
+        ("schedulers", schedulers, "objects with state_dict and load_state_dict", _is_stateful),
+        ("generators", generators, "torch.Generator", lambda v: isinstance(v, torch.Generator)),
+        ("sinks", sinks, "callables", callable),
+    ):
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise TypeError(f"{name}: expected a sequence of {wanted}, got {type(values).__name__}")
+        for i, value in enumerate(values):
+            if not fits(value):
+                raise TypeError(f"{name}[{i}]: expected {wanted}, got {type(value).__name__}")
+    if extras is not None and not isinstance(extras, Mapping):
+        raise TypeError(f"extras: expected a mapping of names to objects, got {type(extras).__name__}")
+    for key, value in (extras or {}).items():
+        if not isinstance(key, str) or not _is_stateful(value):
+            raise TypeError(
+                f"extras[{key!r}]: expected a name and an object with state_dict and load_state_dict, got "
+                f"{type(value).__name__}"
+            )
+
+
+def _is_stateful(value: object) -> bool:
+    return isinstance(value, Stateful) and not isinstance(value, type)
+
+
+def as_flag(name: str, value: object) -> bool:
+    """``value`` as a bool.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected a bool or a tensor of one element, got {type(value).__name__}")
+    return bool(value)
 
 
 def as_number(name: str, value: object) -> float:
@@ -89,7 +156,7 @@ def single_device(model: nn.Module, optimizers: Sequence[Optimizer]) -> torch.de
     """The one device that the model's parameters are on; the optimizers' if it has none.
 
     Raises:
-        RuntimeError: they are on several.
+        RuntimeError: they are on several, or on one that is not supported.
     """
     parameters = list(model.parameters()) or [
         p for o in optimizers for g in o.param_groups for p in g["params"]
@@ -100,7 +167,12 @@ def single_device(model: nn.Module, optimizers: Sequence[Optimizer]) -> torch.de
             f"model: its parameters are on {', '.join(sorted(map(str, devices)))}; one governor covers one "
             "device, so put the model on one or give each part a governor of its own"
         )
-    return devices.pop() if devices else torch.device("cpu")
+    device = devices.pop() if devices else torch.device("cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError(
+            f"model: expected parameters on cpu or cuda, got them on {device}; move the model first"
+        )
+    return device
 
 
 def resolve_random_guess_loss(num_classes: int | None, random_guess_loss: float | None) -> float | None:
@@ -110,7 +182,8 @@ def resolve_random_guess_loss(num_classes: int | None, random_guess_loss: float 
         ValueError: ``num_classes`` below 2, or a loss that is not positive and finite.
     """
     if random_guess_loss is not None:
-        if not (isinstance(random_guess_loss, int | float) and 0 < random_guess_loss < math.inf):
+        is_number = isinstance(random_guess_loss, int | float) and not isinstance(random_guess_loss, bool)
+        if not (is_number and 0 < random_guess_loss < math.inf):
             raise ValueError(
                 f"random_guess_loss: expected a positive finite number, got {random_guess_loss!r}"
             )

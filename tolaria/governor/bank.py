@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.governor.attach import (
+    check_listed,
+    check_settings,
     checked_optimizers,
     make_engine,
     make_mailbox,
@@ -20,7 +22,7 @@ from tolaria.governor.attach import (
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import GovernorEvent, MailboxReader, RollbackEvent
+from tolaria.governor.events import EventQueue, GovernorEvent, MailboxReader, RollbackEvent
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.sinks import Sink, deliver
 from tolaria.governor.tracked import Stateful, TrackedState
@@ -60,6 +62,8 @@ class GovernorBank:
     ) -> None:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n: expected an integer of at least 1, got {n!r}")
+        check_settings(config, None)
+        check_listed(sinks=sinks)
         check_ranks(None, None)
         self.config = config or GovernorConfig()
         self.random_guess_loss = resolve_random_guess_loss(num_classes, random_guess_loss)
@@ -74,7 +78,7 @@ class GovernorBank:
         self._seen = np.zeros(n)
         self._engines: dict[int, Engine] = {}
         self._policies: dict[int, RollbackPolicy] = {}
-        self._events: list[GovernorEvent] = []
+        self._events = EventQueue(_MAX_EVENTS_KEPT)
 
     def __len__(self) -> int:
         return self._state.shape[1]
@@ -100,6 +104,8 @@ class GovernorBank:
         if i in self._engines:
             raise ValueError(f"i: row {i} is attached already; detach({i}) first")
         listed = checked_optimizers(model, optimizers)
+        check_settings(None, scaler)
+        check_listed(schedulers=schedulers, extras=extras)
         device = single_device(model, listed)
         if device != self._state.device:
             raise RuntimeError(
@@ -125,7 +131,7 @@ class GovernorBank:
             self._state[:, i] = before
             raise
         self._engines[i] = engine
-        self._policies[i] = RollbackPolicy(self.config, tracked)
+        self._policies[i] = RollbackPolicy(self.config)
         self._tell(engine.attach_event())
 
     def detach(self, i: int) -> None:
@@ -172,8 +178,7 @@ class GovernorBank:
     def poll(self) -> list[GovernorEvent]:
         """Events that arrived since the last call; never waits."""
         self._drain()
-        events, self._events = self._events, []
-        return events
+        return self._events.take()
 
     @property
     def reasons(self) -> list[PanicReason]:
@@ -196,14 +201,12 @@ class GovernorBank:
                 engine.learn(events)
                 engine.reconcile()
             for event in events:
-                if isinstance(event, RollbackEvent) and i in self._policies:
-                    self._policies[i].after_rollback(event.report)
+                if isinstance(event, RollbackEvent) and engine:
+                    self._policies[i].after_rollback(event.report, engine.tracked)
                 self._tell(event)
             if i in self._policies:
                 self._policies[i].check_budget()
 
     def _tell(self, event: GovernorEvent) -> None:
-        self._events.append(event)
-        if len(self._events) > _MAX_EVENTS_KEPT:
-            del self._events[: _MAX_EVENTS_KEPT // 2]
+        self._events.add(event)
         deliver(self._sinks, event)

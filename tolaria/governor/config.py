@@ -156,7 +156,16 @@ class GovernorConfig:
             random_guess_loss: loss of guessing, r; the absolute threshold is max(10, 1.5 r). None: the one
                 that the governor is made with.
             **overrides: fields that are to differ.
+
+        Raises:
+            ConfigError: the loss of guessing is no positive finite number, or a field is out of range.
         """
+        if random_guess_loss is not None and not (
+            _is_number(random_guess_loss) and 0 < random_guess_loss < math.inf
+        ):
+            raise ConfigError(
+                f"random_guess_loss: expected a positive finite number or None, got {random_guess_loss!r}"
+            )
         absolute = None if random_guess_loss is None else max(10.0, 1.5 * random_guess_loss)
         settings: dict[str, Any] = {
             "rule": "any",

@@ -28,8 +28,9 @@ from tolaria.errors import TolariaError
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import CaptureEvent, GovernorEvent, MailboxReader, SeedCulledEvent
+from tolaria.governor.host_state import HostState, HostValues
 from tolaria.governor.memory import allocate
-from tolaria.governor.tracked import HostState, HostValues, TrackedState
+from tolaria.governor.tracked import TrackedState
 from tolaria.governor.watch import StructureWatch
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 
@@ -167,15 +168,15 @@ class DeviceEngine(Engine):
         flight.launched()
 
     def _capture_aside(self) -> None:
+        host = HostState.of(self.tracked)  # first: what cannot say its state must not leave half a capture
         self._fork(self._flight)
-        self._keep_host_state(self._judged)
+        self._keep_host_state(host, self._judged)
 
     def _capture_here(self) -> None:
         for part in (0, 1):
             ops.snapshot_capture_(self._state, self._column, self.slots.table, part, self._mailbox)
 
-    def _keep_host_state(self, captured_step: int) -> None:
-        host = self.tracked.host_state()
+    def _keep_host_state(self, host: HostState, captured_step: int) -> None:
         host.keys = self.slots.live_keys()
         self._host[captured_step] = host
         good = self._reader.status(StatusField.last_good_step)
@@ -188,7 +189,7 @@ class DeviceEngine(Engine):
         for event in events:
             if isinstance(event, CaptureEvent) and event.capture_step > max(self._host):
                 self._judged = max(self._judged, event.capture_step)
-                self._keep_host_state(event.capture_step)
+                self._keep_host_state(HostState.of(self.tracked), event.capture_step)
 
     @property
     def enqueued_step(self) -> int:
@@ -197,13 +198,10 @@ class DeviceEngine(Engine):
 
     def correct_host_values(self, optimizer: Optimizer, right: HostValues) -> None:
         """The captures after a step that turned out to be skipped keep these host-side values instead."""
-        index = next(i for i, known in enumerate(self.tracked.optimizers) if known is optimizer)
         for step, values in list(right.items())[1:]:
-            if step in self._host and index < len(self._host[step].optimizers):
-                self._host[step].optimizers[index].values = values
-
-    def _kept_host_states(self) -> list[HostState]:
-        return list(self._host.values())
+            for host in self._host[step].optimizers if step in self._host else ():
+                if host.optimizer is optimizer:
+                    host.values = values
 
     # -- structure -------------------------------------------------------------------------------------------
 
@@ -261,6 +259,15 @@ class DeviceEngine(Engine):
             yield from self.sync_structure()
         self._launch_restore()
 
+    def restore_again(self) -> Iterator[GovernorEvent]:
+        """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
+        self.wait()
+        if self._structure_moved():
+            yield from self.sync_structure()
+        ops.snapshot_restore_(self._state_with_order(), self._column, self._settings, self.slots.table, None)
+        self._known_rollbacks -= 1  # the host-side parts once more, too
+        self.reconcile()
+
     def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
         """Give an order from outside the rule."""
         self.wait()
@@ -271,6 +278,7 @@ class DeviceEngine(Engine):
         self.synchronize()
         for _ in self.sync_structure():
             pass
+        host = HostState.of(self.tracked)
         self.order(Order.CAPTURE)
         self._capture_here()
         bad = int(self._state[StateField.candidate_bad, self._column])  # sync: attach, reset and loading only
@@ -282,7 +290,7 @@ class DeviceEngine(Engine):
         self.synchronize()
         self._judged, self._known_rollbacks = self.step_count, self._reader.status(StatusField.rollback_count)
         self._host.clear()
-        self._keep_host_state(self._judged)
+        self._keep_host_state(host, self._judged)
 
     def reconcile(self) -> None:
         """Put host-side parts back if the device has rolled back since the last look. Plain loads alone."""
@@ -299,7 +307,7 @@ class DeviceEngine(Engine):
             slot = int(self._state[StateField.last_good, self._column])
             for key, tensor in self.slots.missing_live(slot, host.keys):
                 self.tracked.recreate(key, tensor)
-        self.tracked.load_host_state(host, keep_fresh=True)
+        host.load_into(self.tracked, keep_fresh=True)
 
     # -- seeds -----------------------------------------------------------------------------------------------
 

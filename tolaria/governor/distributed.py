@@ -19,7 +19,15 @@ def check_ranks(process_group: dist.ProcessGroup | None, model: nn.Module | None
 
     Raises:
         RuntimeError: several ranks without a process group, or sharded parameters.
+        TypeError: ``process_group`` is none.
     """
+    if process_group is not None and not (
+        dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+    ):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup or None, got "
+            f"{type(process_group).__name__}"
+        )
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and process_group is None:
         raise RuntimeError(
             f"process_group: torch.distributed runs {dist.get_world_size()} ranks, and one rank must never "

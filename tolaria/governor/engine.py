@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from tolaria import ops
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, SeedCulledEvent, StructureEvent
+from tolaria.governor.host_state import HostState, HostValues
 from tolaria.governor.slots import Slots
-from tolaria.governor.tracked import HostState, HostValues, TrackedState
+from tolaria.governor.tracked import TrackedState
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 
 
@@ -85,6 +86,10 @@ class Engine(ABC):
         """Put the last known good state back, in place; the order must have been given."""
 
     @abstractmethod
+    def restore_again(self) -> Iterator[GovernorEvent]:
+        """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
+
+    @abstractmethod
     def adopt_current_state(self) -> None:
         """Capture the state as it is and make it the last known good one at once; may wait for the device.
 
@@ -133,7 +138,7 @@ class Engine(ABC):
         return
 
     def close(self) -> None:
-        """Let go of hooks and memory."""
+        """Let go of hooks."""
         return
 
     # -- shared ----------------------------------------------------------------------------------------------
@@ -159,7 +164,9 @@ class Engine(ABC):
             tensors=len(self.slots.places),
             state_bytes=self.slots.table.nbytes,
             slot_bytes=self.slots.nbytes,
-            exempt=tuple(place.name for key, place in self.slots.places.items() if key in self.slots.exempt),
+            exempt=tuple(
+                place.name for place in self.slots.places.values() if place.key in self.slots.exempt
+            ),
             generators=self.tracked.generator_names(),
         )
 
@@ -183,6 +190,12 @@ class Engine(ABC):
         ]
         return ops.tensor_stats(gradients) if gradients else None
 
+    def _state_with_order(self) -> Tensor:
+        """A copy of the judge's state that orders a restore, whose bookkeeping is then thrown away."""
+        state = self._state.clone()
+        state[StateField.restore_order, self._column] = 1.0
+        return state
+
     def cull_poisoned_seeds(self) -> Iterator[GovernorEvent]:
         """Cull, alone, every incubating seed that holds a non-finite value; the host cannot have felt it."""
         for name, holder in self._seed_holders:
@@ -193,29 +206,20 @@ class Engine(ABC):
                 self._structure = ()
                 yield SeedCulledEvent(step=self.step_count, row=self._column, name=name)
 
-    @abstractmethod
-    def _kept_host_states(self) -> list[HostState]:
-        """The host-side parts of every capture that may still be restored."""
-
     def remove_optimizer(self, optimizer: Optimizer) -> None:
         """Stop covering ``optimizer``; the captures forget it too."""
-        optimizers = self.tracked.optimizers
-        index = next((i for i, known in enumerate(optimizers) if known is optimizer), None)
-        if index is None:
-            return
-        del optimizers[index]
-        for host in self._kept_host_states():
-            if index < len(host.optimizers):
-                del host.optimizers[index]
-        self.slots.forget_optimizer(index)
+        if any(known is optimizer for known in self.tracked.optimizers):
+            self.tracked.optimizers = [o for o in self.tracked.optimizers if o is not optimizer]
+            self.slots.forget_optimizer(optimizer)
 
     def sync_structure(self) -> Iterator[GovernorEvent]:
         """Look for tensors that came, went or moved, and lay the slots out anew if there are any."""
         known = len(self.slots.places)
         tensors = self.tracked.tensors()
+        keys = {place.key for place in self.slots.places.values()}
         for t in tensors:
             # A mask that joins later is judged by its birth value, as one present at attach.
-            fresh = known and t.kind == "buffer" and t.key not in self.slots.places
+            fresh = known and t.kind == "buffer" and t.key not in keys
             if fresh and not bool(torch.isfinite(t.tensor).all()):
                 self.slots.exempt.add(t.key)
         changed = self.slots.sync(tensors)
@@ -248,9 +252,6 @@ class HostEngine(Engine):
         self._host: list[HostState | None] = [None, None]
         self.adopt_current_state()
 
-    def _kept_host_states(self) -> list[HostState]:
-        return [host for host in self._host if host is not None]
-
     def act(self) -> Iterator[GovernorEvent]:
         """Carry out what the last judgement ordered; yields events the ops cannot know."""
         if self._view[StateField.restore_order]:
@@ -267,31 +268,38 @@ class HostEngine(Engine):
         """Copy the state to the ordered slot. A non-finite value on the way is a panic and rolls back."""
         yield from self._copy_to_slot()
         bad = int(self._view[StateField.candidate_bad])
-        if bad >= 0 and not self.defer_panics:
+        if bad >= 0 and not self.defer_panics and not self._config.log_only:
             self.order(Order.ROLLBACK, PanicReason.NON_FINITE_STATE, bad)
             yield from self.restore()
 
     def _copy_to_slot(self) -> Iterator[GovernorEvent]:
         yield from self.cull_poisoned_seeds()
         yield from self.sync_structure()
+        host = HostState.of(self.tracked)
         slot = int(self._view[StateField.capture_order_0])
         self._host[slot] = None  # from here to the end the slot is neither the old capture nor the new one
         for part in (0, 1):
             ops.snapshot_capture_(self._state, self._column, self.slots.table, part, self._mailbox)
-        host = self.tracked.host_state()
         host.keys = self.slots.mark_captured(slot)
         self._host[slot] = host
 
     def restore(self) -> Iterator[GovernorEvent]:
         """Put the last known good state back, in place; the order must have been given."""
+        yield from self._put_back(self._state, self._mailbox)
+
+    def restore_again(self) -> Iterator[GovernorEvent]:
+        """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
+        yield from self._put_back(self._state_with_order(), None)
+
+    def _put_back(self, state: Tensor, mailbox: Tensor | None) -> Iterator[GovernorEvent]:
         yield from self.sync_structure()
         slot = int(self._view[StateField.last_good])
         host = self._host[slot]
         assert host is not None, "the last known good slot always has its host-side parts"
         for key, tensor in self.slots.missing_live(slot, host.keys):
             self.tracked.recreate(key, tensor)
-        ops.snapshot_restore_(self._state, self._column, self._settings, self.slots.table, self._mailbox)
-        self.tracked.load_host_state(host)
+        ops.snapshot_restore_(state, self._column, self._settings, self.slots.table, mailbox)
+        host.load_into(self.tracked)
         self._structure = ()  # dropped seeds and groups: look again before the next capture
 
     def adopt_current_state(self) -> None:

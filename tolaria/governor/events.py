@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -89,6 +90,8 @@ class RollbackEvent(GovernorEvent):
     """State was put back."""
 
     report: GovernorReport
+    bytes: int
+    """How many were written back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +111,7 @@ class StructureEvent(GovernorEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DroppedEventsEvent(GovernorEvent):
-    """The ring was full: so many events were never read. The counts in the status word stay right."""
+    """So many events were lost, since nobody polled. The counts in the status word stay right."""
 
     dropped: int
 
@@ -123,6 +126,28 @@ def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
+
+
+class EventQueue:
+    """Events that wait for ``poll()``. When ``capacity`` of them do, the oldest go and are counted."""
+
+    def __init__(self, capacity: int = 4096) -> None:
+        self._events: deque[GovernorEvent] = deque(maxlen=capacity)
+        self._dropped = 0
+
+    def add(self, event: GovernorEvent) -> None:
+        """Append one."""
+        self._dropped += len(self._events) == self._events.maxlen
+        self._events.append(event)
+
+    def take(self) -> list[GovernorEvent]:
+        """All that wait, oldest first, behind a count of those that are gone."""
+        events, dropped = list(self._events), self._dropped
+        self._events.clear()
+        self._dropped = 0
+        if dropped:
+            events.insert(0, DroppedEventsEvent(step=events[0].step, row=events[0].row, dropped=dropped))
+        return events
 
 
 class MailboxReader:
@@ -168,7 +193,7 @@ class MailboxReader:
             records = [self._ring[n % len(self._ring)] for n in range(self._read, written)]
             told = sum(1 for record in records if record[RecordField.kind] == EventKind.ROLLBACK)
             for _ in range(rollbacks - self._rollbacks - told):
-                yield self._untold_rollback()
+                yield self._untold_rollback(capture_bytes)
         while self._read < written:
             record = self._ring[self._read % len(self._ring)].tolist()
             if int(self._status[StatusField.events]) - self._read > self._readable:
@@ -240,9 +265,9 @@ class MailboxReader:
             gradient_threshold=gradient_threshold,
             drift=drift,
         )
-        return RollbackEvent(step=step, row=self._row, report=report)
+        return RollbackEvent(step=step, row=self._row, report=report, bytes=capture_bytes)
 
-    def _untold_rollback(self) -> RollbackEvent:
+    def _untold_rollback(self, capture_bytes: int) -> RollbackEvent:
         self._rollbacks += 1
         restored = self.status(StatusField.restored_step)
         step = self.status(StatusField.step)
@@ -260,4 +285,4 @@ class MailboxReader:
             reward=self._reward,
             rollback_count=self._rollbacks,
         )
-        return RollbackEvent(step=step, row=self._row, report=report)
+        return RollbackEvent(step=step, row=self._row, report=report, bytes=capture_bytes)

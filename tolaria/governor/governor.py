@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,22 +15,23 @@ from tolaria.errors import TolariaError
 from tolaria.governor import attach, statistics
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import agree, check_ranks
-from tolaria.governor.events import GovernorEvent, MailboxReader, RollbackEvent
+from tolaria.governor.engine import Engine
+from tolaria.governor.events import EventQueue, GovernorEvent, MailboxReader, RollbackEvent
 from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.readings import Readings
 from tolaria.governor.sinks import Sink, deliver
-from tolaria.governor.skipping import StepSkipper
+from tolaria.governor.skipping import StepSkipper, remove_hooks
 from tolaria.governor.tracked import Stateful, TrackedState
 from tolaria.governor.verdict import GovernorReport, Verdict
-from tolaria.ops import Order, StateField, StatusField
+from tolaria.ops import Order, StateField
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _VERDICT_FIELDS = StateField.reward + 1
-_MAX_EVENTS_KEPT = 4096
 
 
-class TolariaGovernor:
+class TolariaGovernor(Readings):
     """Watches the loss of a training run and rolls model and optimizers back when it blows up.
 
     Call :meth:`step` once per optimizer step, after ``optimizer.step()`` (and ``scaler.update()``) and before
@@ -44,18 +45,15 @@ class TolariaGovernor:
             optimizer.step()
             governor.step(loss)
 
-    Attaching captures the current state and makes it the last known good one; two slots of the whole state
-    are allocated then (for AdamW 6x the parameters), and :meth:`poll` reports their size.
+    Attaching captures the current state as the last known good one, in two slots (AdamW: 6x the parameters).
 
     Args:
         model: parameters and buffers to cover; all on one device.
         optimizers: one optimizer or several; all their state and hyper-parameters are covered.
         config: settings; None means :class:`GovernorConfig` with its defaults.
         num_classes: for a classifier; the random-guess loss is then ``ln(num_classes)``.
-        random_guess_loss: loss of guessing, in the loss' unit; overrides ``num_classes``. Without either the
-            lobotomy rule is off.
-        schedulers: learning-rate schedulers to roll back with the optimizers. One that is not handed over
-            goes on from where it is.
+        random_guess_loss: loss of guessing; overrides ``num_classes``. Without either: no lobotomy rule.
+        schedulers: learning-rate schedulers to roll back; one not handed over goes on from where it is.
         scaler: the ``torch.amp.GradScaler`` in use.
         extras: named objects to roll back too (EMA, sampler): anything with ``state_dict`` and
             ``load_state_dict``.
@@ -66,8 +64,7 @@ class TolariaGovernor:
     Raises:
         ValueError: a parameter is not finite, or an argument is out of range.
         TypeError: an argument has the wrong type.
-        RuntimeError: several ranks without ``process_group``, sharded parameters, or parameters on several
-            devices.
+        RuntimeError: several ranks without ``process_group``, sharded parameters, several devices.
     """
 
     def __init__(
@@ -87,14 +84,14 @@ class TolariaGovernor:
     ) -> None:
         listed = attach.checked_optimizers(model, optimizers)
         attach.check_settings(config, scaler)
+        attach.check_listed(schedulers=schedulers, extras=extras, generators=generators, sinks=sinks)
         check_ranks(process_group, model)
         self.config = config or GovernorConfig()
         self.random_guess_loss = attach.resolve_random_guess_loss(num_classes, random_guess_loss)
         self._group = process_group
         self._sinks: list[Sink] = list(sinks)
-        self._events: list[GovernorEvent] = []
+        self._events = EventQueue()
         self._last_report: GovernorReport | None = None
-        self._closed = False
         tracked = TrackedState(
             model,
             listed,
@@ -105,10 +102,12 @@ class TolariaGovernor:
             restore_rng=self.config.restore_rng,
             device=attach.single_device(model, listed),
         )
+        self._running: Engine | None = None
         self._build(tracked)
-        self._tell(self._engine.attach_event())
+        self._tell([self._engine.attach_event()])
 
     def _build(self, tracked: TrackedState) -> None:
+        self._skipper: StepSkipper | None = None
         device = tracked.device
         self._state = ops.governor_state(1, window=self.config.window, device=device)
         scaler = tracked.scaler
@@ -119,17 +118,23 @@ class TolariaGovernor:
         )
         self._mailbox = attach.make_mailbox(1, self.config.event_capacity, device)
         self._reader = MailboxReader(self._mailbox.numpy()[0], 0, -self.config.death_penalty)
-        self._engine = attach.make_engine(
+        self._running = attach.make_engine(
             0, self._state, self.config, self._settings, self._mailbox, self._reader, tracked
         )
-        self._engine.defer_panics = self._group is not None
+        self._running.defer_panics = self._group is not None
         self._reader.skip_all()
-        self._policy = RollbackPolicy(self.config, tracked)
+        self._policy = RollbackPolicy(self.config)
         self._scalar = torch.zeros(1, dtype=torch.float64, device=device)
         self._latest: Verdict | None = None
-        self._skipper = StepSkipper(self._engine) if self.config.skip_anomalous_steps else None
-        if self._skipper is not None:
-            weakref.finalize(self, self._skipper.close)
+        if self.config.skip_anomalous_steps and not self.config.log_only:
+            self._skipper = StepSkipper(self._running)
+            weakref.finalize(self, remove_hooks, self._skipper.handles)
+
+    @property
+    def _engine(self) -> Engine:
+        if self._running is None:
+            raise TolariaError("governor: it is closed; make a new one")
+        return self._running
 
     # -- every step ------------------------------------------------------------------------------------------
 
@@ -157,8 +162,7 @@ class TolariaGovernor:
             ValueError: ``loss`` has more than one element, or is on another device.
         """
         self._judge(loss, nonfinite, gradient_norm)
-        verdict = Verdict(self._state[:_VERDICT_FIELDS, 0].clone())
-        self._latest = verdict
+        self._latest = verdict = Verdict(self._state[:_VERDICT_FIELDS, 0].clone())
         if self._skipper is not None:
             self._skipper.after_verdict(self._state[StateField.reason])
         return verdict
@@ -184,19 +188,19 @@ class TolariaGovernor:
         """
         if isinstance(loss, Verdict):
             if self._latest is not loss:
-                raise ValueError(
-                    "loss: expected the verdict that check_vital_signs returned last, got an older one"
-                )
+                raise ValueError("loss: expected the verdict that was returned last, got an older one")
             for name, value in (("nonfinite", nonfinite), ("gradient_norm", gradient_norm)):
                 if value is not None:
                     raise ValueError(f"{name}: expected None with a verdict, which is judged already")
         else:
             self._judge(loss, nonfinite, gradient_norm)
-        for event in self._engine.act():
-            self._tell(event)
+        self._tell(self._engine.act())
+        self._mark_step()
+        self._drain()
+
+    def _mark_step(self) -> None:
         if self._skipper is not None:
             self._skipper.after_step()
-        self._drain()
 
     def begin_step(self) -> None:
         """Head of a step that is being recorded in a CUDA graph; does nothing elsewhere.
@@ -212,20 +216,19 @@ class TolariaGovernor:
         nonfinite: Tensor | bool | None,
         gradient_norm: Tensor | float | None = None,
     ) -> None:
-        if self._closed:
-            raise TolariaError("governor: it is closed; make a new one")
+        engine = self._engine
         if not isinstance(loss, Tensor):
             loss = self._scalar.fill_(attach.as_number("loss", loss))
         if nonfinite is not None and not isinstance(nonfinite, Tensor):
-            nonfinite = torch.tensor(bool(nonfinite), device=self._state.device)
+            nonfinite = torch.tensor(attach.as_flag("nonfinite", nonfinite), device=self._state.device)
         gradient: Tensor | None = None
         if isinstance(gradient_norm, Tensor):
             gradient = gradient_norm
         elif gradient_norm is not None:
             gradient = torch.full_like(self._scalar, attach.as_number("gradient_norm", gradient_norm))
         elif self.config.gradient_norm:
-            gradient = self._engine.gradient_stats()
-        self._engine.judged()
+            gradient = engine.gradient_stats()
+        engine.judged()
         if self._group is not None:
             loss, nonfinite, gradient = agree(self._group, self._state, loss, nonfinite, gradient)
         self._latest = None
@@ -236,9 +239,8 @@ class TolariaGovernor:
     def execute_rollback(self) -> GovernorReport:
         """Restore the last known good state now.
 
-        The reason is the pending one, or MANUAL. If a rollback was already carried out since the last
-        judgement, nothing happens and its report is returned again. On CUDA it waits for the device, to
-        return the report.
+        The reason is the pending one, or MANUAL. After a rollback since the last judgement its state is put
+        back once more, its report returned again, and nothing counted twice. On CUDA it waits for the device.
 
         Raises:
             TrainingDivergedError: rollbacks come too often.
@@ -246,22 +248,23 @@ class TolariaGovernor:
         self._engine.synchronize()  # sync: the report is wanted now
         self._drain()
         last = self._last_report
-        if last is None or last.step != self.step_count or last.rollback_count != self.rollback_count:
-            self._engine.order(Order.ROLLBACK)
-            for event in self._engine.restore():
-                self._tell(event)
-            self._engine.synchronize()
-            self._drain()
-            if self._skipper is not None:
-                self._skipper.after_step()
+        if last is not None and (last.step, last.rollback_count) == (self.step_count, self.rollback_count):
+            self._tell(self._engine.restore_again())
+            self._policy.apply(self._engine.tracked)
+            self._mark_step()
+            return last
+        self._engine.order(Order.ROLLBACK)
+        self._tell(self._engine.restore())
+        self._engine.synchronize()
+        self._drain()
+        self._mark_step()
         assert self._last_report is not None
         return self._last_report
 
     def snapshot(self) -> None:
         """Capture now, on probation; it replaces a candidate, never the last known good state."""
         self._engine.order(Order.CAPTURE)
-        for event in self._engine.capture():
-            self._tell(event)
+        self._tell(self._engine.capture())
         self._drain()
 
     def reset(self) -> None:
@@ -277,24 +280,28 @@ class TolariaGovernor:
         except Exception:
             self._state.copy_(before)
             raise
-        self._policy = RollbackPolicy(self.config, self._engine.tracked)
+        self._policy = RollbackPolicy(self.config)
         self._drain()
 
     def wait(self) -> None:
-        """Make later work on the current stream wait for a capture in flight (nothing to do on the CPU).
+        """Make the current stream, not the host, wait for a capture in flight (nothing to do on the CPU).
 
         Call it before changing captured tensors in place outside an optimizer step, and before replaying a
-        CUDA graph right after an eager step. It makes the stream wait, not the host.
+        CUDA graph right after an eager step.
         """
         self._engine.wait()
 
     def close(self) -> None:
-        """Let go of the model, the hooks and the slots; further calls are an error."""
-        if not self._closed:
-            self._closed = True
-            if self._skipper is not None:
-                self._skipper.close()
-            self._engine.close()
+        """Let go of the model, the hooks and the slots; calls but ``poll`` are errors."""
+        if self._running is not None:
+            self._let_go()
+            self._read_news()
+            self._running = self._skipper = None
+
+    def _let_go(self) -> None:
+        if self._skipper is not None:
+            self._skipper.close()
+        self._engine.close()
 
     # -- telemetry -------------------------------------------------------------------------------------------
 
@@ -305,8 +312,7 @@ class TolariaGovernor:
             TrainingDivergedError: rollbacks come too often.
         """
         self._drain()
-        events, self._events = self._events, []
-        return events
+        return self._events.take()
 
     def synchronize(self) -> list[GovernorEvent]:
         """Wait until everything ordered so far is done, then :meth:`poll`."""
@@ -315,77 +321,41 @@ class TolariaGovernor:
 
     def add_sink(self, sink: Sink) -> None:
         """Call ``sink`` with every event from now on."""
+        attach.check_listed(sinks=[sink])
         self._sinks.append(sink)
 
-    def _tell(self, event: GovernorEvent) -> None:
-        self._events.append(event)
-        if len(self._events) > _MAX_EVENTS_KEPT:
-            del self._events[: _MAX_EVENTS_KEPT // 2]
-        deliver(self._sinks, event)
+    def _tell(self, events: Iterable[GovernorEvent]) -> None:
+        for event in events:
+            self._events.add(event)
+            deliver(self._sinks, event)
 
     def _drain(self) -> None:
-        if not self._reader.has_news:
-            return
+        if self._reader.has_news:
+            self._read_news()
+            self._policy.check_budget()
+
+    def _read_news(self) -> None:
         slots = self._engine.slots
         events = list(self._reader.read(slots.names, slots.table.nbytes))
         self._engine.learn(events)
         if self._skipper is not None:
             self._skipper.learn(events)
-        self._engine.reconcile()
-        for event in events:
-            if isinstance(event, RollbackEvent):
-                self._last_report = event.report
-                self._policy.after_rollback(event.report)
-            self._tell(event)
-        self._policy.check_budget()
+        try:
+            self._engine.reconcile()
+        finally:  # an extra that refuses its state takes no event with it
+            for event in events:
+                if isinstance(event, RollbackEvent):
+                    self._last_report = event.report
+                    self._policy.after_rollback(event.report, self._engine.tracked)
+                self._tell([event])
 
-    # -- what it knows: on CUDA as of the last status word that arrived; synchronize() first for the latest --
-
-    @property
-    def step_count(self) -> int:
-        """Losses judged so far."""
-        return self._reader.status(StatusField.step)
-
-    @property
-    def rollback_count(self) -> int:
-        """Rollbacks so far."""
-        return self._reader.status(StatusField.rollback_count)
-
-    @property
-    def last_good_step(self) -> int:
-        """Step of the last known good capture; 0 is the state at attach."""
-        return self._reader.status(StatusField.last_good_step)
-
-    @property
-    def last_report(self) -> GovernorReport | None:
-        """The last rollback, as far as the host knows."""
-        return self._last_report
-
-    @property
-    def offending_steps(self) -> tuple[int, ...]:
-        """Steps whose losses led to rollbacks, for a sampler to leave out."""
-        return tuple(self._policy.offending_steps)
-
-    @property
-    def history(self) -> list[float]:
-        """The healthy losses of the window, oldest first. On CUDA it waits for the device."""
-        return statistics.healthy_losses(self._state, self.config.window)
-
-    @property
-    def lifetime(self) -> dict[str, float]:
-        """Count, mean, population standard deviation, minimum and maximum of all healthy losses.
-
-        On CUDA it waits for the device.
-        """
-        return statistics.lifetime_statistics(self._state)
-
-    # -- structure -------------------------------------------------------------------------------------------
+    # -- structure and saving --------------------------------------------------------------------------------
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Cover another optimizer, for instance that of a seed just germinated."""
-        attach.checked_optimizers(self._engine.tracked.model, optimizer)
-        if optimizer not in self._engine.tracked.optimizers:
-            self._engine.tracked.optimizers.append(optimizer)
+        tracked = self._engine.tracked
+        if optimizer not in tracked.optimizers:
+            tracked.optimizers += attach.checked_optimizers(tracked.model, [optimizer])
             self.notify_structure_changed()
             self._engine.hook(optimizer)
             if self._skipper is not None:
@@ -397,37 +367,40 @@ class TolariaGovernor:
 
     def add_scheduler(self, scheduler: Stateful) -> None:
         """Cover another learning-rate scheduler."""
+        attach.check_listed(schedulers=[scheduler])
         self._engine.tracked.schedulers.append(scheduler)
 
     def notify_structure_changed(self) -> None:
         """Look at the model's structure now. Optional: the next step, capture or rollback notices growth."""
-        for event in self._engine.sync_structure():
-            self._tell(event)
-
-    # -- saving ----------------------------------------------------------------------------------------------
+        self._tell(self._engine.sync_structure())
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, statistics and counts; no slots. Safe for ``torch.load`` with ``weights_only``."""
-        return statistics.saved_form(self.config, self.random_guess_loss, self._state)
+        policy = self._policy.saved_form()
+        return statistics.saved_form(self.config, self.random_guess_loss, self._state, policy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over settings, statistics and counts; the current model state becomes the last known good one.
 
         Raises:
-            ValueError: ``state`` is not from :meth:`state_dict`, or the model's state is not finite.
+            ValueError, TypeError: ``state`` is not from :meth:`state_dict`, or the model is not finite.
+            SnapshotError: there is no memory for the new slots. Whatever is raised, nothing has changed.
         """
+        former, skipper, before = self._engine, self._skipper, dict(vars(self))
         config, saved = statistics.read_saved_form(state)
-        former, skipper = self._engine, self._skipper
-        before = dict(vars(self))
+        guess = attach.resolve_random_guess_loss(None, state["random_guess_loss"])
         try:
-            self.config, self.random_guess_loss = config, state["random_guess_loss"]
+            self.config, self.random_guess_loss = config, guess
             self._build(former.tracked)
+            statistics.take_over(self._state, saved)
+            self._engine.adopt_current_state()
+            self._policy.load_saved_form(state["policy"])
         except Exception:
+            if self._running is not former:
+                self._let_go()
             vars(self).update(before)
             raise
         former.close()
         if skipper is not None:
             skipper.close()
-        statistics.take_over(self._state, saved)
-        self._engine.adopt_current_state()
         self._reader.skip_all()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,8 +14,9 @@ from tolaria.errors import TrainingDivergedError
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.tracked import TrackedState
 from tolaria.governor.verdict import GovernorReport
+from tolaria.ops import PanicReason
 
-_SCALED_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
+_SCALED_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 def clear_gradients(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
@@ -32,8 +35,8 @@ def scale_learning_rates(
 ) -> None:
     """Multiply every learning rate by ``factor``, in the groups and in what schedulers derive them from.
 
-    LambdaLR and OneCycleLR compute the rate from base rates, so these are scaled too (``base_lrs``, and
-    ``max_lr``, ``min_lr`` in the groups).
+    LambdaLR, OneCycleLR and SWALR compute the rate from other rates, so these are scaled too
+    (``base_lrs``, and ``max_lr``, ``min_lr``, ``swa_lr`` in the groups).
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -59,27 +62,41 @@ def _scale_scheduler(scheduler: object, factor: float) -> None:
 class RollbackPolicy:
     """What happens beside the restore, once per rollback; gives up when rollbacks come too often."""
 
-    def __init__(self, config: GovernorConfig, tracked: TrackedState) -> None:
+    def __init__(self, config: GovernorConfig) -> None:
         self._config = config
-        self._tracked = tracked
         self._history: deque[GovernorReport] = deque(maxlen=max(64, config.max_rollbacks))
         self._unchecked = False
         self.offending_steps: deque[int] = deque(maxlen=4096)
 
-    def after_rollback(self, report: GovernorReport) -> None:
+    def after_rollback(self, report: GovernorReport, tracked: TrackedState) -> None:
         """Clear gradients, lower learning rates, note the steps that led here."""
         self._history.append(report)
         self._unchecked = True
-        first = report.step - max(1, report.consecutive_panics) + 1
-        self.offending_steps.extend(range(first, report.step + 1))
-        clear_gradients(self._tracked.model, self._tracked.optimizers)
-        tracked = self._tracked
+        if report.reason is not PanicReason.MANUAL:
+            first = report.step - max(1, report.consecutive_panics) + 1
+            self.offending_steps.extend(range(first, report.step + 1))
         tracked.rollbacks += 1
+        self.apply(tracked)
+
+    def apply(self, tracked: TrackedState) -> None:
+        """Clear gradients and lower the learning rates that were just put back."""
+        clear_gradients(tracked.model, tracked.optimizers)
         # A slot holds the rates of its own time: the factor of every rollback since then applies again.
         factor = self._config.lr_factor ** (tracked.rollbacks - tracked.rates_lowered)
         tracked.rates_lowered = tracked.rollbacks
         if factor != 1.0:
             scale_learning_rates(tracked.optimizers, tracked.schedulers, factor)
+
+    def saved_form(self) -> dict[str, Any]:
+        """Plain values for :meth:`load_saved_form`."""
+        reports = [{**asdict(report), "reason": int(report.reason)} for report in self._history]
+        return {"reports": reports, "offending_steps": list(self.offending_steps)}
+
+    def load_saved_form(self, saved: Mapping[str, Any]) -> None:
+        """Take over the rollbacks of an earlier run; they count against the budget."""
+        for report in saved["reports"]:
+            self._history.append(GovernorReport(**{**report, "reason": PanicReason(report["reason"])}))
+        self.offending_steps.extend(saved["offending_steps"])
 
     def check_budget(self) -> None:
         """Raise if the rollbacks since the last check spent the budget.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -44,7 +44,7 @@ class StepSkipper:
         self._on_device = tracked.device.type == "cuda"
         self._skip = False
         self._flag = torch.zeros((), dtype=torch.float32, device=tracked.device)
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
         self._undone: list[_UndoneOptimizer] = []
         self._lent: dict[int, bool] = {}
         self._newborns: dict[int, _Newborns] = {}
@@ -56,16 +56,16 @@ class StepSkipper:
     def hook(self, optimizer: Optimizer) -> None:
         """Watch one more optimizer."""
         if not self._on_device:
-            self._handles.append(optimizer.register_step_pre_hook(self._drop_gradients))
+            self.handles.append(optimizer.register_step_pre_hook(self._drop_gradients))
         elif all(group.get("fused") for group in optimizer.param_groups):
             self._newborns[id(optimizer)] = _Newborns(optimizer)
-            self._handles.append(optimizer.register_step_pre_hook(self._set_found_inf))
-            self._handles.append(optimizer.register_step_post_hook(self._remove_found_inf))
+            self.handles.append(optimizer.register_step_pre_hook(self._set_found_inf))
+            self.handles.append(optimizer.register_step_post_hook(self._remove_found_inf))
         else:
             undone = _UndoneOptimizer(optimizer, self._tracked.device)
             self._undone.append(undone)
-            self._handles.append(optimizer.register_step_pre_hook(self._save(undone)))
-            self._handles.append(optimizer.register_step_post_hook(self._put_back(undone)))
+            self.handles.append(optimizer.register_step_pre_hook(self._save(undone)))
+            self.handles.append(optimizer.register_step_post_hook(self._put_back(undone)))
 
     def _drop_gradients(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._skip:
@@ -116,6 +116,8 @@ class StepSkipper:
     def learn(self, events: Sequence[GovernorEvent]) -> None:
         """Correct what optimizers keep on the host for the steps that were skipped on the device."""
         for event in events:
+            if isinstance(event, RollbackEvent) and not self._on_device:
+                self.after_step()  # carried out already, maybe between two steps
             for undone in self._undone:
                 if isinstance(event, RollbackEvent):
                     undone.counters.clear()
@@ -125,8 +127,13 @@ class StepSkipper:
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        remove_hooks(self.handles)
+
+
+def remove_hooks(handles: Sequence[RemovableHandle]) -> None:
+    """Remove every one of ``handles``."""
+    for handle in handles:
+        handle.remove()
 
 
 class _Buffers:
@@ -135,31 +142,47 @@ class _Buffers:
     def __init__(self, tracked: TrackedState) -> None:
         self._tracked = tracked
         self._undo = UndoCopy(tracked.device) if tracked.device.type == "cuda" else None
+        self._homes: list[tuple[nn.Module, str]] = []
         self._live: list[Tensor] = []
+        self._memory: list[Tensor] = []
         self._copies: list[Tensor] = []
 
     def save(self) -> None:
-        model = self._tracked.model
-        slots = [model.get_submodule(name) for name, _ in self._tracked.participants()]
-        scheduled = {id(b) for slot in slots for b in slot.buffers(recurse=False)}
-        live = [b.detach() for b in model.buffers() if id(b) not in scheduled]
+        scheduled = {id(slot) for _, slot in self._tracked.participants()}
+        homes = [
+            (module, name, buffer)
+            for module in self._tracked.model.modules()
+            if id(module) not in scheduled
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._homes = [(module, name) for module, name, _ in homes]
+        self._live = [buffer for *_, buffer in homes]
+        memory = [buffer.detach() for buffer in self._live]
         if self._undo is not None:
-            if live:
-                self._undo.save(live)
-        elif [b.data_ptr() for b in live] != [b.data_ptr() for b in self._live]:
-            self._copies = [b.clone() for b in live]
-        elif live:
-            torch._foreach_copy_(self._copies, live)
-        self._live = live
+            if memory:
+                self._undo.save(memory)
+        elif [b.data_ptr() for b in memory] != [b.data_ptr() for b in self._memory]:
+            self._copies = [b.clone() for b in memory]
+        elif memory:
+            torch._foreach_copy_(self._copies, memory)
+        self._memory = memory
 
     def put_back(self, flag: Tensor | None) -> None:
         """Unconditionally on the CPU; on CUDA unless ``flag`` is 0."""
         if not self._live:
             return
-        if self._undo is None:
-            torch._foreach_copy_(self._live, self._copies)
-        elif flag is not None:
+        if self._undo is not None and flag is not None:
             self._undo.put_back(flag)
+        elif self._undo is None:
+            torch._foreach_copy_(self._memory, self._copies)
+        # A forward may assign a new tensor rather than write to the old one.
+        for (module, name), saved in zip(self._homes, self._live, strict=True):
+            now = module._buffers.get(name)
+            if flag is None:
+                module._buffers[name] = saved
+            elif now is not None and now is not saved and now.shape == saved.shape:
+                now.copy_(torch.where(flag != 0, saved, now))
 
 
 class _Newborns:

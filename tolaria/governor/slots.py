@@ -8,21 +8,32 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from tolaria.errors import SnapshotError
 from tolaria.governor.memory import allocate
-from tolaria.governor.tracked import Kind, TrackedTensor
+from tolaria.governor.tracked import TrackedTensor
 from tolaria.ops import SnapshotEntry, SnapshotTable, live_view, slot_view
 
 _ALIGN = 256  # bytes: a tensor's copy starts at a multiple, so that the widest loads are aligned
+
+
+PlaceKey = tuple[Hashable, torch.Size, tuple[int, ...], torch.dtype]
+"""A tensor's key and its form: one that comes back in another form is another tensor."""
+
+
+def place_key(tracked: TrackedTensor) -> PlaceKey:
+    """Where ``tracked`` belongs."""
+    tensor = tracked.tensor
+    return tracked.key, tensor.shape, tensor.stride(), tensor.dtype
 
 
 @dataclass(slots=True)
 class Place:
     """One tensor's place in the slots."""
 
+    key: Hashable
     name: str
-    kind: Kind
     owner: Tensor
     """Kept alive while the place exists, since the key may hold its id."""
     live: Tensor
@@ -52,7 +63,7 @@ class Slots:
     def __init__(self, device: torch.device, storage: str = "pinned") -> None:
         self.device = device
         self._storage = storage
-        self.places: dict[Hashable, Place] = {}
+        self.places: dict[PlaceKey, Place] = {}
         self.exempt: set[Hashable] = set()
         self.names: list[str] = []
         self.table = SnapshotTable(device=device)
@@ -71,7 +82,7 @@ class Slots:
 
     @staticmethod
     def _signature(tensors: Sequence[TrackedTensor]) -> list[tuple[object, ...]]:
-        return [(t.tensor.data_ptr(), t.key, t.tensor.shape, t.watched, t.zeroed, t.part) for t in tensors]
+        return [(t.tensor.data_ptr(), place_key(t), t.watched, t.zeroed, t.part) for t in tensors]
 
     def sync(self, tensors: Sequence[TrackedTensor]) -> bool:
         """Bring the places in line with ``tensors``; True when something had changed.
@@ -81,22 +92,20 @@ class Slots:
                 Nothing has
                 changed then.
         """
-        signature = self._signature(tensors)
-        if signature == self._seen:
-            return False
         for tracked in tensors:
             if tracked.tensor.layout != torch.strided or tracked.tensor.is_quantized:
                 raise SnapshotError(
                     f"{tracked.name}: expected a dense tensor, got layout {tracked.tensor.layout}; "
                     "a snapshot copies bytes"
                 )
-        live = {t.key: (t, live_view(t.tensor)) for t in tensors}
-        fresh = {key: found for key, found in live.items() if not self._matches(key, *found)}
-        room = self._room_for([view for _, view in fresh.values()])
-        self._drop(
-            key for key, p in self.places.items() if key in fresh or (key not in live and not any(p.present))
-        )
-        for (key, (tracked, view)), memory in zip(fresh.items(), room, strict=True):
+        signature = self._signature(tensors)
+        if signature == self._seen:
+            return False
+        live = {place_key(t): (t, live_view(t.tensor)) for t in tensors}
+        born = {key: found for key, found in live.items() if key not in self.places}
+        room = self._room_for([view for _, view in born.values()])
+        self._drop(key for key, place in self.places.items() if key not in live and not any(place.present))
+        for (key, (tracked, view)), memory in zip(born.items(), room, strict=True):
             self.places[key] = self._born(tracked, view, memory)
         for key, place in self.places.items():
             place.is_live = key in live
@@ -105,13 +114,6 @@ class Slots:
         self._seen = signature
         self._build_table(live)
         return True
-
-    def _matches(self, key: Hashable, tracked: TrackedTensor, view: Tensor) -> bool:
-        place = self.places.get(key)
-        if place is None or (tracked.kind == "optimizer" and place.owner is not tracked.owner):
-            return False
-        before = (place.live.shape, place.live.stride(), place.live.dtype)
-        return before == (view.shape, view.stride(), view.dtype)
 
     def _room_for(self, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Room in both slots for each view: what is free, and one new segment for the rest."""
@@ -135,7 +137,7 @@ class Slots:
             room.append(pair)
         return room
 
-    def _drop(self, keys: Iterable[Hashable]) -> None:
+    def _drop(self, keys: Iterable[PlaceKey]) -> None:
         for key in list(keys):
             place = self.places.pop(key)
             self._free[place.memory[0].numel()].append(place.memory)
@@ -153,16 +155,16 @@ class Slots:
             slot.copy_(value, non_blocking=True)
         # Model tensors born later belong to both slots with their birth value; other state does not.
         present = [tracked.kind in ("parameter", "buffer")] * 2
-        return Place(tracked.name, tracked.kind, tracked.owner, view, memory, slots, present)
+        return Place(tracked.key, tracked.name, tracked.owner, view, memory, slots, present)
 
-    def _build_table(self, live: dict[Hashable, tuple[TrackedTensor, Tensor]]) -> None:
+    def _build_table(self, live: dict[PlaceKey, tuple[TrackedTensor, Tensor]]) -> None:
         self.names = [place.name for place in self.places.values()]
         entries = []
         for index, (key, place) in enumerate(self.places.items()):
             if key not in live:
                 continue
             tracked = live[key][0]
-            searched = tracked.watched and key not in self.exempt
+            searched = tracked.watched and place.key not in self.exempt
             entries.append(
                 SnapshotEntry(
                     place.live, place.slots, tracked.part, index if searched else -1, tracked.zeroed
@@ -187,22 +189,17 @@ class Slots:
 
     def missing_live(self, slot: int, keys: frozenset[Hashable]) -> list[tuple[Hashable, Tensor]]:
         """Tensors of ``keys`` that ``slot`` holds but their owner dropped: fresh copies on their device."""
-        return [
-            (key, place.slots[slot].to(self.device, copy=True))
-            for key, place in self.places.items()
-            if not place.is_live and key in keys
-        ]
-
-    def forget_optimizer(self, index: int) -> None:
-        """Drop the places of optimizer ``index`` and renumber those behind it."""
-        renamed: dict[Hashable, Place] = {}
+        found: list[tuple[Hashable, Tensor]] = []
         for key, place in self.places.items():
-            if isinstance(key, tuple) and key[0] in ("state", "group"):
-                if key[1] == index:
-                    self._free[place.memory[0].numel()].append(place.memory)
-                    continue
-                if key[1] > index:
-                    key = (key[0], key[1] - 1, *key[2:])
-            renamed[key] = place
-        self.places = renamed
+            if not place.is_live and key in keys:
+                _, shape, stride, dtype = key
+                copy = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+                live_view(copy).copy_(place.slots[slot])
+                found.append((place.key, copy))
+        return found
+
+    def forget_optimizer(self, optimizer: Optimizer) -> None:
+        """Drop the places of its state and its hyper-parameters."""
+        theirs = ("state", id(optimizer)), ("group", id(optimizer))
+        self._drop(k for k, p in self.places.items() if isinstance(p.key, tuple) and p.key[:2] in theirs)
         self._seen = []

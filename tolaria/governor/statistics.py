@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -30,12 +30,15 @@ def lifetime_statistics(state: Tensor) -> dict[str, float]:
     return {"count": count, "mean": mean if count else math.nan, "std": std, "min": low, "max": high}
 
 
-def saved_form(config: GovernorConfig, random_guess_loss: float | None, state: Tensor) -> dict[str, Any]:
+def saved_form(
+    config: GovernorConfig, random_guess_loss: float | None, state: Tensor, policy: dict[str, Any]
+) -> dict[str, Any]:
     """What a governor saves of itself: plain values and one CPU tensor."""
     return {
         "version": 2,
         "config": asdict(config),
         "random_guess_loss": random_guess_loss,
+        "policy": policy,
         "state": state.detach().cpu().clone(),
     }
 
@@ -46,17 +49,25 @@ def read_saved_form(saved: Mapping[str, Any]) -> tuple[GovernorConfig, Tensor]:
     Raises:
         ValueError: ``saved`` is nothing that :func:`saved_form` returned.
     """
-    missing = {"version", "config", "random_guess_loss", "state"} - set(saved)
+    if not isinstance(saved, Mapping):
+        raise TypeError(
+            f"state: expected a dict from TolariaGovernor.state_dict(), got {type(saved).__name__}"
+        )
+    missing = {"version", "config", "random_guess_loss", "state", "policy"} - set(saved)
     if missing or saved.get("version") != 2:
         raise ValueError(
             f"state: expected a dict from TolariaGovernor.state_dict(), it lacks {sorted(missing)}"
         )
-    config = GovernorConfig(**{**saved["config"], "lobotomy_band": tuple(saved["config"]["lobotomy_band"])})
+    unknown = set(saved["config"]) - {f.name for f in fields(GovernorConfig)}
+    if unknown:
+        raise ValueError(f"state: its config has settings of another version: {sorted(unknown)}")
+    config = GovernorConfig(**saved["config"])
     state: Tensor = saved["state"]
     expected = (memory_row(3, config.window, 0), 1)
-    if tuple(state.shape) != expected or state.dtype != torch.float64:
+    if not isinstance(state, Tensor) or tuple(state.shape) != expected or state.dtype != torch.float64:
         raise ValueError(
-            f"state: expected float64 statistics of shape {expected}, got {state.dtype} {tuple(state.shape)}"
+            f"state: expected float64 statistics of shape {expected}, got "
+            + (f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else repr(state))
         )
     return config, state
 

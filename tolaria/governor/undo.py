@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tolaria import ops
 from tolaria.errors import TolariaError
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.tracked import HostValues
+from tolaria.governor.host_state import HostValues
 from tolaria.ops import SnapshotEntry, SnapshotTable, StateField, live_view, slot_view
 
 _ALIGN = 256

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tolaria.governor.tracked import SCALER_TENSORS, TrackedState
+from tolaria.governor.host_state import SCALER_TENSORS
+from tolaria.governor.tracked import TrackedState
 
 _VALUES = operator.methodcaller("values")
 _NUMBERS = (int, float, tuple)  # a tuple: betas, which a schedule may cycle
@@ -29,8 +30,7 @@ class StructureWatch:
     def mark(self) -> None:
         """Remember what the next :meth:`has_moved` compares with."""
         tracked = self._tracked
-        roots = [tracked.model, *(e for e in tracked.extras.values() if isinstance(e, nn.Module))]
-        modules = [module for root in roots for module in root.modules()]
+        modules = [module for _, root in tracked.roots() for module in root.modules()]
         self._containers = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
         self._containers += [o.state for o in tracked.optimizers]
         self._containers += [state for o in tracked.optimizers for state in o.state.values()]

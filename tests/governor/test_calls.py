@@ -1,0 +1,242 @@
+"""Calls around the step: bad arguments, rollback by hand, skipping, closing, saving, failures inside them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tolaria.errors import SnapshotError, TrainingDivergedError
+from tolaria.governor import (
+    DroppedEventsEvent,
+    GovernorConfig,
+    PanicReason,
+    RollbackEvent,
+    TolariaGovernor,
+    VerdictEvent,
+    slots,
+)
+
+
+class Smoothed(nn.Module):
+    """Its forward assigns a buffer anew instead of writing to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.linear(x - self.mean)
+
+
+def make(
+    model: nn.Module | None = None, **kw: Any
+) -> tuple[nn.Module, torch.optim.Optimizer, TolariaGovernor]:
+    model = nn.Linear(3, 2) if model is None else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    config = GovernorConfig(**{"snapshot_interval": 100, "probation": 1, **kw.pop("settings", {})})
+    return model, optimizer, TolariaGovernor(model, optimizer, config=config, **kw)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def assert_same(model: nn.Module, kept: dict[str, Tensor]) -> None:
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+
+
+BAD_ARGUMENTS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
+    "one-scheduler": (TypeError, "schedulers: expected a sequence", lambda: make(schedulers=nn.Identity())),
+    "no-scheduler": (TypeError, r"schedulers\[0\]: expected", lambda: make(schedulers=[3])),
+    "extras-list": (TypeError, "extras: expected a mapping", lambda: make(extras=[nn.Identity()])),
+    "extras-number": (TypeError, r"extras\['ema'\]: expected", lambda: make(extras={"ema": 3})),
+    "one-generator": (TypeError, "generators: expected", lambda: make(generators=torch.Generator())),
+    "one-sink": (TypeError, "sinks: expected", lambda: make(sinks=print)),
+    "no-sink": (TypeError, r"sinks\[0\]: expected", lambda: make(sinks=[3])),
+    "group": (TypeError, "process_group: expected", lambda: make(process_group=3)),
+    "guess-loss": (ValueError, "random_guess_loss: expected", lambda: make(random_guess_loss=True)),
+    "strict": (
+        ValueError,
+        "random_guess_loss: expected",
+        lambda: GovernorConfig.strict("x"),  # type: ignore[arg-type]
+    ),
+    "lazy": (ValueError, "model: expected initialised", lambda: TolariaGovernor(nn.LazyLinear(2), [])),
+    "meta": (
+        RuntimeError,
+        "expected parameters on cpu or cuda, got them on meta",
+        lambda: TolariaGovernor(nn.Linear(1, 1, device="meta"), []),
+    ),
+    "optimizers": (TypeError, "optimizers: expected", lambda: TolariaGovernor(nn.Linear(1, 1), None)),  # type: ignore[arg-type]
+    "flag": (TypeError, "nonfinite: expected a bool", lambda: make()[2].step(1.0, nonfinite="no")),  # type: ignore[arg-type]
+    "state": (TypeError, "state: expected a dict", lambda: make()[2].load_state_dict(None)),  # type: ignore[arg-type]
+    "add-sink": (TypeError, "sinks", lambda: make()[2].add_sink(3)),  # type: ignore[arg-type]
+    "add-scheduler": (TypeError, "schedulers", lambda: make()[2].add_scheduler(3)),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_argument_is_named(name: str) -> None:
+    error, words, call = BAD_ARGUMENTS[name]
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_an_optimizer_given_twice_is_an_error() -> None:
+    model, optimizer, _ = make()
+    with pytest.raises(ValueError, match=r"optimizers\[1\]: expected each optimizer once"):
+        TolariaGovernor(model, [optimizer, optimizer])
+
+
+def test_rollback_by_hand_restores_every_time_and_counts_once() -> None:
+    model, optimizer, governor = make(settings={"lr_factor": 0.5})
+    governor.step(1.0)
+    kept = weights(model)
+    for _ in range(3):
+        take_step(model, optimizer)
+        report = governor.execute_rollback()
+        assert_same(model, kept)
+        assert not optimizer.state
+        assert optimizer.param_groups[0]["lr"] == 0.25
+        assert all(p.grad is None for p in model.parameters())
+    assert (report.rollback_count, governor.rollback_count) == (1, 1)
+    assert sum(isinstance(e, RollbackEvent) for e in governor.poll()) == 1
+    assert governor.offending_steps == (), "no loss led to a rollback by hand"
+
+
+def test_log_only_does_not_act_on_a_poisoned_snapshot_either() -> None:
+    model, _, governor = make(settings={"log_only": True})
+    with torch.no_grad():
+        model.get_parameter("weight")[0, 0] = math.nan
+    governor.snapshot()
+    governor.step(1.0)
+    assert governor.rollback_count == 0
+    assert bool(model.get_parameter("weight")[0, 0].isnan())
+    reasons = [e.reason for e in governor.poll() if isinstance(e, VerdictEvent)]
+    assert reasons == [PanicReason.NON_FINITE_STATE]
+
+
+def test_skipped_step_puts_back_a_buffer_that_the_forward_assigned() -> None:
+    model, optimizer, governor = make(Smoothed(), settings={"skip_anomalous_steps": True})
+    for _ in range(12):
+        take_step(model, optimizer)
+        governor.step(governor.check_vital_signs(1.0))
+    kept, counters = weights(model), copy.deepcopy(optimizer.state_dict())
+    model(torch.full((4, 3), 5.0)).sum().backward()
+    verdict = governor.check_vital_signs(1e6)
+    optimizer.step()
+    governor.step(verdict)
+    assert_same(model, kept)
+    steps = [state["step"] for state in optimizer.state_dict()["state"].values()]
+    assert steps == [state["step"] for state in counters["state"].values()]
+
+
+def test_log_only_skips_nothing() -> None:
+    model, optimizer, governor = make(settings={"skip_anomalous_steps": True, "log_only": True})
+    kept = weights(model)
+    model(torch.ones(4, 3)).sum().backward()
+    governor.check_vital_signs(math.nan)
+    optimizer.step()
+    assert not torch.equal(model.get_parameter("weight"), kept["weight"])
+
+
+def test_loaded_settings_decide_whether_steps_are_skipped() -> None:
+    saved = make(settings={"skip_anomalous_steps": True})[2].state_dict()
+    model, optimizer, governor = make()
+    plain = governor.state_dict()
+    governor.load_state_dict(saved)
+    kept = weights(model)
+    model(torch.ones(4, 3)).sum().backward()
+    governor.check_vital_signs(math.nan)
+    optimizer.step()
+    assert_same(model, kept)
+    governor.load_state_dict(plain)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_the_rollback_budget_survives_saving() -> None:
+    settings = {"max_rollbacks": 3, "rollback_window": 50}
+    first = make(settings=settings)[2]
+    for _ in range(2):
+        first.step(math.nan)
+    second = make()[2]
+    second.load_state_dict(first.state_dict())
+    assert second.offending_steps == (1, 2)
+    with pytest.raises(TrainingDivergedError) as caught:
+        second.step(math.nan)
+    assert len(caught.value.history) == 3
+
+
+def test_without_memory_nothing_is_half_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, governor = make()
+    saved, born = governor.state_dict(), weights(model)
+    take_step(model, optimizer)  # the optimizer now has state that the slots have no room for
+    kept = weights(model)
+
+    def exhausted(*_: object) -> Tensor:
+        raise SnapshotError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slots, "allocate", exhausted)
+        for call in (governor.snapshot, governor.execute_rollback, lambda: governor.load_state_dict(saved)):
+            with pytest.raises(SnapshotError, match="no memory left"):
+                call()  # type: ignore[operator]
+            assert_same(model, kept)
+            assert optimizer.state
+    assert governor.execute_rollback().rollback_count == 1
+    assert_same(model, born)
+    for _ in range(3):
+        governor.step(1.0)
+
+
+def test_close_lets_go_and_leaves_a_last_poll() -> None:
+    model, optimizer, governor = make(settings={"skip_anomalous_steps": True})
+    governor.step(math.nan)
+    gone = [weakref.ref(model), weakref.ref(governor._engine.slots.segments[0])]
+    governor.close()
+    governor.close()
+    assert any(isinstance(e, RollbackEvent) for e in governor.poll())
+    assert governor.rollback_count == 1
+    assert not optimizer._optimizer_step_pre_hooks
+    for call in (governor.snapshot, governor.execute_rollback, governor.reset, governor.synchronize):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+def test_events_that_nobody_polls_are_counted() -> None:
+    governor = make(settings={"snapshot_interval": 2})[2]
+    for _ in range(4200):
+        governor.step(1.0)
+    first, *rest = governor.poll()
+    assert isinstance(first, DroppedEventsEvent)
+    assert first.dropped + len(rest) == 1 + 2 * 2100 - 1, "attach, captures and all promotions but the last"
+
+
+def test_lr_factor_reaches_the_rate_that_swalr_goes_to() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.5, anneal_epochs=2)
+    governor = TolariaGovernor(model, optimizer, config=GovernorConfig(lr_factor=0.5), schedulers=[scheduler])
+    governor.step(math.nan)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25)

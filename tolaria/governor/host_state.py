@@ -1,0 +1,236 @@
+"""What a capture covers beside the tensors on the governor's device, and how it is put back."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tolaria.errors import SnapshotError
+from tolaria.governor.fresh_state import fresh_value
+
+if TYPE_CHECKING:
+    from tolaria.governor.tracked import TrackedState
+
+SCALER_TENSORS = ("_scale", "_growth_tracker")
+_SCALER_VALUES = ("_init_scale", "_growth_factor", "_backoff_factor", "_growth_interval", "_enabled")
+
+HostValues = dict[int, dict[int, dict[str, Any]]]
+"""By step, then by the parameter's id: the entries of an optimizer's state that are on the host."""
+
+
+@dataclass(slots=True)
+class OptimizerHost:
+    """The host-side part of one optimizer at a capture."""
+
+    optimizer: Optimizer
+    groups: list[dict[str, Any]]
+    state_keys: dict[int, set[str]]
+    values: dict[int, dict[str, Any]]
+
+
+@dataclass(slots=True)
+class HostState:
+    """Everything a capture covers that is no tensor on the governor's device."""
+
+    optimizers: list[OptimizerHost]
+    parameters: list[tuple[nn.Module, str, nn.Parameter]]
+    """Which object every parameter was."""
+    schedulers: list[dict[str, Any]]
+    scaler: dict[str, Any]
+    extras: dict[str, dict[str, Any]]
+    modules: dict[str, dict[str, Any]]
+    rng: dict[str, Any]
+    rates_lowered: int
+    """How many rollbacks had lowered the learning rates by then."""
+    keys: frozenset[Hashable] = field(default_factory=frozenset)
+    """The places in the slots that the capture filled."""
+
+    @classmethod
+    def of(cls, tracked: TrackedState) -> HostState:
+        """A copy of every host-side part as it is now.
+
+        Raises:
+            SnapshotError: a scheduler or an extra cannot say its state.
+        """
+        return cls(
+            optimizers=[_optimizer_host(tracked, optimizer) for optimizer in tracked.optimizers],
+            parameters=[
+                (module, name, parameter)
+                for _, root in tracked.roots()
+                for module in root.modules()
+                for name, parameter in module._parameters.items()
+                if parameter is not None
+            ],
+            schedulers=[
+                _told(f"schedulers[{i}]", scheduler.state_dict)
+                for i, scheduler in enumerate(tracked.schedulers)
+            ],
+            scaler=_scaler_host(tracked.scaler),
+            extras={
+                name: _told(f"extras[{name!r}]", extra.state_dict)
+                for name, extra in tracked.extras.items()
+                if not isinstance(extra, nn.Module)
+            },
+            modules={name: module.rollback_state() for name, module in tracked.participants()},
+            rng=_rng_state(tracked),
+            rates_lowered=tracked.rates_lowered,
+        )
+
+    def load_into(self, tracked: TrackedState, *, keep_fresh: bool = False) -> None:
+        """Put every host-side part back; what came into being after the capture is removed.
+
+        Args:
+            tracked: what the capture was of; its tensors are restored already.
+            keep_fresh: leave optimizer state that was put back to its value before the first step where it
+                is, so that addresses stay what they were.
+
+        Raises:
+            SnapshotError: a scheduler or an extra refused its state; everything else is back.
+        """
+        captured = {id(host.optimizer): host for host in self.optimizers}
+        for optimizer in tracked.optimizers:
+            if id(optimizer) in captured:
+                _load_optimizer(optimizer, captured[id(optimizer)], keep_fresh=keep_fresh)
+            else:  # unknown at the capture: it starts afresh
+                optimizer.state.clear()
+        tracked.rates_lowered = self.rates_lowered
+        self._reattach_parameters(tracked)
+        self._load_scaler(tracked.scaler)
+        for name, module in tracked.participants():
+            module.load_rollback_state(self.modules.get(name))
+        refused = [
+            *(
+                _refusal(f"schedulers[{i}]", scheduler.load_state_dict, state)
+                for i, (scheduler, state) in enumerate(zip(tracked.schedulers, self.schedulers, strict=False))
+            ),
+            *(
+                _refusal(f"extras[{name!r}]", tracked.extras[name].load_state_dict, state)
+                for name, state in self.extras.items()
+            ),
+        ]
+        _load_rng(tracked, self.rng)
+        for error in filter(None, refused):
+            raise error
+
+    def _reattach_parameters(self, tracked: TrackedState) -> None:
+        """Undo a replacement of parameter objects that the optimizers know nothing of.
+
+        ``load_state_dict(assign=True)`` is one: the optimizers keep the old objects, the model has new ones.
+        """
+        held = {id(p) for o in tracked.optimizers for group in o.param_groups for p in group["params"]}
+        moved: set[int] = set()
+        for module, name, parameter in self.parameters:
+            current = module._parameters.get(name, parameter)
+            if id(parameter) not in held or (id(current) in held and current is not parameter):
+                continue
+            if current is not None and id(parameter) not in moved:  # of tied ones the first was restored
+                moved.add(id(parameter))
+                if current is not parameter:
+                    parameter.data = current.data
+            if name in module._parameters:
+                module._parameters[name] = parameter
+
+    def _load_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        if scaler is None:
+            return
+        for name, value in self.scaler.items():
+            setattr(scaler, name, value)
+        states = getattr(scaler, "_per_optimizer_states", None)
+        if states is not None:
+            states.clear()  # an unscaling begun on the undone step is void
+
+
+def _told(name: str, state_dict: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return copy.deepcopy(state_dict())
+    except Exception as error:
+        raise SnapshotError(
+            f"{name}: its state_dict() cannot be captured ({error!r}); nothing was captured"
+        ) from error
+
+
+def _refusal(
+    name: str, load: Callable[[dict[str, Any]], object], state: dict[str, Any]
+) -> SnapshotError | None:
+    """What to raise once everything else is back, if ``load`` fails."""
+    try:
+        load(copy.deepcopy(state))
+    except Exception as error:
+        refusal = SnapshotError(
+            f"{name}: its load_state_dict() failed in a rollback ({error!r}); everything else was put back"
+        )
+        refusal.__cause__ = error
+        return refusal
+    return None
+
+
+def _optimizer_host(tracked: TrackedState, optimizer: Optimizer) -> OptimizerHost:
+    def host_values(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            k: copy.deepcopy(v) for k, v in values.items() if k != "params" and not tracked.is_captured(v)
+        }
+
+    state_keys = {id(parameter): set(state) for parameter, state in optimizer.state.items()}
+    values = {id(parameter): host_values(state) for parameter, state in optimizer.state.items()}
+    return OptimizerHost(optimizer, [host_values(g) for g in optimizer.param_groups], state_keys, values)
+
+
+def _load_optimizer(optimizer: Optimizer, captured: OptimizerHost, *, keep_fresh: bool) -> None:
+    del optimizer.param_groups[len(captured.groups) :]
+    for target, values in zip(optimizer.param_groups, captured.groups, strict=False):
+        target.update(copy.deepcopy(values))
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for parameter in list(optimizer.state):
+        keys = captured.state_keys.get(id(parameter), set())
+        state, group = optimizer.state[parameter], groups.get(id(parameter))
+        late = [k for k in state if k not in keys]
+        if keep_fresh and group is not None and not keys:
+            fresh = [
+                isinstance(state[k], Tensor) and fresh_value(optimizer, group, k) is not None for k in late
+            ]
+            late = [] if all(fresh) and all(state[k].device == parameter.device for k in late) else late
+        for key in late:
+            del state[key]
+        state.update(copy.deepcopy(captured.values.get(id(parameter), {})))
+        if not state:
+            del optimizer.state[parameter]
+
+
+def _scaler_host(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
+    """Its numbers; its tensors only where there were none yet, which is a value as well."""
+    values = {name: getattr(scaler, name, None) for name in _SCALER_VALUES}
+    return values | {name: None for name in SCALER_TENSORS if getattr(scaler, name, None) is None}
+
+
+def _rng_state(tracked: TrackedState) -> dict[str, Any]:
+    if not tracked.restore_rng:
+        return {}
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "generators": [g.get_state() for g in tracked.generators],
+    }
+    if tracked.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(tracked.device)
+    return state
+
+
+def _load_rng(tracked: TrackedState, rng: dict[str, Any]) -> None:
+    if not rng:
+        return
+    torch.set_rng_state(rng["torch"])
+    random.setstate(rng["python"])
+    np.random.set_state(rng["numpy"])
+    for generator, state in zip(tracked.generators, rng["generators"], strict=True):
+        generator.set_state(state)
+    if "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], tracked.device)
