@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "cuda/last_block.cuh"
 #include "cuda/launch.cuh"
 
 namespace tolaria::cuda {
@@ -28,21 +29,6 @@ __device__ inline double block_sum(double value) {
   __syncthreads();
   value = threadIdx.x < kBlock / kWarp ? warps[threadIdx.x] : 0.0;
   return threadIdx.x < kWarp ? warp_sum(value) : 0.0;
-}
-
-// True in every thread of the block that finishes last of `blocks`; all that the others wrote before is visible to it.
-//
-// Each thread fences its own writes; the barrier puts all of them before thread 0's count, so a block that has counted
-// has published everything. Whoever reads the last count then fences again, lest its reads were made earlier. What other
-// blocks wrote must not have been read by this one before: a first-level cache may hold the old values.
-__device__ inline bool is_last_block(unsigned* finished, unsigned blocks) {
-  __shared__ bool is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(finished, 1u) == blocks - 1;
-  __syncthreads();
-  if (is_last) __threadfence();
-  return is_last;
 }
 
 // out[m] = sum over r of partial[r * mid + m]. A block takes `columns` (a power of two) neighbours, and kBlock / columns

@@ -7,6 +7,7 @@
 
 #include "common/governor_batch.h"
 #include "common/snapshot_table.h"
+#include "cuda/last_block.cuh"
 #include "cuda/launch.cuh"
 #include "ops.h"
 
@@ -14,7 +15,7 @@ namespace tolaria {
 namespace {
 
 // Copies go at the speed of the bus, which few blocks saturate; more would only take multiprocessors from training.
-constexpr int kCaptureBlocksPerMultiprocessor = 1;
+constexpr int kCaptureBlocksPerMultiprocessor = 1;  // told to ptxas, too: for more it would spill registers
 constexpr int kCaptureMultiprocessorShare = 4;  // a capture uses at most a quarter of the device
 constexpr int kCaptureThreads = cuda::kBlock;
 
@@ -92,24 +93,11 @@ __device__ void zero_bytes(char* target, int64_t bytes) {
   for (int64_t i = threadIdx.x; i < bytes; i += kCaptureThreads) target[i] = 0;
 }
 
-// True in every thread of the block that finishes last; all that other blocks wrote is visible to it.
-//
-// Release: each thread fences its own writes, and the barrier lets thread 0 count the block only behind all of them; it
-// also comes after every thread of the block has read the order. Acquire: the last block fences once it has seen the full
-// count. So no block is left that reads the order or the header, which the caller then changes by plain stores: the next
-// launch that reads them is ordered behind this one. One counter a part, since part 1 runs on the side stream beside
-// others; part 0 and the restore share one, being in order on the stream that judges.
-__device__ bool is_last_block(unsigned long long* blocks_done) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(blocks_done, 1ull) == gridDim.x - 1;
-  __syncthreads();
-  if (last) __threadfence();
-  return last;
-}
-
-__global__ void __launch_bounds__(kCaptureThreads)
+// The last block has seen the count of all others, each behind its threads' reads of the order and writes. So no block is
+// left that reads the order or the header, which it changes by plain stores: the next launch that reads them is ordered
+// behind this one. One counter a part, since part 1 runs on the side stream beside others; part 0 and the restore share
+// one, being in order on the stream that judges.
+__global__ void __launch_bounds__(kCaptureThreads, kCaptureBlocksPerMultiprocessor)
     snapshot_capture_kernel(math::Governor g, SnapshotHeader* header, const SnapshotRow* rows, int part) {
   const double order = g[math::field::capture_order_0 + part];
   if (order < 0.0) return;
@@ -130,14 +118,14 @@ __global__ void __launch_bounds__(kCaptureThreads)
       atomicMin(&header->first_bad[part], static_cast<unsigned long long>(row.tensor));
     }
   }
-  if (is_last_block(&header->blocks_done[part]) && threadIdx.x == 0) {
+  if (cuda::is_last_block(&header->blocks_done[part], gridDim.x) && threadIdx.x == 0) {
     const unsigned long long bad = atomicExch(&header->first_bad[part], kNoTensor);
     header->blocks_done[part] = 0;
     math::finish_capture_part(g, part, bad == kNoTensor ? -1.0 : static_cast<double>(bad));
   }
 }
 
-__global__ void __launch_bounds__(kCaptureThreads)
+__global__ void __launch_bounds__(kCaptureThreads, kCaptureBlocksPerMultiprocessor)
     snapshot_restore_kernel(math::Governor g, const double* config, SnapshotHeader* header, const SnapshotRow* rows) {
   if (g[math::field::restore_order] == 0.0) return;
   const int slot = static_cast<int>(g[math::field::last_good]);
@@ -147,7 +135,7 @@ __global__ void __launch_bounds__(kCaptureThreads)
     copy_bytes(reinterpret_cast<char*>(row.live), reinterpret_cast<const char*>(row.slot[slot]), row.bytes,
                kCheckNone);
   }
-  if (is_last_block(&header->blocks_done[0]) && threadIdx.x == 0) {
+  if (cuda::is_last_block(&header->blocks_done[0], gridDim.x) && threadIdx.x == 0) {
     header->blocks_done[0] = 0;
     math::commit_rollback(g, config);
     math::write_status(g);

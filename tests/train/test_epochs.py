@@ -21,6 +21,8 @@ from tolaria import (
     train_epoch_incubator_mode,
     train_epoch_normal,
 )
+from tolaria.governor.events import VerdictEvent
+from tolaria.ops import PanicReason
 from tolaria.train import StepHooks
 
 CE = nn.CrossEntropyLoss()
@@ -246,6 +248,35 @@ def test_bad_options_are_refused_before_anything_runs(
     with pytest.raises(error, match=match):
         train_epoch_normal(model, image_batches(1), CE, SGD(model.parameters(), 0.1), "cpu", **options)  # type: ignore[arg-type]
     assert torch.equal(parameters(model), before)
+
+
+class _Steep(StepHooks):
+    """Makes the gradient of one step steep."""
+
+    def __init__(self, model: nn.Module, step: int) -> None:
+        self.model, self.left = model, step
+
+    def after_backward(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            for p in self.model.parameters():
+                assert p.grad is not None
+                p.grad.mul_(1e4)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_governor_judges_the_gradient_from_before_clipping(skip: bool) -> None:
+    model = cnn()
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    config = GovernorConfig(gradient_norm=True, skip_anomalous_steps=skip)
+    governor = TolariaGovernor(model, optimizer, config=config)
+    train_epoch_normal(
+        model, image_batches(24), CE, optimizer, "cpu", max_grad_norm=1e-2, governor=governor,
+        hooks=_Steep(model, 20),
+    )  # fmt: skip
+    (verdict,) = [event for event in governor.poll() if isinstance(event, VerdictEvent)]
+    assert (verdict.step, verdict.reason) == (20, PanicReason.GRADIENT_NORM)
+    assert verdict.gradient_norm > 100.0
 
 
 def test_plateau_schedulers_and_odd_batches_are_type_errors() -> None:

@@ -29,6 +29,11 @@ class GovernorConfigLike(Protocol):
         """Whether the loss is judged before the optimizer steps."""
         ...
 
+    @property
+    def gradient_norm(self) -> bool:
+        """Whether the gradient's norm is judged, too."""
+        ...
+
 
 class GovernorLike(Protocol):
     """The part of :class:`tolaria.TolariaGovernor` that a step calls."""
@@ -42,8 +47,8 @@ class GovernorLike(Protocol):
         """Judge a loss; the verdict goes to :meth:`step`."""
         ...
 
-    def step(self, loss: Any) -> object:  # noqa: ANN401  (a tensor or the verdict just returned)
-        """Judge, restore, capture."""
+    def step(self, loss: Any, *, gradient_norm: Tensor | None = None) -> object:  # noqa: ANN401  (or a verdict)
+        """Judge, restore, capture; ``gradient_norm``: from before clipping, where that is known."""
         ...
 
 
@@ -75,25 +80,27 @@ class Learner:
     scaler: GradScaler | None = None
     """Its own; a scaler is never shared, so that an overflow here changes nothing there."""
 
-    def finish(self) -> None:
-        """Unscale, clip, step; nothing if no parameter has a gradient."""
+    def finish(self) -> Tensor | None:
+        """Unscale, clip, step; nothing if no parameter has a gradient. The norm before clipping, if it clips."""
         with_grad = [
             p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         if not with_grad:
-            return
-        self.prepare(with_grad)
+            return None
+        norm = self.prepare(with_grad)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
         else:
             self.optimizer.step()
+        return norm
 
-    def prepare(self, with_grad: Sequence[Tensor]) -> None:
-        """Unscale and clip."""
+    def prepare(self, with_grad: Sequence[Tensor]) -> Tensor | None:
+        """Unscale and clip; the norm before, if it clips."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(with_grad, self.max_grad_norm)
+        if self.max_grad_norm is None:
+            return None
+        return nn.utils.clip_grad_norm_(with_grad, self.max_grad_norm)
 
 
 @dataclass(slots=True)
@@ -152,9 +159,12 @@ def train_step(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor,
         verdict = plan.governor.check_vital_signs(
             loss
         )  # its hooks on the optimizers then leave a bad step out
-    _step_optimizers(plan)
+    norm = _step_optimizers(plan)
     if plan.governor is not None:
-        plan.governor.step(loss if verdict is None else verdict)
+        if verdict is None and norm is not None and plan.governor.config.gradient_norm:
+            plan.governor.step(loss, gradient_norm=norm)
+        else:
+            plan.governor.step(loss if verdict is None else verdict)
     plan.hooks.after_step(loss)
     return loss, rows
 
@@ -190,8 +200,11 @@ def _scalar(loss: object) -> Tensor:
     raise TypeError(f"criterion: expected a 0-dim tensor as the loss, got {got}; reduce it with .mean()")
 
 
-def _step_optimizers(plan: StepPlan) -> None:
-    """Host first, then seed; each unscaled, clipped and stepped on its own."""
+def _step_optimizers(plan: StepPlan) -> Tensor | None:
+    """Host first, then seed; each unscaled, clipped and stepped on its own.
+
+    Returns the norm of the host's gradient before clipping, if it clips; the seed's is not part of it.
+    """
     seed, scaler = plan.seed, plan.host.scaler
     if seed is not None and seed.scaler is not None and scaler is not None:
         # The gradients carry the host's scale. The seed's scaler takes it over and keeps its own record of
@@ -199,7 +212,7 @@ def _step_optimizers(plan: StepPlan) -> None:
         one = torch.ones((), device=plan.device)
         seed.scaler.scale(one)
         seed.scaler.update(new_scale=scaler.scale(one))
-    plan.host.finish()
+    norm = plan.host.finish()
     if seed is not None:
         seed.finish()
     if scaler is not None:
@@ -211,3 +224,4 @@ def _step_optimizers(plan: StepPlan) -> None:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         for scheduler in plan.schedulers:
             scheduler.step()
+    return norm
