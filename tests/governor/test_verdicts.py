@@ -112,7 +112,8 @@ def test_rows_may_stand_apart_and_do_where_they_would_share_a_cache_set(mode: st
             ops.governor_order_(state, config, 7, Order.ROLLBACK)
     assert same_bits(apart, packed)
     assert same_bits(inside, packed)
-    assert bool(wide[:, :5].isnan().all()) and bool(wide[:, n + 5 :].isnan().all())
+    assert bool(wide[:, :5].isnan().all())
+    assert bool(wide[:, n + 5 :].isnan().all())
 
 
 def test_columns_must_lie_side_by_side() -> None:

@@ -81,7 +81,7 @@ class Learner:
     """Its own; a scaler is never shared, so that an overflow here changes nothing there."""
 
     def finish(self) -> Tensor | None:
-        """Unscale, clip, step; nothing if no parameter has a gradient. The norm before clipping, if it clips."""
+        """Unscale, clip, step; nothing if no parameter has a gradient. The norm before it clips."""
         with_grad = [
             p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
