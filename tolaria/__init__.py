@@ -1,5 +1,6 @@
 """tolaria: keep networks that grow while they train alive, at no cost."""
 
+from tolaria import _startup  # the first of all imports
 from tolaria._backend import backend, current_mode
 from tolaria._host_allocator import HostAllocatorTuning, tune_host_allocator
 from tolaria.errors import (
@@ -69,3 +70,5 @@ __all__ = [
     "validate_and_get_metrics",
     "validate_device",
 ]
+
+_startup.raise_again()

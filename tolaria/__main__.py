@@ -1,7 +1,5 @@
 """``python -m tolaria`` is the ``tolaria`` command."""
 
-import sys
+from tolaria.cli.main import shell_command
 
-from tolaria.cli.main import main
-
-sys.exit(main())
+shell_command()

@@ -12,8 +12,10 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import tolaria
+from tolaria import _startup
 from tolaria.errors import ConfigError, TolariaError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -63,23 +65,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reads the output any more. A command line that does not parse ends in ``SystemExit(2)``.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    parser = build_parser(next((word for word in words if not word.startswith("-")), None))
-    parsed = parser.parse_args(words)
-    if parsed.command is None:
-        parser.print_help()
-        return 0
-    run: Callable[[argparse.Namespace], int] = parsed.run
+    command = next((word for word in words if not word.startswith("-")), None)
     try:
-        return run(parsed)
+        return _run(command, words)
     except (TolariaError, ConfigError) as error:
-        print(f"tolaria {parsed.command}: {error}", file=sys.stderr)
+        print(f"tolaria {command}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read our output has left; python would complain once more at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
-        print(f"tolaria {parsed.command}: {error}", file=sys.stderr)
+        print(f"tolaria {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"tolaria {parsed.command}: interrupted", file=sys.stderr)
+        print(f"tolaria {command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _run(command: str | None, words: Sequence[str]) -> int:
+    parser = build_parser(command)
+    parsed = parser.parse_args(words)
+    if parsed.command is None:
+        parser.print_help()
+        return 0
+    run: Callable[[argparse.Namespace], int] = parsed.run
+    return run(parsed)
+
+
+def shell_command() -> NoReturn:
+    """The ``tolaria`` of a shell: :func:`main`, and an exit during which Ctrl-C prints nothing."""
+    try:
+        status = main()
+    finally:
+        _startup.die_quietly()
+    sys.exit(status)

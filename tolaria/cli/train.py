@@ -128,6 +128,14 @@ def run(arguments: argparse.Namespace) -> int:
         if display.result is not None:
             _close(arguments, folder, display)
         raise
+    except KeyboardInterrupt:
+        if display.result is None:
+            raise
+        _close(arguments, folder, display)
+        print(
+            "tolaria train: interrupted when training was over; the run folder is complete", file=sys.stderr
+        )
+        return INTERRUPTED
     finally:
         display.close()
     _close(arguments, folder, display)

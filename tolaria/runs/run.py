@@ -85,6 +85,8 @@ def run_task(
         RuntimeError: the device is not there.
         MissingDependencyError: a package of the extra ``train`` is not installed.
         TrainingDivergedError: rollbacks came too often; the folder is complete.
+        KeyboardInterrupt: Ctrl-C came before the first step, or when training was over: the folder is then
+            complete.
     """
     spec = task if isinstance(task, TaskSpec) else get_task(task)
     where = validate_device(device)

@@ -193,6 +193,8 @@ class Narrator:
             self._finish(began)
         if self.result.error is not None:
             raise self.result.error
+        if self.interrupts.count and not self.result.interrupted:
+            raise KeyboardInterrupt  # it came while a run that had ended was being saved
         return self.result
 
     def _phases(self) -> None:

@@ -70,6 +70,7 @@ def grow(
         RuntimeError: the device is not there.
         TrainingDivergedError: rollbacks came too often; observers have been given the result before it is
             raised.
+        KeyboardInterrupt: Ctrl-C came when training was over; here, too, observers have the result already.
     """
     spec = task if isinstance(task, TaskSpec) else get_task(task)
     chosen = (settings if settings is not None else spec.defaults).replace(**changes)
