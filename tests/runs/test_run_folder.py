@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
 
 from tolaria.errors import TolariaError
-from tolaria.runs import RunFolder, load_model, plot_run, read_lines, run_task, save_model
+from tolaria.governor import GovernorEvent, GovernorReport, events
+from tolaria.runs import RunFolder, load_model, plot_run, read_lines, record, run_task, save_model
 from tolaria.tasks import create_model
 from tolaria.train import GrowthObserver
+from tolaria.train.observers import PhaseRecord, SeedRecord
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +145,24 @@ def test_run_that_nobody_watches_is_drawn_in_spite_of_nan(tmp_path):
     assert math.isnan(read_lines(tmp_path / "metrics.jsonl")[0]["loss"])
     assert result.rollbacks == 0
     assert (tmp_path / "run.png").exists()
+
+
+def test_a_module_may_be_called_inf(tmp_path):
+    event = {
+        "kind": "verdict",
+        "tensor_name": "inf",
+        "exempt": ["nan"],
+        "loss": "inf",
+        "thresholds": ["nan", 1],
+    }
+    (tmp_path / "events.jsonl").write_text(json.dumps(event))
+    (read,) = read_lines(tmp_path / "events.jsonl")
+    assert (read["tensor_name"], read["exempt"], read["loss"]) == ("inf", ["nan"], math.inf)
+    assert math.isnan(read["thresholds"][0])
+
+
+def test_reader_knows_every_field_that_holds_words():
+    classes = [GovernorReport, SeedRecord, PhaseRecord]
+    classes += [c for c in vars(events).values() if isinstance(c, type) and issubclass(c, GovernorEvent)]
+    words = {f.name for c in classes for f in dataclasses.fields(c) if re.search(r"\bstr\b", str(f.type))}
+    assert words <= record._TEXT

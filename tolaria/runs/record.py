@@ -16,6 +16,10 @@ Floats = npt.NDArray[np.float64]
 
 _OUTLIER, _MOST_OUTLIERS = math.log(30.0), 5
 _ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_TEXT = frozenset(
+    ("kind", "phase", "stage", "slot", "blueprint", "reason", "name", "tensor_name", "exempt", "generators")
+)
+"""Fields that hold words: one of them may be the name of a module that somebody called ``inf``."""
 
 
 def read_lines(path: str | Path) -> list[Line]:
@@ -24,13 +28,13 @@ def read_lines(path: str | Path) -> list[Line]:
     return [_thaw(json.loads(line)) for line in lines if line.strip()]
 
 
-def _thaw(value: Any) -> Any:  # noqa: ANN401  (whatever JSON holds)
+def _thaw(value: Any, field_name: str = "") -> Any:  # noqa: ANN401  (whatever JSON holds)
     if isinstance(value, str):
-        return _ODD.get(value, value)
+        return value if field_name in _TEXT else _ODD.get(value, value)
     if isinstance(value, dict):
-        return {key: _thaw(each) for key, each in value.items()}
+        return {key: _thaw(each, key) for key, each in value.items()}
     if isinstance(value, list):
-        return [_thaw(each) for each in value]
+        return [_thaw(each, field_name) for each in value]
     return value
 
 
