@@ -39,9 +39,7 @@ class Graft:
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], features: Tensor) -> Tensor:
         """What the next layer sees instead of ``features``."""
-        if (
-            self.incubating
-        ):  # the host's values and gradients are as if there were no branch, yet the branch learns
+        if self.incubating:  # host values and gradients as without the branch, which learns all the same
             return ops.straight_through(features, self.branch(features.detach()))
         grown = self.branch(ops.seed_gate(features, self.alpha))
         return ops.blend(features, grown, self.alpha)

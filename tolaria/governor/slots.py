@@ -89,8 +89,7 @@ class Slots:
 
         Raises:
             SnapshotError: a tensor cannot be copied byte by byte (sparse, quantized), or memory ran out.
-                Nothing has
-                changed then.
+                Nothing has changed then.
         """
         for tracked in tensors:
             if tracked.tensor.layout != torch.strided or tracked.tensor.is_quantized:

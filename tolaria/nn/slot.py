@@ -27,13 +27,11 @@ class SeedSlot(nn.Module):
 
     * DORMANT, GERMINATED, CULLED: the features themselves.
     * TRAINING: ``ops.straight_through(features, seed(features.detach()))``: the host's values and gradients
-    are what
-      they would be without the seed, and the seed receives the gradient that its output would receive in
-      their place.
+      are what they would be without the seed, and the seed receives the gradient that its output would
+      receive in their place.
     * BLENDING: ``ops.blend(features, seed(ops.seed_gate(features, alpha)), alpha)``.
     * FOSSILIZED: the seed's output (on CUDA through the blend, so that a rollback that the device decides
-    takes effect
-      there at once).
+      takes effect there at once).
 
     Args:
         name: how errors and events call this slot.

@@ -218,9 +218,7 @@ def _step_optimizers(plan: StepPlan) -> Tensor | None:
     if scaler is not None:
         scaler.update()
     with warnings.catch_warnings() if scaler is not None and plan.schedulers else nullcontext():
-        if (
-            scaler is not None and plan.schedulers
-        ):  # a first step that overflowed was skipped, which is no mistake
+        if scaler is not None and plan.schedulers:  # a skipped first step, after an overflow, is no mistake
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         for scheduler in plan.schedulers:
             scheduler.step()
