@@ -11,6 +11,7 @@
 
 namespace tolaria {
 
+using TensorPair = std::tuple<at::Tensor, at::Tensor>;
 using TensorTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // blend: host and seed of the backward are only needed for grad_alpha; a gradient not asked for is undefined.
@@ -26,6 +27,13 @@ TensorTriple blend_backward_cuda(const at::Tensor& grad, const std::optional<at:
 TensorTriple blend_backward_autograd(const at::Tensor& grad, const std::optional<at::Tensor>& host,
                                      const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
                                      at::ScalarType seed_dtype, std::array<bool, 3> output_mask);
+// The same with grad_host written over grad. The _copied forms serve devices without a kernel of their own for it.
+TensorPair blend_backward_inplace_cpu(at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                      const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                      at::ScalarType seed_dtype, std::array<bool, 2> output_mask);
+TensorPair blend_backward_inplace_copied(at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                         const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                         at::ScalarType seed_dtype, std::array<bool, 2> output_mask);
 
 // seed_gate
 at::Tensor seed_gate_cpu(const at::Tensor& features, const at::Tensor& alpha);
@@ -34,6 +42,8 @@ at::Tensor seed_gate_backward_cpu(const at::Tensor& grad, const at::Tensor& alph
 at::Tensor seed_gate_cuda(const at::Tensor& features, const at::Tensor& alpha);
 at::Tensor seed_gate_backward_cuda(const at::Tensor& grad, const at::Tensor& alpha);
 at::Tensor seed_gate_backward_autograd(const at::Tensor& grad, const at::Tensor& alpha);
+void seed_gate_backward_inplace_cpu(at::Tensor& grad, const at::Tensor& alpha);
+void seed_gate_backward_inplace_copied(at::Tensor& grad, const at::Tensor& alpha);
 
 // straight_through
 at::Tensor straight_through_cpu(const at::Tensor& host, const at::Tensor& seed);

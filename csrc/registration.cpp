@@ -11,8 +11,12 @@ TORCH_LIBRARY(tolaria, m) {
   m.def(
       "blend_backward(Tensor grad, Tensor? host, Tensor? seed, Tensor alpha, ScalarType seed_dtype, "
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "blend_backward_(Tensor(a!) grad, Tensor? host, Tensor? seed, Tensor alpha, ScalarType seed_dtype, "
+      "bool[2] output_mask) -> (Tensor, Tensor)");
   m.def("seed_gate(Tensor features, Tensor alpha) -> Tensor");
   m.def("seed_gate_backward(Tensor grad, Tensor alpha) -> Tensor");
+  m.def("seed_gate_backward_(Tensor(a!) grad, Tensor alpha) -> ()");
   m.def("straight_through(Tensor host, Tensor seed) -> Tensor");
   m.def("tensor_stats(Tensor?[] tensors) -> Tensor");
   m.def("metrics_fields() -> str[]", &tolaria::metrics_fields);
@@ -40,8 +44,10 @@ TORCH_LIBRARY_IMPL(tolaria, CPU, m) {
 
   m.impl("blend", &tolaria::blend_cpu);
   m.impl("blend_backward", &tolaria::blend_backward_cpu);
+  m.impl("blend_backward_", &tolaria::blend_backward_inplace_cpu);
   m.impl("seed_gate", &tolaria::seed_gate_cpu);
   m.impl("seed_gate_backward", &tolaria::seed_gate_backward_cpu);
+  m.impl("seed_gate_backward_", &tolaria::seed_gate_backward_inplace_cpu);
   m.impl("straight_through", &tolaria::straight_through_cpu);
   m.impl("tensor_stats", &tolaria::tensor_stats_cpu);
   m.impl("classification_metrics_", &tolaria::classification_metrics_cpu);
@@ -61,8 +67,10 @@ TORCH_LIBRARY_IMPL(tolaria, Autograd, m) {
 TORCH_LIBRARY_IMPL(tolaria, CUDA, m) {
   m.impl("blend", &tolaria::blend_cuda);
   m.impl("blend_backward", &tolaria::blend_backward_cuda);
+  m.impl("blend_backward_", &tolaria::blend_backward_inplace_copied);
   m.impl("seed_gate", &tolaria::seed_gate_cuda);
   m.impl("seed_gate_backward", &tolaria::seed_gate_backward_cuda);
+  m.impl("seed_gate_backward_", &tolaria::seed_gate_backward_inplace_copied);
   m.impl("straight_through", &tolaria::straight_through_cuda);
   m.impl("tensor_stats", &tolaria::tensor_stats_cuda);
   m.impl("classification_metrics_", &tolaria::classification_metrics_cuda);

@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 REGISTRATION = (ROOT / "csrc" / "registration.cpp").read_text()
 SCHEMAS = re.findall(r'm\.def\(\s*"(\w+)\(', REGISTRATION)
 OPS = [name for name in SCHEMAS if not name.endswith("_fields")]  # those only name a layout
-FORWARDS = [name for name in OPS if not name.endswith("_backward")]
+FORWARDS = [name for name in OPS if not name.rstrip("_").endswith("_backward")]
 STEMS = {
     "blend": "blend",
     "blend_backward": "blend",
+    "blend_backward_": "blend",
     "seed_gate": "blend",
     "seed_gate_backward": "blend",
+    "seed_gate_backward_": "blend",
     "straight_through": "straight_through",
     "tensor_stats": "stats",
     "classification_metrics_": "metrics",

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "autograd/common.h"
+#include "common/blend_plan.h"
 #include "common/dispatch.h"
 #include "ops.h"
 
@@ -26,6 +27,13 @@ TensorTriple call_blend_backward(const at::Tensor& grad, const std::optional<at:
   return op.call(grad, host, seed, alpha, seed_dtype, output_mask);
 }
 
+TensorPair call_blend_backward_(at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                at::ScalarType seed_dtype, std::array<bool, 2> output_mask) {
+  static const auto op = find_op("tolaria::blend_backward_", &blend_backward_inplace_cpu);
+  return op.call(grad, host, seed, alpha, seed_dtype, output_mask);
+}
+
 at::Tensor call_seed_gate(const at::Tensor& features, const at::Tensor& alpha) {
   static const auto op = find_op("tolaria::seed_gate", &seed_gate_autograd);
   return op.call(features, alpha);
@@ -34,6 +42,11 @@ at::Tensor call_seed_gate(const at::Tensor& features, const at::Tensor& alpha) {
 at::Tensor call_seed_gate_backward(const at::Tensor& grad, const at::Tensor& alpha) {
   static const auto op = find_op("tolaria::seed_gate_backward", &seed_gate_backward_autograd);
   return op.call(grad, alpha);
+}
+
+void call_seed_gate_backward_(at::Tensor& grad, const at::Tensor& alpha) {
+  static const auto op = find_op("tolaria::seed_gate_backward_", &seed_gate_backward_inplace_cpu);
+  op.call(grad, alpha);
 }
 
 std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
@@ -55,9 +68,14 @@ struct BlendFunction : torch::autograd::Function<BlendFunction> {
     if (!grads[0].defined()) return {{}, {}, {}};
     const variable_list saved = ctx->get_saved_variables();
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
-    auto [grad_host, grad_seed, grad_alpha] = call_blend_backward(
-        grads[0], optional_of(saved[1]), optional_of(saved[2]), saved[0],
-        static_cast<at::ScalarType>(ctx->saved_data["seed_dtype"].toInt()), mask);
+    const auto host = optional_of(saved[1]), seed = optional_of(saved[2]);
+    const auto seed_dtype = static_cast<at::ScalarType>(ctx->saved_data["seed_dtype"].toInt());
+    if (mask[0] && is_ours_alone(grads[0])) {
+      at::Tensor grad = grads[0];
+      auto [grad_seed, grad_alpha] = call_blend_backward_(grad, host, seed, saved[0], seed_dtype, {mask[1], mask[2]});
+      return {grad, grad_seed, grad_alpha};
+    }
+    auto [grad_host, grad_seed, grad_alpha] = call_blend_backward(grads[0], host, seed, saved[0], seed_dtype, mask);
     return {grad_host, grad_seed, grad_alpha};
   }
 };
@@ -72,6 +90,11 @@ struct SeedGateFunction : torch::autograd::Function<SeedGateFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined() || !ctx->needs_input_grad(0)) return {{}, {}};
+    if (is_ours_alone(grads[0])) {
+      at::Tensor grad = grads[0];
+      call_seed_gate_backward_(grad, ctx->get_saved_variables()[0]);
+      return {grad, {}};
+    }
     return {call_seed_gate_backward(grads[0], ctx->get_saved_variables()[0]), {}};
   }
 };
@@ -141,6 +164,16 @@ at::Tensor seed_gate_backward_autograd(const at::Tensor& grad, const at::Tensor&
   if (is_tracked(grad)) return SeedGateBackwardFunction::apply(grad, alpha);
   at::AutoDispatchBelowADInplaceOrView guard;
   return call_seed_gate_backward(grad, alpha);
+}
+
+TensorPair blend_backward_inplace_copied(at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                         const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                         at::ScalarType seed_dtype, std::array<bool, 2> output_mask) {
+  return blend_backward_by_copy(&call_blend_backward, grad, host, seed, alpha, seed_dtype, output_mask);
+}
+
+void seed_gate_backward_inplace_copied(at::Tensor& grad, const at::Tensor& alpha) {
+  grad.copy_(call_seed_gate_backward(grad, alpha));
 }
 
 }  // namespace tolaria

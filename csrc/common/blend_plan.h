@@ -1,7 +1,6 @@
 // What both devices prepare before blend's kernels run: operands in one memory order, outputs, alpha's layout.
 #pragma once
 
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <array>
 #include <optional>
@@ -9,6 +8,7 @@
 
 #include "common/checks.h"
 #include "common/dispatch.h"
+#include "common/fresh.h"
 #include "common/layout.h"
 
 namespace tolaria {
@@ -17,7 +17,7 @@ struct BlendPlan {
   at::Tensor host, seed, out;
   AlphaLayout layout;
 
-  BlendPlan(const at::Tensor& host_, const at::Tensor& seed_, const at::Tensor& alpha) : out(at::empty_like(host_)) {
+  BlendPlan(const at::Tensor& host_, const at::Tensor& seed_, const at::Tensor& alpha) : out(fresh_like(host_)) {
     if (out.numel() == 0) return;
     host = in_order_of(host_, out, host_.scalar_type());
     seed = in_order_of(seed_, out, seed_.scalar_type());
@@ -25,22 +25,29 @@ struct BlendPlan {
   }
 };
 
-// Tensors that are not needed stay undefined.
+// Tensors that are not needed stay undefined. grad_host is grad's own memory where that is the plan's alone, or where
+// `in_place` says that it may be (for a dense grad): fresh memory is the dearest kind.
 struct BlendBackwardPlan {
   at::Tensor order, grad, host, seed, grad_host, grad_seed;
+  at::ScalarType seed_dtype;
+  std::array<bool, 3> output_mask;
   AlphaLayout layout;
 
   BlendBackwardPlan(const at::Tensor& grad_, const std::optional<at::Tensor>& host_,
-                    const std::optional<at::Tensor>& seed_, const at::Tensor& alpha, at::ScalarType seed_dtype,
-                    std::array<bool, 3> output_mask)
-      : order(gradient_order(grad_, host_)) {
-    if (output_mask[0]) grad_host = at::empty_like(order);
-    if (output_mask[1]) grad_seed = at::empty_like(order, order.options().dtype(seed_dtype));
-    if (grad_.numel() == 0) return;
-    grad = in_order_of(grad_, order, grad_.scalar_type());
-    layout = make_alpha_layout(alpha, order, acc_type_of(grad_.scalar_type(), seed_dtype));
-    if (output_mask[2]) {
-      host = in_order_of(*host_, order, grad_.scalar_type());
+                    const std::optional<at::Tensor>& seed_, const at::Tensor& alpha, at::ScalarType seed_dtype_,
+                    std::array<bool, 3> mask, bool in_place = false)
+      : order(gradient_order(grad_, host_)),
+        grad(in_order_of(grad_, order, grad_.scalar_type())),
+        seed_dtype(seed_dtype_),
+        output_mask(mask) {
+    const bool is_ours = in_place || !grad.is_same(grad_);
+    if (in_place) grad.mutable_data_ptr();  // a lazy copy becomes a real one now, before its address is taken to be read
+    if (mask[0]) grad_host = is_ours ? grad : fresh_like(order);
+    if (mask[1]) grad_seed = fresh_like(order, seed_dtype);
+    if (grad.numel() == 0) return;
+    layout = make_alpha_layout(alpha, order, acc_type_of(grad.scalar_type(), seed_dtype));
+    if (mask[2]) {
+      host = in_order_of(*host_, order, grad.scalar_type());
       seed = in_order_of(*seed_, order, seed_dtype);
     }
   }
@@ -65,6 +72,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> blend_backward_promoted(
   if (output_mask[0]) grad_host = grad_host.to(grad.scalar_type());
   if (output_mask[1]) grad_seed = grad_seed.to(seed_dtype);
   return {grad_host, grad_seed, grad_alpha};
+}
+
+// The in-place form where a kernel cannot write to grad as it reads it.
+template <class Backward>
+std::tuple<at::Tensor, at::Tensor> blend_backward_by_copy(Backward backward, at::Tensor& grad,
+                                                          const std::optional<at::Tensor>& host,
+                                                          const std::optional<at::Tensor>& seed,
+                                                          const at::Tensor& alpha, at::ScalarType seed_dtype,
+                                                          std::array<bool, 2> output_mask) {
+  auto [grad_host, grad_seed, grad_alpha] =
+      backward(grad, host, seed, alpha, seed_dtype, {true, output_mask[0], output_mask[1]});
+  grad.copy_(grad_host);
+  return {grad_seed, grad_alpha};
 }
 
 template <typename scalar_t>

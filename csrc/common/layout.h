@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <optional>
 
+#include "common/fresh.h"
+
 namespace tolaria {
 
 // Whether two tensors of one shape place every element at the same offset (strides of size-1 dimensions say nothing).
@@ -21,7 +23,8 @@ inline bool same_order(const at::Tensor& a, const at::Tensor& b) {
 // `tensor`'s values in the memory order of the dense `order`, as `type`; the tensor itself when it is that already.
 inline at::Tensor in_order_of(const at::Tensor& tensor, const at::Tensor& order, at::ScalarType type) {
   if (tensor.scalar_type() == type && same_order(tensor, order)) return tensor;
-  at::Tensor copy = at::empty_strided(order.sizes(), order.strides(), tensor.options().dtype(type));
+  at::Tensor copy =
+      on_large_pages(at::empty_strided(order.sizes(), order.strides(), tensor.options().dtype(type)));
   copy.copy_(tensor);
   return copy;
 }

@@ -2,12 +2,12 @@
 #include "math/blend.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <cstring>
 
 #include "common/blend_plan.h"
 #include "common/checks.h"
 #include "common/dispatch.h"
+#include "common/fresh.h"
 #include "common/layout.h"
 #include "cpu/elementwise.h"
 #include "cpu/isa.h"
@@ -57,7 +57,8 @@ struct BlendForward {
 constexpr int64_t kLanes = 16;
 
 // The gradients of one pass. Null pointers are outputs that nobody asked for. Each block of grad is read from memory
-// once and stays in the first-level cache for the loops after the first.
+// once and stays in the first-level cache for the loops after the first. grad_host may be grad's own memory: it is
+// written last.
 template <typename host_t, typename seed_t, typename acc_t>
 struct BlendBackward {
   const host_t* grad_data;
@@ -73,9 +74,9 @@ struct BlendBackward {
     const bool is_live = alpha_partial != nullptr && math::blend_alpha_is_live(alpha);
     for (int64_t start = 0; start < n; start += cpu::kBlock) {
       const int64_t at = offset + start, length = std::min(cpu::kBlock, n - start);
-      if (grad_host != nullptr) host_row(grad_data + at, grad_host + at, length, alpha);
       if (grad_seed != nullptr) seed_row(grad_data + at, grad_seed + at, length, alpha);
       if (is_live) alpha_row(grad_data + at, host_data + at, seed_data + at, length, lanes);
+      if (grad_host != nullptr) host_row(grad_data + at, grad_host + at, length, alpha);
     }
     if (alpha_partial == nullptr) return;
     double sum = 0;
@@ -83,12 +84,13 @@ struct BlendBackward {
     alpha_partial[slot] = sum;
   }
 
-  static TOLARIA_INLINE void host_row(const host_t* C10_RESTRICT grad, host_t* C10_RESTRICT out, int64_t n, acc_t alpha) {
+  static TOLARIA_INLINE void host_row(const host_t* grad, host_t* out, int64_t n, acc_t alpha) {
     if (alpha <= acc_t(0)) {
-      std::memcpy(out, grad, n * sizeof(host_t));
+      if (out != grad) std::memcpy(out, grad, n * sizeof(host_t));
     } else if (alpha >= acc_t(1)) {
       std::memset(static_cast<void*>(out), 0, n * sizeof(host_t));
     } else {
+      TOLARIA_ELEMENTWISE
       for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_host(grad[i], alpha);
     }
   }
@@ -121,23 +123,27 @@ struct BlendBackward {
     std::fill(sums, sums + n, 0.0);
     for (int64_t r = row; r < row + rows; ++r) {
       const int64_t at = r * mid + start;
-      const host_t* C10_RESTRICT grad = grad_data + at;
-      if (grad_host != nullptr) {
-        host_t* C10_RESTRICT out = grad_host + at;
-        for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_host(grad[i], alpha[i]);
-      }
-      if (grad_seed != nullptr) {
-        seed_t* C10_RESTRICT out = grad_seed + at;
-        for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_seed<seed_t>(grad[i], alpha[i]);
-      }
+      const host_t* grad = grad_data + at;
+      if (grad_seed != nullptr) seed_row(grad, grad_seed + at, n, alpha);
       if (alpha_direct != nullptr) {
         acc_t* C10_RESTRICT out = alpha_direct + at;
         for (int64_t i = 0; i < n; ++i) out[i] = alpha_term(at + i, alpha[i]);
       } else if (alpha_partial != nullptr) {
         for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(alpha_term(at + i, alpha[i]));
       }
+      if (grad_host != nullptr) host_row(grad, grad_host + at, n, alpha);
     }
     if (alpha_partial != nullptr) std::memcpy(alpha_partial + group * mid + start, sums, n * sizeof(double));
+  }
+
+  static TOLARIA_INLINE void host_row(const host_t* grad, host_t* out, int64_t n, const acc_t* C10_RESTRICT alpha) {
+    TOLARIA_ELEMENTWISE
+    for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_host(grad[i], alpha[i]);
+  }
+
+  static TOLARIA_INLINE void seed_row(const host_t* C10_RESTRICT grad, seed_t* C10_RESTRICT out, int64_t n,
+                                      const acc_t* C10_RESTRICT alpha) {
+    for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_seed<seed_t>(grad[i], alpha[i]);
   }
 
   TOLARIA_INLINE acc_t alpha_term(int64_t at, acc_t alpha) const {
@@ -146,6 +152,7 @@ struct BlendBackward {
   }
 };
 
+// The gate's gradient; `out_data` may be grad's own memory.
 template <typename scalar_t, typename acc_t>
 struct SeedGateBackward {
   const scalar_t* grad_data;
@@ -154,7 +161,7 @@ struct SeedGateBackward {
   TOLARIA_INLINE void uniform(int64_t, int64_t offset, int64_t n, acc_t alpha) const {
     if (alpha <= acc_t(0)) {
       std::memset(static_cast<void*>(out_data + offset), 0, n * sizeof(scalar_t));
-    } else {
+    } else if (out_data != grad_data) {
       std::memcpy(out_data + offset, grad_data + offset, n * sizeof(scalar_t));
     }
   }
@@ -162,8 +169,9 @@ struct SeedGateBackward {
   TOLARIA_INLINE void varied(int64_t, int64_t row, int64_t rows, int64_t mid, int64_t start, int64_t n,
                              const acc_t* C10_RESTRICT alpha) const {
     for (int64_t r = row; r < row + rows; ++r) {
-      const scalar_t* C10_RESTRICT grad = grad_data + r * mid + start;
-      scalar_t* C10_RESTRICT out = out_data + r * mid + start;
+      const scalar_t* grad = grad_data + r * mid + start;
+      scalar_t* out = out_data + r * mid + start;
+      TOLARIA_ELEMENTWISE
       for (int64_t i = 0; i < n; ++i) out[i] = math::seed_gate_grad(grad[i], alpha[i]);
     }
   }
@@ -188,6 +196,42 @@ at::Tensor run_with_alpha_sums(const AlphaLayout& layout, const at::Tensor& orde
   return sums_to_alpha(sums, layout, order, alpha);
 }
 
+TensorTriple run_backward(const BlendBackwardPlan& plan, const at::Tensor& alpha) {
+  at::Tensor grad_alpha;
+  if (plan.order.numel() == 0) {
+    if (plan.output_mask[2]) grad_alpha = at::zeros(alpha.sizes(), alpha.options());
+    return {plan.grad_host, plan.grad_seed, grad_alpha};
+  }
+  TOLARIA_DISPATCH_PAIR(plan.grad.scalar_type(), plan.seed_dtype, [&] {
+    const BlendBackward<host_t, seed_t, acc_t> op{
+        plan.grad.const_data_ptr<host_t>(),
+        data_or_null<host_t>(plan.host),
+        data_or_null<seed_t>(plan.seed),
+        mutable_data_or_null<host_t>(plan.grad_host),
+        mutable_data_or_null<seed_t>(plan.grad_seed),
+        nullptr,
+        nullptr,
+    };
+    if (plan.output_mask[2]) {
+      grad_alpha = run_with_alpha_sums<acc_t>(plan.layout, plan.order, alpha, op);
+    } else {
+      cpu::for_each_run<acc_t>(plan.layout, op);
+    }
+  });
+  return {plan.grad_host, plan.grad_seed, grad_alpha};
+}
+
+// `out` in its own memory order; it may be `grad` itself.
+void run_seed_gate_backward(const at::Tensor& grad, const at::Tensor& alpha, const at::Tensor& out) {
+  if (out.numel() == 0) return;
+  const at::Tensor g = in_order_of(grad, out, grad.scalar_type());
+  const AlphaLayout layout = make_alpha_layout(alpha, out, acc_type_of(grad.scalar_type(), grad.scalar_type()));
+  TOLARIA_DISPATCH(grad.scalar_type(), "tolaria::seed_gate_backward", [&] {
+    auto* data = out.mutable_data_ptr<scalar_t>();  // first: it makes a lazy copy a real one
+    cpu::for_each_run<acc_t>(layout, SeedGateBackward<scalar_t, acc_t>{g.const_data_ptr<scalar_t>(), data});
+  });
+}
+
 }  // namespace
 
 at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha) {
@@ -209,53 +253,47 @@ TensorTriple blend_backward_cpu(const at::Tensor& grad, const std::optional<at::
                                 const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
                                 at::ScalarType seed_dtype, std::array<bool, 3> output_mask) {
   check_blend_backward(grad, host, seed, alpha, seed_dtype, output_mask);
-  const auto host_dtype = grad.scalar_type();
-  if (!is_fused_pair_of(host_dtype, seed_dtype)) {
+  if (!is_fused_pair_of(grad.scalar_type(), seed_dtype)) {
     return blend_backward_promoted(&blend_backward_cpu, grad, host, seed, alpha, seed_dtype, output_mask);
   }
-  const BlendBackwardPlan plan(grad, host, seed, alpha, seed_dtype, output_mask);
-  at::Tensor grad_alpha;
-  if (grad.numel() == 0) {
-    if (output_mask[2]) grad_alpha = at::zeros(alpha.sizes(), alpha.options());
-    return {plan.grad_host, plan.grad_seed, grad_alpha};
+  return run_backward({grad, host, seed, alpha, seed_dtype, output_mask}, alpha);
+}
+
+TensorPair blend_backward_inplace_cpu(at::Tensor& grad, const std::optional<at::Tensor>& host,
+                                      const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
+                                      at::ScalarType seed_dtype, std::array<bool, 2> output_mask) {
+  const std::array<bool, 3> mask = {true, output_mask[0], output_mask[1]};
+  check_blend_backward(grad, host, seed, alpha, seed_dtype, mask);
+  if (!is_fused_pair_of(grad.scalar_type(), seed_dtype) || !grad.is_non_overlapping_and_dense()) {
+    return blend_backward_by_copy(&blend_backward_cpu, grad, host, seed, alpha, seed_dtype, output_mask);
   }
-  TOLARIA_DISPATCH_PAIR(host_dtype, seed_dtype, [&] {
-    const BlendBackward<host_t, seed_t, acc_t> op{
-        plan.grad.const_data_ptr<host_t>(),
-        data_or_null<host_t>(plan.host),
-        data_or_null<seed_t>(plan.seed),
-        mutable_data_or_null<host_t>(plan.grad_host),
-        mutable_data_or_null<seed_t>(plan.grad_seed),
-        nullptr,
-        nullptr,
-    };
-    if (output_mask[2]) {
-      grad_alpha = run_with_alpha_sums<acc_t>(plan.layout, plan.order, alpha, op);
-    } else {
-      cpu::for_each_run<acc_t>(plan.layout, op);
-    }
-  });
-  return {plan.grad_host, plan.grad_seed, grad_alpha};
+  auto [grad_host, grad_seed, grad_alpha] =
+      run_backward({grad, host, seed, alpha, seed_dtype, mask, /*in_place=*/true}, alpha);
+  return {grad_seed, grad_alpha};
 }
 
 at::Tensor seed_gate_cpu(const at::Tensor& features, const at::Tensor& alpha) {
   check_floating("seed_gate", "features", features);
   check_alpha("seed_gate", alpha, "features", features);
-  return at::empty_like(features).copy_(features);
+  return fresh_like(features).copy_(features);
 }
 
 at::Tensor seed_gate_backward_cpu(const at::Tensor& grad, const at::Tensor& alpha) {
   check_floating("seed_gate_backward", "grad", grad);
   check_alpha("seed_gate_backward", alpha, "grad", grad);
-  at::Tensor out = at::empty_like(grad);
-  if (out.numel() == 0) return out;
-  const at::Tensor g = in_order_of(grad, out, grad.scalar_type());
-  const AlphaLayout layout = make_alpha_layout(alpha, out, acc_type_of(grad.scalar_type(), grad.scalar_type()));
-  TOLARIA_DISPATCH(grad.scalar_type(), "tolaria::seed_gate_backward", [&] {
-    cpu::for_each_run<acc_t>(
-        layout, SeedGateBackward<scalar_t, acc_t>{g.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>()});
-  });
+  at::Tensor out = fresh_like(grad);
+  run_seed_gate_backward(grad, alpha, out);
   return out;
+}
+
+void seed_gate_backward_inplace_cpu(at::Tensor& grad, const at::Tensor& alpha) {
+  check_floating("seed_gate_backward", "grad", grad);
+  check_alpha("seed_gate_backward", alpha, "grad", grad);
+  if (grad.is_non_overlapping_and_dense()) {
+    run_seed_gate_backward(grad, alpha, grad);
+  } else {
+    grad.copy_(seed_gate_backward_cpu(grad, alpha));
+  }
 }
 
 }  // namespace tolaria

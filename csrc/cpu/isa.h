@@ -14,6 +14,14 @@
 #define TOLARIA_INLINE_LAMBDA
 #endif
 
+// Before a loop whose element i depends on element i alone, of pointers that are equal or far apart (restrict would
+// forbid the former): no check at run time, no scalar loop where they are equal.
+#if defined(__GNUC__) && !defined(__clang__)
+#define TOLARIA_ELEMENTWISE _Pragma("GCC ivdep")
+#else
+#define TOLARIA_ELEMENTWISE
+#endif
+
 #if defined(__GNUC__) && defined(__x86_64__)
 #define TOLARIA_HAS_X86_VARIANTS 1
 #endif

@@ -51,6 +51,18 @@ def _blend_backward(
     )
 
 
+@_fake("blend_backward_")
+def _blend_backward_inplace(
+    grad: Tensor,
+    host: Tensor | None,
+    seed: Tensor | None,
+    alpha: Tensor,
+    seed_dtype: torch.dtype,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    return _blend_backward(grad, host, seed, alpha, seed_dtype, [True, *output_mask])[1:]
+
+
 @_fake("seed_gate")
 def _seed_gate(features: Tensor, alpha: Tensor) -> Tensor:
     _checks.check_floating("seed_gate", "features", features)
