@@ -140,7 +140,10 @@ def test_command_prints_the_table(capsys, tmp_path):
     ("arguments", "sentence"),
     [
         (["--faults", "nan-los"], "did you mean 'nan-loss'"),
-        (["--random", "0"], "count: expected an integer >= 1"),
+        (["--random", "0"], "random: expected an integer >= 1"),
+        (["--threads", "0"], "threads: expected an integer >= 1"),
+        (["--out", "no/such/folder/table.json"], "out: expected a file that can be written"),
+        (["--out", "."], "out: expected a file that can be written"),
         (["--steps", "0"], "steps"),
         (["--snapshot-interval", "1"], "snapshot_interval"),
         (["digts"], "did you mean 'digits'"),
@@ -151,3 +154,11 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     error = capsys.readouterr().err
     assert sentence in error
     assert len(error.splitlines()) == 1
+
+
+def test_bad_option_leaves_no_table_behind(tmp_path, capsys):
+    assert main(["chaos", "--steps", "0", "--out", str(tmp_path / "table.json")]) == 2
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        main(["chaos", "--rng-seed", "x"])
+    assert "expected an integer from 0 to 2147483647, got 'x'" in capsys.readouterr().err

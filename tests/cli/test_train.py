@@ -45,7 +45,9 @@ def test_json_is_the_summary(tmp_path, capsys):
     [
         (["digts"], "did you mean 'digits'"),
         (["digits", "--inject", "nan-los@3"], "did you mean 'nan-loss'"),
-        (["digits", "--inject", "nan-loss"], "'<kind>@<step>'"),
+        (["digits", "--inject", "nan-loss"], "inject: expected '<kind>@<step>'"),
+        (["digits", "--inject", "nan-loss@\u00b2"], "inject: expected '<kind>@<step>'"),
+        (["text", "--steps", "10", "--inject", "nan-buffer@5"], "inject: expected a fault"),
         (["digits", "--inject", "nan-loss@99999"], "steps up to"),
         (["digits", "--device", "gpuu"], "cpu or cuda"),
         (["digits", "--lr", "-1"], "lr: expected a finite number above 0, got -1.0"),

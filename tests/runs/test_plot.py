@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tolaria.runs import plot_run
-from tolaria.runs.plot import Incident, find_incidents, place
+from tolaria.runs.plot import Incident, find_incidents, free_corner, place
 from tolaria.runs.record import RunRecord
 
 
@@ -97,3 +97,13 @@ def test_run_of_any_length_is_drawn(steps, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert plot_run(tmp_path).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("line", "up"), [(97.0, True), (98.2, False)])
+def test_label_of_a_test_stays_clear_of_the_line(line, up):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axis = figure.subplots()
+    axis.set_ylim(90, 100)
+    text, where = "test, at the end: 97.60%", ([0.0, 2500.0], [line, line])
+    assert (free_corner(axis, 2500.0, (1000.0, 97.6), text, where)[1] > 0) == up
+    assert free_corner(axis, 2500.0, (2500.0, 97.6), text, where)[0] == -1  # there is no room to the right

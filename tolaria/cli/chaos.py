@@ -82,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(arguments: argparse.Namespace, printer: _Printer) -> ChaosTable:
     device, spec = validate_device(arguments.device), get_task(arguments.task)
     config = governor_config_for(spec, strict=arguments.strict, snapshot_interval=arguments.snapshot_interval)
+    for name in ("random", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value}")
     if arguments.random is not None:
         faults = random_faults(arguments.random, rng_seed=arguments.rng_seed)
     else:
@@ -90,7 +94,7 @@ def _table(arguments: argparse.Namespace, printer: _Printer) -> ChaosTable:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.out is not None:
-        Path(arguments.out).touch()  # fails now, not after all the work
+        _try_file(Path(arguments.out))
     return run_table(
         lambda: task_run(spec, device=device, rng_seed=arguments.rng_seed, config=config),
         faults=faults, steps=arguments.steps, start=arguments.start, rng_seed=arguments.rng_seed,
@@ -116,8 +120,22 @@ class _Printer:
         print(outcome_line(outcome, self.undisturbed), flush=True)
 
 
+def _try_file(path: Path) -> None:
+    """Fail now, not after all the work; leave nothing behind."""
+    is_new = not path.exists()
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ValueError(f"out: expected a file that can be written, got {path}: {error}") from error
+    if is_new:
+        path.unlink()
+
+
 def _rng_seed(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
     if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {2**31 - 1}, got {text}")
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {2**31 - 1}, got {text!r}")
     return value

@@ -22,7 +22,7 @@ _STAGES = {  # label, ribbon, background
     "FOSSILIZED": ("fossilized", "#8fd0b8", "#e6f4ee"),
     "CULLED": ("culled", "#cfb5cd", "#f4edf3"),
 }
-_WIDTH = 11.0  # inches
+_WIDTH, _ACCURACY_HEIGHT = 11.0, 1.5  # inches
 _MOST_ROWS = 5  # of incidents; what does not fit is counted
 _LETTER = 0.0058  # width of a small letter, as a share of an axis: near enough to keep labels apart
 
@@ -65,7 +65,7 @@ def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
     run = RunRecord.read(Path(folder))
     incidents = place(find_incidents(run), run.last_step)
     rows = 1 + min(_MOST_ROWS, max((i.row for i in incidents), default=-1) + 1)
-    heights = [0.26, 3.0, 1.5, 0.75, 0.21 * rows + 0.12]
+    heights = [0.26, 3.0, _ACCURACY_HEIGHT, 0.75, 0.21 * rows + 0.12]
     figure = figures.Figure(figsize=(_WIDTH, sum(heights) + 1.3), dpi=120, layout="constrained")
     figure.get_layout_engine().set(hspace=0.015, h_pad=0.03)
     ribbon, loss, accuracy, alpha, lane = figure.subplots(5, 1, sharex=True, height_ratios=heights)
@@ -220,27 +220,53 @@ def _draw_accuracy(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
     values = [float(line["val_accuracy"]) for line in run.validations]
     axis.plot(where, values, color=_VALIDATION, linewidth=0.9, marker="o", markersize=2.6)
     ends = [phase["end_step"] for phase in run.summary["phases"]]
-    finite = sorted(value for value in values if math.isfinite(value))
+    tests: list[tuple[float, float, str]] = []
     for key, at, text in (("host_test", ends[:1], "host alone"), ("test", ends[-1:], "at the end")):
         figures = run.summary.get(key)
-        if figures is None or not at:
-            continue
-        value = float(figures["val_accuracy"])
-        finite.append(value)
-        axis.plot(at, [value], marker="D", markersize=6, color=_TRAINING, markeredgecolor="white",
-                  linestyle="none", zorder=6, clip_on=False)  # fmt: skip
-        right = at[0] > 0.3 * run.last_step
-        axis.annotate(f"test, {text}: {value:.2f}%", (at[0], value), xytext=(-7 if right else 7, -13),
-                      textcoords="offset points", fontsize=8.5, ha="right" if right else "left",
-                      color=_TRAINING, fontweight="bold", zorder=7,
-                      bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1.0})  # fmt: skip
-    axis.set_ylabel("accuracy (%)")
-    finite.sort()
+        if figures is not None and at:
+            tests.append((float(at[0]), float(figures["val_accuracy"]), f"test, {text}"))
+    finite = sorted(v for v in [*values, *(value for _, value, _ in tests)] if math.isfinite(v))
     if finite:
         middle, best = finite[len(finite) // 4], finite[-1]
         axis.set_ylim(
             max(0.0, middle - 1.5 * (best - middle) - 2.0), min(100.5, best + 0.25 * (best - middle) + 1.0)
         )
+    for at, value, name in tests:
+        axis.plot([at], [value], marker="D", markersize=6, color=_TRAINING, markeredgecolor="white",
+                  linestyle="none", zorder=6, clip_on=False)  # fmt: skip
+        text = f"{name}: {value:.2f}%"
+        side, drop = free_corner(axis, run.last_step, (at, value), text, (where, values))
+        axis.annotate(text, (at, value), xytext=(7 * side, drop), textcoords="offset points", fontsize=8.5,
+                      ha="left" if side > 0 else "right", va="center", color=_TRAINING, fontweight="bold",
+                      zorder=7)  # fmt: skip
+    axis.set_ylabel("accuracy (%)")
+
+
+def free_corner(
+    axis: Any,  # noqa: ANN401
+    width: float,
+    point: tuple[float, float],
+    text: str,
+    line: tuple[list[float], list[float]],
+) -> tuple[int, int]:
+    """Where beside a point its label lies clear of the line: (-1 left or 1 right, points upwards)."""
+    low, high = axis.get_ylim()
+    unit = (high - low) / (_ACCURACY_HEIGHT * 72.0)  # what a point of type is on this axis
+    best, fewest = (-1, -11), math.inf
+    for side in (-1, 1):
+        start = point[0] + side * 0.008 * width
+        end = start + side * len(text) * 1.25 * _LETTER * width
+        if not 0 <= min(start, end) <= max(start, end) <= width:
+            continue
+        across = np.interp(np.linspace(start, end, 40), *line) if line[0] else np.array([])
+        for drop in (-11, 11, -20, 20):
+            middle = point[1] + drop * unit
+            if not low + 5 * unit <= middle <= high - 5 * unit:
+                continue
+            hit = float(np.sum(np.abs(across - middle) < 7 * unit)) + 0.01 * abs(drop)
+            if hit < fewest:
+                best, fewest = (side, drop), hit
+    return best
 
 
 def _draw_alpha(axis: Any, run: RunRecord) -> None:  # noqa: ANN401

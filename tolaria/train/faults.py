@@ -84,7 +84,9 @@ def _poison_first(tensors: list[Tensor]) -> None:
         if tensor.is_floating_point() and tensor.numel():
             tensor.view(-1)[tensor.numel() // 2].fill_(float("nan"))
             return
-    raise ValueError("fault: expected the model to hold a floating tensor of that kind, it holds none")
+    raise ValueError(
+        "inject: expected a fault whose kind of tensor the network holds, it holds none of that kind"
+    )
 
 
 def _nan_weight(model: nn.Module) -> None:
@@ -132,10 +134,10 @@ def parse_fault(text: str) -> InjectedFault:
         ValueError: the form, the kind or the step is wrong; the message lists the kinds.
     """
     kind, at, step = text.partition("@")
-    if not at or not step.isdigit() or int(step) < 1:
-        raise ValueError(f"fault: expected '<kind>@<step>' such as 'nan-loss@300', got {text!r}")
+    if not at or not step.isdecimal() or int(step) < 1:
+        raise ValueError(f"inject: expected '<kind>@<step>' such as 'nan-loss@300', got {text!r}")
     if kind not in _KINDS:
         close = difflib.get_close_matches(kind, _KINDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"fault: expected one of {', '.join(_KINDS)}, got {kind!r}{hint}")
+        raise ValueError(f"inject: expected one of {', '.join(_KINDS)}, got {kind!r}{hint}")
     return _KINDS[kind](text, int(step))

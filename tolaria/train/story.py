@@ -14,7 +14,7 @@ from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.tasks.data import TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings, create_model, get_task
-from tolaria.train.faults import Fault
+from tolaria.train.faults import Fault, InjectedFault
 from tolaria.train.narrator import Narrator, governor_config_for
 from tolaria.train.observers import GrowthObserver, GrowthResult
 
@@ -79,7 +79,7 @@ def grow(
         torch.manual_seed(rng_seed)
         network = model.to(where) if model is not None else create_model(spec, where)
         slot = chosen.slot if chosen.slot is not None else list(network.slots)[-1]
-        _rehearse(network, slot, chosen)
+        _rehearse(network, slot, chosen, faults)
         material = data if data is not None else spec.load_data(
             batch_size=chosen.batch_size, rng_seed=rng_seed, data_dir=data_dir
         )  # fmt: skip
@@ -89,8 +89,12 @@ def grow(
         return story.tell()
 
 
-def _rehearse(model: MorphogeneticModel, slot: str, settings: TrainSettings) -> None:
-    """Germinate in a copy: what does not fit is to fail now, not after the host was trained."""
+def _rehearse(model: MorphogeneticModel, slot: str, settings: TrainSettings, faults: Sequence[Fault]) -> None:
+    """Germinate and break a copy: what does not fit is to fail now, not after the host was trained."""
     model.slot(slot)
     if settings.max_germinations:
         copy.deepcopy(model).germinate(slot, settings.blueprint, options=settings.blueprint_options)
+    broken = copy.deepcopy(model)
+    for fault in faults:
+        if isinstance(fault, InjectedFault):
+            fault.before_forward(broken)
