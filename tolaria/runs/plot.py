@@ -221,10 +221,10 @@ def _draw_accuracy(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
     axis.plot(where, values, color=_VALIDATION, linewidth=0.9, marker="o", markersize=2.6)
     ends = [phase["end_step"] for phase in run.summary["phases"]]
     tests: list[tuple[float, float, str]] = []
-    for key, at, text in (("host_test", ends[:1], "host alone"), ("test", ends[-1:], "at the end")):
+    for key, last, text in (("host_test", ends[:1], "host alone"), ("test", ends[-1:], "at the end")):
         figures = run.summary.get(key)
-        if figures is not None and at:
-            tests.append((float(at[0]), float(figures["val_accuracy"]), f"test, {text}"))
+        if figures is not None and last:
+            tests.append((float(last[0]), float(figures["val_accuracy"]), f"test, {text}"))
     finite = sorted(v for v in [*values, *(value for _, value, _ in tests)] if math.isfinite(v))
     if finite:
         middle, best = finite[len(finite) // 4], finite[-1]
