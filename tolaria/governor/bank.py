@@ -170,10 +170,11 @@ class GovernorBank:
             if mask is None or mask.is_cuda or bool(mask[i]):
                 for event in engine.act():
                     self._tell(event)
-        reward = self._state[StateField.reward]
-        reward = reward.clone() if mask is None else torch.where(mask, reward, 0.0)
+        reward = self._state[StateField.reward].to(torch.float32)
+        if mask is not None:
+            reward = torch.where(mask, reward, 0.0)
         self._drain()
-        return reward.to(torch.float32)
+        return reward
 
     def poll(self) -> list[GovernorEvent]:
         """Events that arrived since the last call; never waits."""
