@@ -12,6 +12,7 @@ import importlib.util
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,25 @@ from tolaria.errors import BuildMismatchError, ExtensionMissingError, TolariaErr
 
 FOLDER = Path(__file__).resolve().parent
 NAME = "tolaria._C"
+
+OPS = (
+    "blend",
+    "blend_backward",
+    "blend_backward_",
+    "classification_metrics_",
+    "governor_fields",
+    "governor_order_",
+    "governor_step_",
+    "metrics_fields",
+    "seed_gate",
+    "seed_gate_backward",
+    "seed_gate_backward_",
+    "snapshot_capture_",
+    "snapshot_restore_",
+    "straight_through",
+    "tensor_stats",
+)
+"""What an extension of these sources registers; one that lacks an op was built from older ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +146,19 @@ def _load() -> tuple[BuildInfo | None, TolariaError | None]:
         except ImportError as failure:
             reason = str(failure).strip().split("\n")[0]
             error = BuildMismatchError(f"{NAME}: cannot be loaded ({reason}); run {rebuild_command(FOLDER)}")
+        else:
+            error = _older(OPS)
     return info, error
+
+
+def _older(names: Iterable[str]) -> TolariaError | None:
+    """What stands against using the extension that was loaded: an op that it does not have."""
+    missing = [name for name in names if not hasattr(torch.ops.tolaria, name)]
+    if not missing:
+        return None
+    return BuildMismatchError(
+        f"{NAME}: built from older sources, without the op {missing[0]}; run {rebuild_command(FOLDER)}"
+    )
 
 
 INFO: BuildInfo | None

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import build_info
 import pytest
@@ -144,3 +146,16 @@ def test_the_build_that_runs_describes_itself():
         assert (_extension.INFO.cuda is not None) == _extension.CUDA
     else:
         assert str(_extension.LOAD_ERROR)
+
+
+def test_extension_of_older_sources_is_one_sentence_with_the_remedy():
+    if not _extension.LOADED:
+        pytest.skip("there is no extension")
+    assert _extension._older(_extension.OPS) is None
+    sentence = str(_extension._older([*_extension.OPS, "op_of_tomorrow"]))
+    assert "older sources, without the op op_of_tomorrow; run " in sentence
+
+
+def test_every_registered_op_is_expected():
+    source = Path(__file__).resolve().parents[2] / "csrc" / "registration.cpp"
+    assert sorted(_extension.OPS) == sorted(set(re.findall(r'm\.def\(\s*"(\w+)', source.read_text())))

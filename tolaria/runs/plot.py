@@ -296,7 +296,8 @@ def _draw_lane(axis: Any, run: RunRecord, incidents: list[Incident], rows: int) 
     if captured:
         said = "\N{BLACK CIRCLE} known good" + ("   \N{WHITE CIRCLE} discarded" if captured - good else "")
         axis.annotate(said, (1, 0), xycoords="axes fraction", xytext=(0, -23), textcoords="offset points",
-                      fontsize=8.5, color=_GOOD, va="top", ha="right", annotation_clip=False)  # fmt: skip
+                      fontsize=8.5, color=_GOOD, va="top", ha="right", annotation_clip=False,
+                      in_layout=False)  # fmt: skip
     for incident in incidents:
         if incident.row < _MOST_ROWS:
             _draw_incident(axis, incident, run.last_step)
