@@ -44,9 +44,11 @@ struct StreamedCopy {
 
   static TOLARIA_INLINE void look(word_t* bad, const char* source, int64_t words) {
     if constexpr (kExponent != 0) {
-      word_t line[cpu::kLine / sizeof(word_t)];
-      std::memcpy(line, source, words * sizeof(word_t));
-      for (int64_t i = 0; i < words; ++i) bad[i] |= static_cast<word_t>((line[i] & kExponent) == kExponent);
+      for (int64_t i = 0; i < words; ++i) {
+        word_t word;  // not a copy of the line: its narrow stores would hold up the wide loads
+        std::memcpy(&word, source + i * sizeof(word_t), sizeof(word_t));
+        bad[i] |= static_cast<word_t>((word & kExponent) == kExponent);
+      }
     }
   }
 };
