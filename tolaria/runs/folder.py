@@ -134,7 +134,8 @@ class RunFolder(GrowthObserver):
     def on_phase_end(self, record: PhaseRecord) -> None:
         """Write which steps the phase took."""
         self._flush()
-        self._line({"kind": "phase", **asdict(record)})
+        steps = {"start_step": record.start_step, "end_step": record.end_step}
+        self._line({"kind": "phase", "phase": record.phase, **steps})  # seconds would differ from run to run
 
     def on_finish(self, result: GrowthResult) -> None:
         """Close the files, save the model, draw the picture."""
