@@ -2,7 +2,8 @@
 
 The build info is compared before the extension is opened, because a build for another torch fails with an
 undefined symbol at best. Whatever goes wrong becomes one sentence in :data:`LOAD_ERROR`, which ends with the
-remedy; nothing is raised here, so that the reference and ``tolaria doctor`` work without an extension.
+remedy; nothing is raised here, so that the reference and ``tolaria doctor`` work without an extension. One
+built in place that is older than its sources is loaded with a warning.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -90,6 +92,15 @@ def rebuild_command(folder: Path) -> str:
     return "`pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of tolaria"
 
 
+def outdated_sentence(folder: Path) -> str | None:
+    """In a checkout: that a file of csrc is newer than the extension built in place, if one is."""
+    built = [path.stat().st_mtime for path in folder.glob("_C.*")]
+    sources = [path.stat().st_mtime for path in (folder.parent / "csrc").rglob("*.*")]
+    if not built or not sources or max(sources) <= max(built):
+        return None
+    return f"csrc has changed since the extension was built; run {rebuild_command(folder)}"
+
+
 def _abi(version: str) -> str:
     """What has to agree between the torch built for and the one that runs: X.Y, all of it for a nightly."""
     release = re.match(r"\d+\.\d+", version)
@@ -148,6 +159,9 @@ def _load() -> tuple[BuildInfo | None, TolariaError | None]:
             error = BuildMismatchError(f"{NAME}: cannot be loaded ({reason}); run {rebuild_command(FOLDER)}")
         else:
             error = _older(OPS)
+            outdated = outdated_sentence(FOLDER)
+            if error is None and outdated is not None:
+                warnings.warn(f"{NAME}: {outdated}", RuntimeWarning, stacklevel=1)
     return info, error
 
 

@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import tolaria
 from tolaria import _extension
-from tolaria.cli import doctor as doctor_module
 from tolaria.cli.doctor import doctor, render
 from tolaria.cli.main import main
 from tolaria.errors import BuildMismatchError, ExtensionMissingError
@@ -39,7 +39,7 @@ def test_stale_build_is_a_problem(monkeypatch, capsys):
 
 def test_pure_installation_is_healthy_and_says_so(monkeypatch):
     monkeypatch.setattr(_extension, "LOAD_ERROR", ExtensionMissingError("there is none; run C"))
-    monkeypatch.setattr(doctor_module, "_sources_changed", lambda: False)
+    monkeypatch.setattr(_extension, "outdated_sentence", lambda folder: None)
     report = doctor()
     assert report.is_healthy
     assert "advice: every op runs in pure PyTorch: there is none; run C" in render(report)
@@ -54,8 +54,13 @@ def test_changed_sources_are_a_problem(monkeypatch, tmp_path):
     monkeypatch.setattr(_extension, "FOLDER", package)
     monkeypatch.setattr(_extension, "LOAD_ERROR", None)
     later = (package / "_C.so").stat().st_mtime + 10
-    doctor_module.os.utime(tmp_path / "csrc" / "new.cpp", (later, later))
+    os.utime(tmp_path / "csrc" / "new.cpp", (later, later))
     assert any("csrc has changed" in problem for problem in doctor().problems)
+    monkeypatch.setattr(_extension, "importlib", Mock())
+    monkeypatch.setattr(_extension, "_check", lambda *_: None)
+    monkeypatch.setattr(_extension, "_older", lambda _: None)
+    with pytest.warns(RuntimeWarning, match="csrc has changed since the extension was built; run "):
+        _extension._load()
 
 
 def test_json_is_the_report(capsys):

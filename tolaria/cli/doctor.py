@@ -85,21 +85,12 @@ def _ops() -> dict[str, str]:
     return {device: "fused" if has and not reference else "reference" for device, has in kernels.items()}
 
 
-def _sources_changed() -> bool:
-    """In a checkout: whether a file of csrc is newer than the extension built in place."""
-    built = [path.stat().st_mtime for path in _extension.FOLDER.glob("_C.*")]
-    sources = [path.stat().st_mtime for path in (_extension.FOLDER.parent / "csrc").rglob("*.*")]
-    return bool(built and sources) and max(sources) > max(built)
-
-
 def _problems() -> tuple[str, ...]:
     """What is broken: an extension that exists and does not fit, or one that lags behind its sources."""
-    rebuild = _extension.rebuild_command(_extension.FOLDER)
     if isinstance(_extension.LOAD_ERROR, BuildMismatchError):
         return (str(_extension.LOAD_ERROR),)
-    if _sources_changed():
-        return (f"csrc has changed since the extension was built; run {rebuild}",)
-    return ()
+    outdated = _extension.outdated_sentence(_extension.FOLDER)
+    return () if outdated is None else (outdated,)
 
 
 def _advice(info: BuildInfo | None, missing: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
