@@ -138,7 +138,7 @@ struct RowTiles {
 };
 
 template <typename acc_t, int N, class Op>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)  // 2: said, since ptxas spills on 10.0 and 12.0 to hold a third block
     row_sums_kernel(Op op, AlphaView<acc_t> view, int64_t n, RowTiles tiles, double* partial) {
   __shared__ alignas(sizeof(Pack<acc_t, N>)) acc_t terms[kTile];
   const auto put = [&](int64_t row, int64_t tile, int64_t end, double sum) {

@@ -19,7 +19,8 @@ using cuda::kWarp;
 using math::SoftmaxSum;
 
 // Blocks that a multiprocessor is to hold: said, since ptxas otherwise spills to hold one more.
-constexpr int kResident = 4;
+template <typename acc_t>
+constexpr int kResident = sizeof(acc_t) == 8 ? 2 : 4;  // float64 takes more registers than four would leave
 // Classes from which a row is worth a whole block rather than a warp.
 constexpr int64_t kBlockClasses = 4096;
 
@@ -139,7 +140,7 @@ __device__ inline void warp_merge(SoftmaxSum<acc_t>& softmax, int64_t& rank) {
 }
 
 template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kBlock, kResident) warp_rows_kernel(MetricsTask task, const scalar_t* logits) {
+__global__ void __launch_bounds__(kBlock, kResident<acc_t>) warp_rows_kernel(MetricsTask task, const scalar_t* logits) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kBlock / kWarp);
   RowSums sums;
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kBlock, kResident) warp_rows_kernel(MetricsTas
 }
 
 template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kBlock, kResident) block_rows_kernel(MetricsTask task, const scalar_t* logits) {
+__global__ void __launch_bounds__(kBlock, kResident<acc_t>) block_rows_kernel(MetricsTask task, const scalar_t* logits) {
   __shared__ acc_t peaks[kBlock / kWarp];
   __shared__ double totals[kBlock / kWarp];
   __shared__ int64_t ranks[kBlock / kWarp];
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(kBlock, kResident) block_rows_kernel(MetricsTa
 
 // Rows beside each other in memory, classes apart: a thread for each row.
 template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kBlock, kResident) strided_rows_kernel(MetricsTask task, const scalar_t* logits) {
+__global__ void __launch_bounds__(kBlock, kResident<acc_t>) strided_rows_kernel(MetricsTask task, const scalar_t* logits) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlock;
   RowSums sums;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; row < task.rows.rows; row += stride) {
