@@ -22,7 +22,7 @@ OPTIONAL = ("compiled", "lightning")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much to run, and where."""
-    parser.addoption("--quick", action="store_true", help="the most telling cases alone, in two minutes")
+    parser.addoption("--quick", action="store_true", help="the most telling cases alone, in five minutes")
     parser.addoption("--smoke", action="store_true", help="the first case of each file, to see that it runs")
     parser.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda if there is one")
 

@@ -19,7 +19,7 @@ _SIZES_ON_PAGE = ("4 KiB", "128 KiB", "8 MiB", "64 MiB")
 INTRODUCTION = """\
 # Benchmarks
 
-Made by `pip install ".[bench]" && python bench/run.py` (`--quick`: two minutes); nobody edits the numbers.
+Made by `pip install ".[bench]" && python bench/run.py` (`--quick`: five minutes); nobody edits the numbers.
 [benchmarks.csv](benchmarks.csv) has all of them. Implementations of a case run in turn, round by round, and
 are checked before they are timed. Times are medians; a ratio is time over that of `fused` (above 1: `fused`
 is faster) with the middle 95% of resampled rounds. A **ceiling** makes the same passes over memory without

@@ -1,4 +1,4 @@
-"""Run the whole suite and write the page: ``python bench/run.py`` (15 minutes), ``--quick`` (two).
+"""Run the whole suite and write the page: ``python bench/run.py`` (15 minutes), ``--quick`` (five).
 
 Each file of benches runs in a process of its own and leaves one JSON file in ``--out``; ``report.py`` merges
 them. Files named as arguments run alone, the rest of the page then comes from what ``--out`` already holds.
@@ -21,7 +21,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("only", nargs="*", help="parts of names: blend, stats, steps, ... (default: all)")
-    parser.add_argument("--quick", action="store_true", help="the most telling cases, in two minutes")
+    parser.add_argument("--quick", action="store_true", help="the most telling cases, in five minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the JSON files")
     parser.add_argument(

@@ -88,12 +88,12 @@ def usages(report: str) -> Iterator[tuple[str, str, Usage]]:
 
 
 def widest_accesses(ptx: str) -> dict[str, tuple[int, int]]:
-    """Bytes of the widest global load and store of each kernel."""
+    """Bytes of the widest load and store of each kernel, by global or generic addresses."""
     widest = {}
     for kernel, body in re.findall(r"\.entry (\w+)\((.*?)^\}", ptx, re.DOTALL | re.MULTILINE):
         widths = {"ld": 0, "st": 0}
         for kind, vector, bits in re.findall(
-            r"\b(ld|st)\.(?:\w+\.)*?global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+)", body
+            r"\b(ld|st)(?!\.(?:param|shared|local|const))(?:\.[a-uw-z]\w*)*?(?:\.v(\d))?\.[busf](\d+)\b", body
         ):
             widths[kind] = max(widths[kind], int(vector or 1) * int(bits) // 8)
         widest[kernel] = (widths["ld"], widths["st"])
