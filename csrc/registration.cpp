@@ -1,5 +1,4 @@
 // The table of contents: every schema of the namespace `tolaria`, and which function serves it on which dispatch key.
-#include <Python.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -61,6 +60,11 @@ TORCH_LIBRARY_IMPL(tolaria, Autograd, m) {
   m.impl("straight_through", &tolaria::straight_through_autograd);
   m.impl("tensor_stats", &tolaria::tensor_stats_autograd);
   m.impl("classification_metrics_", &tolaria::classification_metrics_autograd);
+
+  // Nothing to differentiate; without a word here torch would box every argument to find that out.
+  for (const char* op : {"governor_step_", "governor_order_", "snapshot_capture_", "snapshot_restore_"}) {
+    m.impl(op, torch::CppFunction::makeFallthrough());
+  }
 }
 
 #ifdef TOLARIA_WITH_CUDA
@@ -92,9 +96,3 @@ TORCH_LIBRARY_IMPL(tolaria, CUDA, m) {
   m.impl("snapshot_restore_", &tolaria::snapshot_restore_cuda);
 }
 #endif
-
-// `import tolaria._C` only runs the static registrations above; there is nothing in the module itself.
-extern "C" PyObject* PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}

@@ -29,6 +29,7 @@ CSRC = {
     "cpu": {"math", "common", "cpu", "ops.h"},
     "cuda": {"math", "common", "cuda", "ops.h"},
     "autograd": {"common", "autograd", "ops.h"},
+    "csrc": {"math", "ops.h"},
 }
 MODULES = sorted(path for path in (ROOT / "tolaria").rglob("*.py") if path.parent != ROOT / "tolaria")
 MODULES += [ROOT / "tolaria" / name for name in ("errors.py", "_extension.py", "_backend.py")]

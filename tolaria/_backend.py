@@ -30,6 +30,9 @@ def _checked(mode: str, source: str) -> Mode:
 _mode: Mode = _checked(os.environ.get("TOLARIA_BACKEND", "auto"), "TOLARIA_BACKEND")
 _warned = False
 
+fused_on_cpu = _extension.LOADED and _mode != "reference"
+"""What :func:`fused` says of a tensor in CPU memory, without a call."""
+
 
 class BackendHandle:
     """What :func:`backend` returns after a change: a context manager that restores it on exit."""
@@ -51,8 +54,9 @@ class BackendHandle:
 
 
 def _set(mode: Mode) -> None:
-    global _mode
+    global _mode, fused_on_cpu
     _mode = mode
+    fused_on_cpu = _extension.LOADED and mode != "reference"
 
 
 def current_mode() -> Mode:

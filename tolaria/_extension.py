@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ OPS = (
     "tensor_stats",
 )
 """What an extension of these sources registers; one that lacks an op was built from older ones."""
+
+CALLS = ("judge",)
+"""What its module itself offers, beside torch's dispatcher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,21 +161,26 @@ def _load() -> tuple[BuildInfo | None, TolariaError | None]:
             reason = str(failure).strip().split("\n")[0]
             error = BuildMismatchError(f"{NAME}: cannot be loaded ({reason}); run {rebuild_command(FOLDER)}")
         else:
-            error = _older(OPS)
+            error = _older(OPS, CALLS)
             outdated = outdated_sentence(FOLDER)
             if error is None and outdated is not None:
                 warnings.warn(f"{NAME}: {outdated}", RuntimeWarning, stacklevel=1)
     return info, error
 
 
-def _older(names: Iterable[str]) -> TolariaError | None:
-    """What stands against using the extension that was loaded: an op that it does not have."""
-    missing = [name for name in names if not hasattr(torch.ops.tolaria, name)]
+def _older(ops: Iterable[str], calls: Iterable[str] = ()) -> TolariaError | None:
+    """What stands against using the extension that was loaded: an op or a call that it does not have."""
+    missing = [name for name in ops if not hasattr(torch.ops.tolaria, name)]
+    missing += [name for name in calls if not hasattr(sys.modules[NAME], name)]
     if not missing:
         return None
     return BuildMismatchError(
-        f"{NAME}: built from older sources, without the op {missing[0]}; run {rebuild_command(FOLDER)}"
+        f"{NAME}: built from older sources, without {missing[0]}; run {rebuild_command(FOLDER)}"
     )
+
+
+def _not_loaded(*_: object) -> bool:
+    raise ExtensionMissingError(f"{NAME}: it is not loaded. {LOAD_ERROR}")
 
 
 INFO: BuildInfo | None
@@ -185,3 +193,6 @@ LOADED: bool = LOAD_ERROR is None
 """True when the extension is loaded and its ops are registered."""
 CUDA: bool = LOADED and INFO is not None and INFO.cuda is not None
 """True when the loaded extension holds CUDA kernels."""
+
+judge: Callable[..., bool] = sys.modules[NAME].judge if LOADED else _not_loaded
+"""What :func:`tolaria.ops.governor.judge_` calls; see csrc/python.cpp."""

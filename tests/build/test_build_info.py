@@ -151,9 +151,10 @@ def test_the_build_that_runs_describes_itself():
 def test_extension_of_older_sources_is_one_sentence_with_the_remedy():
     if not _extension.LOADED:
         pytest.skip("there is no extension")
-    assert _extension._older(_extension.OPS) is None
-    sentence = str(_extension._older([*_extension.OPS, "op_of_tomorrow"]))
-    assert "older sources, without the op op_of_tomorrow; run " in sentence
+    assert _extension._older(_extension.OPS, _extension.CALLS) is None
+    for ops, calls in (["op_of_tomorrow"], []), ([], ["op_of_tomorrow"]):
+        sentence = str(_extension._older([*_extension.OPS, *ops], calls))
+        assert "older sources, without op_of_tomorrow; run " in sentence
 
 
 def test_every_registered_op_is_expected():

@@ -100,6 +100,10 @@ class Engine(ABC):
 
     # Hooks: an engine overrides those it has something to do for.
 
+    def needs_act(self) -> bool:
+        """Whether :meth:`act` has something to do even where the judge ordered nothing and told nothing."""
+        return True
+
     def judged(self) -> None:
         """A judgement is about to be enqueued."""
         return
@@ -203,7 +207,7 @@ class Engine(ABC):
             if tensors and float(ops.tensor_stats(tensors)[2]) > 0:
                 self.tracked.retire(tensors)
                 holder.cull()
-                self._structure = ()
+                self._structure = []
                 yield SeedCulledEvent(step=self.step_count, row=self._column, name=name)
 
     def remove_optimizer(self, optimizer: Optimizer) -> None:
@@ -252,6 +256,15 @@ class HostEngine(Engine):
         self._host: list[HostState | None] = [None, None]
         self.adopt_current_state()
 
+    def needs_act(self) -> bool:
+        """Whether there is growth to look at, or seeds."""
+        has_grown = self.tracked.structure() != self._structure
+        return has_grown or bool(self._seed_holders and self._seeds_are_due())
+
+    def _seeds_are_due(self) -> bool:
+        interval = self._config.seed_check_interval
+        return bool(interval) and self.step_count % interval == 0
+
     def act(self) -> Iterator[GovernorEvent]:
         """Carry out what the last judgement ordered; yields events the ops cannot know."""
         if self._view[StateField.restore_order]:
@@ -260,8 +273,7 @@ class HostEngine(Engine):
             yield from self.capture()
         elif self.tracked.structure() != self._structure:
             yield from self.sync_structure()
-        interval = self._config.seed_check_interval
-        if interval and self._seed_holders and self.step_count % interval == 0:
+        if self._seed_holders and self._seeds_are_due():
             yield from self.cull_poisoned_seeds()
 
     def capture(self) -> Iterator[GovernorEvent]:
@@ -300,7 +312,7 @@ class HostEngine(Engine):
             self.tracked.recreate(key, tensor)
         ops.snapshot_restore_(state, self._column, self._settings, self.slots.table, mailbox)
         host.load_into(self.tracked)
-        self._structure = ()  # dropped seeds and groups: look again before the next capture
+        self._structure = []  # dropped seeds and groups: look again before the next capture
 
     def adopt_current_state(self) -> None:
         """Capture the state as it is and make it the last known good one at once.

@@ -161,7 +161,8 @@ class MailboxReader:
         self._readable = len(self._ring) - 1
         self._row = row
         self._reward = reward
-        self._read = 0
+        self.told = 0
+        """Events that :meth:`read` has told of."""
         self._rollbacks = 0
 
     def status(self, word: StatusField) -> int:
@@ -171,11 +172,11 @@ class MailboxReader:
     @property
     def has_news(self) -> bool:
         """Whether a record waits."""
-        return bool(self._status[StatusField.events] != self._read)
+        return bool(self._status[StatusField.events] != self.told)
 
     def skip_all(self) -> None:
         """Forget what waits."""
-        self._read = int(self._status[StatusField.events])
+        self.told = int(self._status[StatusField.events])
         self._rollbacks = self.status(StatusField.rollback_count)
 
     def read(self, names: Sequence[str], capture_bytes: int) -> Iterator[GovernorEvent]:
@@ -186,21 +187,21 @@ class MailboxReader:
         """
         rollbacks = self.status(StatusField.rollback_count)
         written = int(self._status[StatusField.events])
-        lost = max(0, written - self._read - self._readable)
+        lost = max(0, written - self.told - self._readable)
         if lost:
-            self._read += lost
+            self.told += lost
             yield DroppedEventsEvent(step=self.status(StatusField.step), row=self._row, dropped=lost)
-            records = [self._ring[n % len(self._ring)] for n in range(self._read, written)]
+            records = [self._ring[n % len(self._ring)] for n in range(self.told, written)]
             told = sum(1 for record in records if record[RecordField.kind] == EventKind.ROLLBACK)
             for _ in range(rollbacks - self._rollbacks - told):
                 yield self._untold_rollback(capture_bytes)
-        while self._read < written:
-            record = self._ring[self._read % len(self._ring)].tolist()
-            if int(self._status[StatusField.events]) - self._read > self._readable:
+        while self.told < written:
+            record = self._ring[self.told % len(self._ring)].tolist()
+            if int(self._status[StatusField.events]) - self.told > self._readable:
                 # the device lapped us while we read: count it as dropped
                 yield from self.read(names, capture_bytes)
                 return
-            self._read += 1
+            self.told += 1
             yield self._decode(record, names, capture_bytes)
 
     def _decode(self, r: list[float], names: Sequence[str], capture_bytes: int) -> GovernorEvent:

@@ -192,9 +192,9 @@ class TrackedState:
                         fresh = fresh_value(optimizer, group, key)
                         yield TrackedTensor(key_, named, value, "optimizer", parameter, fresh_value=fresh)
 
-    def structure(self) -> tuple[int, ...]:
+    def structure(self) -> list[int]:
         """A cheap sign of growth: parameters per group of every optimizer."""
-        return tuple(len(g["params"]) for o in self.optimizers for g in o.param_groups)
+        return [len(g["params"]) for o in self.optimizers for g in o.param_groups]
 
     def participants(self) -> Iterator[tuple[str, TakesPartInRollback]]:
         """The modules that take part in rollbacks, by name."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from tolaria import _backend
+from tolaria import _backend, _extension
 from tolaria.reference import governor as reference
 from tolaria.reference.governor_layout import Order, PanicReason
 
@@ -47,6 +48,39 @@ def governor_step_(
     else:
         reference.check_step_arguments(state, config, loss, nonfinite, active, gradient)
         reference.governor_step_(state, config, loss, nonfinite, active, mailbox, gradient)
+
+
+def judge_(
+    state: Tensor,
+    config: Tensor,
+    loss: Tensor,
+    nonfinite: Tensor | None,
+    mailbox: Tensor,
+    gradient: Tensor | None,
+    told: int,
+) -> bool:
+    """:func:`governor_step_` for a single governor, by the shortest way, and whether the host must act.
+
+    Args:
+        state: as for :func:`governor_step_` with ``n`` of 1, like all that follow.
+        config: the settings.
+        loss: one value.
+        nonfinite: a flag, or None.
+        mailbox: where events and status are written.
+        gradient: a norm, or a row of ``tensor_stats``, or None.
+        told: how many of the mailbox's events the host has read.
+
+    Returns:
+        False if nothing is to be done: on the CPU, no order and no further event. Else, and wherever the host
+        cannot know without waiting, True.
+
+    Raises:
+        ValueError, TypeError: as :func:`governor_step_`.
+    """
+    if _backend.fused_on_cpu and state.is_cpu and not is_dynamo_compiling():
+        return _extension.judge(state, config, loss, nonfinite, mailbox, gradient, told)
+    governor_step_(state, config, loss, nonfinite, None, mailbox, gradient)
+    return True
 
 
 def governor_order_(
