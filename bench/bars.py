@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from summary import Group, Session
+from summary import Group, Ratio, Session, Timing
 
 ALL = "float32/contiguous/all threads"
+Measure = Callable[[Group], Ratio | None]
 
 
 @dataclass(frozen=True)
@@ -17,51 +18,60 @@ class Bar:
     work: str
     group: str
     demand: str
-    measure: Callable[[Group], float | None]
+    measure: Measure
     at_least: float | None = None
     at_most: float | None = None
     unit: str = "x"
 
     def verdict(self, session: Session) -> tuple[str, str]:
-        """What was measured, and ``met``, ``NOT MET`` or ``not measured``."""
+        """What was measured with its interval; ``met`` or ``NOT MET`` (by the median) or ``not measured``."""
         group = session.groups.get(self.group)
-        value = self.measure(group) if group else None
-        if value is None:
+        found = self.measure(group) if group else None
+        if found is None:
             return "", "not measured"
+        value = found.value
         is_met = (self.at_least is None or value >= self.at_least) and (
             self.at_most is None or value <= self.at_most
         )
-        return f"{value:,.2f} {self.unit}", "met" if is_met else "NOT MET"
+        interval = f" ({found.low:,.2f} to {found.high:,.2f})" if found.low < found.high else ""
+        return f"{value:,.2f} {self.unit}{interval}", "met" if is_met else "NOT MET"
 
 
-def _times(of: str, to: str = "fused") -> Callable[[Group], float | None]:
-    def measure(group: Group) -> float | None:
-        found = group.ratio(of, to)
-        return found.value if found else None
-
-    return measure
+def _times(of: str, to: str = "fused") -> Measure:
+    return lambda group: group.ratio(of, to)
 
 
-def _over_ceiling(group: Group) -> float | None:
-    return _times("fused", group.ceiling)(group) if group.ceiling else None
+def _over_ceiling(group: Group) -> Ratio | None:
+    return group.ratio("fused", group.ceiling) if group.ceiling else None
 
 
-def _of_ceiling(group: Group) -> float | None:
-    over = _over_ceiling(group)
-    return 1 / over if over else None
+def _of_ceiling(group: Group) -> Ratio | None:
+    return group.ratio(group.ceiling, "fused") if group.ceiling else None
 
 
-def _microseconds(impl: str) -> Callable[[Group], float | None]:
-    return lambda group: group.timings[impl].median * 1e6 if impl in group.timings else None
+def _quartiles(timing: Timing, scale: float) -> Ratio:
+    low, high = timing.quartiles
+    return Ratio(scale * timing.median, scale * low, scale * high)
 
 
-def _info(key: str) -> Callable[[Group], float | None]:
-    return lambda group: group.timings["fused"].info.get(key)
+def _microseconds(group: Group) -> Ratio | None:
+    return _quartiles(group.timings["fused"], 1e6)
 
 
-def _share(group: Group) -> float | None:
-    step = group.timings["fused"].info.get("step_seconds")
-    return 100 * group.timings["fused"].median / step if step else None
+def _share(group: Group) -> Ratio | None:
+    timing = group.timings["fused"]
+    step = timing.info.get("step_seconds")
+    return _quartiles(timing, 100 / step) if step else None
+
+
+def _allocations(group: Group) -> Ratio | None:
+    count = group.timings["fused"].info.get("allocations")
+    return None if count is None else Ratio(count, count, count)
+
+
+def _overhead(group: Group) -> Ratio | None:
+    info = group.timings["fused"].info
+    return Ratio(info["overhead_percent_100"], *info["overhead_interval_100"])
 
 
 def _blend(size: str, alpha: bool) -> list[Bar]:
@@ -133,13 +143,13 @@ BARS = [
         _times("clone + deepcopy"),
         at_least=4,
     ),
-    Bar("capture, ResNet-18 + AdamW", _CAPTURE, "0 allocations", _info("allocations"), at_most=0, unit=""),
+    Bar("capture, ResNet-18 + AdamW", _CAPTURE, "0 allocations", _allocations, at_most=0, unit=""),
     Bar("restore, ResNet-18 + AdamW", _RESTORE, "<= 1.2 x the ceiling", _over_ceiling, at_most=1.2),
     Bar(
         "governor.step, clean (digits), on its own",
         "governor.step/digits CNN/clean, alone",
         "<= 15 us",
-        _microseconds("fused"),
+        _microseconds,
         at_most=15,
         unit="us",
     ),
@@ -151,16 +161,14 @@ BARS = [
         at_most=1,
         unit="%",
     ),
-    Bar(
-        "1,024 governors", "governor_step_/n=1024", "<= 60 us", _microseconds("fused"), at_most=60, unit="us"
-    ),
+    Bar("1,024 governors", "governor_step_/n=1024", "<= 60 us", _microseconds, at_most=60, unit="us"),
     Bar("classification_metrics_, 2048 x 50257", _LOGITS, ">= 5 x eager", _times("eager"), at_least=5),
     Bar("classification_metrics_, 2048 x 50257", _LOGITS, "<= 2.5 x the ceiling", _over_ceiling, at_most=2.5),
     Bar(
         "guarded ResNet-18 step, capture every 100",
         "step/resnet18",
         "<= 1%",
-        _info("overhead_percent_100"),
+        _overhead,
         at_most=1,
         unit="%",
     ),

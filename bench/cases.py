@@ -23,6 +23,12 @@ def named(size: int) -> str:
     return f"{size} B"
 
 
+def sample(tensor: Tensor) -> Tensor:
+    """About a million elements from all over it, flat: enough to compare, whatever its size."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() >> 20) | 1]
+
+
 @dataclass(frozen=True)
 class Elementwise:
     """One case of an op on features: what runs, how many bytes a tensor has, and in what form."""

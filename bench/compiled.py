@@ -18,7 +18,11 @@ def compiled(function: Callable[..., Any], *, fullgraph: bool = True) -> Callabl
     def run(*args: object) -> Any:
         if not made:
             torch._dynamo.config.recompile_limit = 256
-            torch._inductor.config.cpp.dynamic_threads = True
+            torch._functorch.config.donated_buffer = False  # a backward that is timed runs more than once
+            inductor = torch._inductor.config
+            inductor.cpp.dynamic_threads = True
+            inductor.cpp.vec_isa_ok = True  # this CPU's widest; trying each out takes longer than compiling
+            inductor.compile_threads = 1  # here, one kernel at a time: a pool of processes costs more
             made.append(torch.compile(function, fullgraph=fullgraph, dynamic=True))
         return made[0](*args)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import detectors
 import pytest
 import torch
 from ceilings import Pass, ceilings
@@ -16,13 +18,13 @@ from harness import FULL, QUICK, SMOKE, Effort, Function, interleaved, threads
 import tolaria
 from tolaria import _extension
 
-OPTIONAL = ("compiled", "lightning")
+OPTIONAL = ("compiled", *detectors.DETECTORS)
 """Implementations that may fail or be missing; why is written down beside the others' figures."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much to run, and where."""
-    parser.addoption("--quick", action="store_true", help="the most telling cases alone, in five minutes")
+    parser.addoption("--quick", action="store_true", help="the most telling cases alone, in two minutes")
     parser.addoption("--smoke", action="store_true", help="the first case of each file, to see that it runs")
     parser.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda if there is one")
 
@@ -40,6 +42,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
+
+
+_began: dict[Path, tuple[float, int]] = {}
+"""When the first bench of a file began, and how many had failed by then."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[object]:
+    """After the last bench of a file, tell how long the file took."""
+    start, failed = _began.setdefault(item.path, (time.monotonic(), item.session.testsfailed))
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        verdict = "ok" if item.session.testsfailed == failed else "FAILED"
+        reporter = item.config.pluginmanager.get_plugin("terminalreporter")
+        if item.path.name.startswith("bench_") and reporter is not None:
+            reporter.write_line(f"\n{item.path.stem}: {verdict}, {time.monotonic() - start:.0f} s")
+    return result
 
 
 @pytest.fixture(scope="session")
@@ -108,13 +127,14 @@ def record(benchmark: Any) -> Callable[..., None]:
     """
     name, fullname = benchmark.name, benchmark.fullname
 
-    def add(group: str, impl: str, samples: Sequence[float], calls: int = 1, **info: object) -> None:
+    def add(group: str, impl: str, samples: Sequence[float | None], calls: int = 1, **info: object) -> None:
         benchmark.group, benchmark.name, benchmark.fullname = group, f"{name}[{impl}]", f"{fullname}[{impl}]"
         benchmark.extra_info = {"impl": impl, "samples": list(samples), **info}
         benchmark._mode = "pedantic"  # it was used, if not by a call
         stats = benchmark._make_stats(calls)
         for seconds in samples:
-            stats.update(seconds * calls)
+            if seconds is not None:
+                stats.update(seconds * calls)
 
     return add
 
@@ -132,7 +152,9 @@ def measure(record: Callable[..., None], device: str, effort: Effort) -> Callabl
         moved_bytes: read and written by one call, for bytes per second; default: that of the passes.
         absent: why an implementation that one would expect is not there, by name.
         one_thread: whether torch may use only one.
-        slow_compile: ``compiled`` takes so long to be made that ``--quick`` goes without.
+        full_only: implementations that ``--quick`` goes without, since they take too long.
+        fresh: whether the implementations write to new memory, and the cold ceiling is theirs.
+        longer: how many times longer than others it is measured.
         info: more about the fused implementation.
     """
 
@@ -146,18 +168,23 @@ def measure(record: Callable[..., None], device: str, effort: Effort) -> Callabl
         moved_bytes: int | None = None,
         absent: Mapping[str, str] | None = None,
         one_thread: bool = False,
-        slow_compile: bool = False,
+        full_only: Sequence[str] = ("compiled",),
+        fresh: bool = True,
+        longer: float = 1.0,
         info: Mapping[str, object] | None = None,
     ) -> None:
         with threads(1 if one_thread else 0):
             missing = dict(absent or {})
             functions: dict[str, Function] = {}
+            seconds: dict[str, float] = {}
             for name, function in implementations.items():
-                if name == "compiled" and (effort is SMOKE or (effort is QUICK and slow_compile)):
-                    missing[name] = "compiled only in a full run"
+                if (effort is QUICK and name in full_only) or (effort is SMOKE and name == "compiled"):
+                    missing[name] = "only in a full run"
                     continue
                 try:
+                    start = time.perf_counter()
                     result = function()
+                    seconds[name] = 0.0 if name == "compiled" else time.perf_counter() - start
                     if check is not None and name not in unchecked:
                         check(result)
                 except Exception as error:
@@ -168,10 +195,12 @@ def measure(record: Callable[..., None], device: str, effort: Effort) -> Callabl
                 else:
                     functions[name] = function
                 result = None  # large outputs go before the next one comes
-            chosen = ceilings(passes, torch_alone=device == "cuda" or effort is SMOKE)
+            chosen = ceilings(passes, torch_alone=device == "cuda" or effort is SMOKE, fresh=fresh)
             functions |= {name: function for name, (_, function) in chosen.items()}
-            samples, calls = interleaved(functions, effort, device)
             counted = sum(t.nbytes for reads, writes in passes for t in (*reads, *writes))
+            # The first call of something small may be slow for once; that of something large is as any.
+            known = seconds if counted >= 1 << 26 else {}
+            samples, calls = interleaved(functions, effort.times(longer), device, known)
             for name in functions:
                 record(
                     group,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,8 +29,27 @@ class Effort:
     batch_seconds: float = 1e-3
     """Calls shorter than this are timed several at once."""
 
+    def times(self, factor: float) -> Effort:
+        """As much more, for a case that needs it."""
+        return replace(self, seconds=factor * self.seconds, most_rounds=round(factor * self.most_rounds))
 
-FULL, QUICK, SMOKE = Effort(1.6), Effort(0.5, most_rounds=21), Effort(0.0, least_rounds=2, batch_seconds=0.0)
+
+FULL, QUICK, SMOKE = Effort(1.2), Effort(0.4, most_rounds=25), Effort(0.0, least_rounds=2, batch_seconds=0.0)
+PATIENCE = 5
+"""How many times slower than the first of its group something may be and still take part in every round."""
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without the garbage collector, whose pauses would hit anyone."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -42,17 +63,24 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def once(function: Function) -> float:
+def once(function: Function, device: str = "cpu") -> float:
     """Seconds of a single call."""
     start = time.perf_counter()
     function()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def calls_for(function: Function, effort: Effort) -> int:
-    """How many calls make up a batch that the clock can tell from nothing."""
-    seconds = min(once(function) for _ in range(3))
-    return max(1, min(5000, math.ceil(effort.batch_seconds / max(seconds, 1e-7))))
+def calls_for(
+    function: Function, effort: Effort, device: str = "cpu", known: float = 0.0
+) -> tuple[int, float]:
+    """How many calls make up a batch that the clock can tell from nothing, and the seconds it will take."""
+    seconds = known if known > 0.05 else once(function, device)
+    if seconds < 0.05:
+        seconds = min(seconds, once(function, device), once(function, device))
+    calls = max(1, min(5000, math.ceil(effort.batch_seconds / max(seconds, 1e-7))))
+    return calls, calls * seconds
 
 
 def cpu_timer(function: Function, calls: int) -> Timer:
@@ -101,33 +129,47 @@ def cuda_timer(function: Function, calls: int) -> Timer:
     return run
 
 
-def interleaved(
-    functions: Mapping[str, Function], effort: Effort, device: str = "cpu"
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds a call of each function in each round, and the calls of a batch.
+def orders(names: Sequence[str]) -> Iterator[list[str]]:
+    """The order of each round: everyone begins in turn, and nobody always follows the same one."""
+    shuffle = random.Random(0)
+    for number in itertools.count():
+        first = names[number % len(names)]
+        others = [name for name in names if name != first]
+        yield [first, *shuffle.sample(others, len(others))]
 
-    Every round times every function once. The round's first is another one each time, and every second round
-    runs backwards, so that no function always follows the same one.
+
+def interleaved(
+    functions: Mapping[str, Function],
+    effort: Effort,
+    device: str = "cpu",
+    known: Mapping[str, float] | None = None,
+) -> tuple[dict[str, list[float | None]], dict[str, int]]:
+    """Seconds a call of each function in each round, and the calls of a batch. The first one is ours.
+
+    Every round times the functions in an order of its own. What is slow and far slower than ours sits out
+    most rounds after the second: None. ``known``: seconds that a call took before.
     """
-    calls = {name: calls_for(function, effort) for name, function in functions.items()}
+    sized = {
+        name: calls_for(function, effort, device, (known or {}).get(name, 0.0))
+        for name, function in functions.items()
+    }
+    calls = {name: count for name, (count, _) in sized.items()}
+    ours = next(iter(sized.values()))[1]
+    pauses = {
+        name: max(1, min(8, int(seconds / (PATIENCE * ours)))) if seconds > 0.1 else 1
+        for name, (_, seconds) in sized.items()
+    }
     make = cuda_timer if device == "cuda" else cpu_timer
     timers = {name: make(function, calls[name]) for name, function in functions.items()}
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
+    samples: dict[str, list[float | None]] = {name: [] for name in functions}
+    turns = orders(list(functions))
+    with no_collection():
         began, number = time.perf_counter(), 0
         while number < effort.least_rounds or (
             number < effort.most_rounds and time.perf_counter() - began < effort.seconds
         ):
-            turn = number % len(names)
-            order = names[turn:] + names[:turn]
-            for name in order[:: -1 if number % 2 else 1]:
-                samples[name].append(timers[name]())
+            for name in next(turns):
+                takes_part = number < 2 or number % pauses[name] == 0
+                samples[name].append(timers[name]() if takes_part else None)
             number += 1
-    finally:
-        if enabled:
-            gc.enable()
     return samples, calls

@@ -104,32 +104,49 @@ def ratios(session: Session, path: Path) -> bool:
     return True
 
 
+def _percents(group: Group, impl: str) -> tuple[float, float, float]:
+    """What ``impl`` adds to an unguarded step, in percent, with its interval; ``noise``: a copy."""
+    if impl == "noise":
+        step = group.timings["unguarded"].median
+        value, low, high = (100 * x / step for x in group.timings["unguarded"].info["noise"])
+        return value, low, high
+    interval = 10 if impl == "every 10" else 100
+    info = group.timings[impl].info
+    low, high = info[f"overhead_interval_{interval}"]
+    return info[f"overhead_percent_{interval}"], low, high
+
+
 def overheads(session: Session, path: Path) -> bool:
     """Percent that guarding adds to a step, per network."""
     groups = {n.removeprefix("step/"): g for n, g in session.groups.items() if n.startswith("step/")}
     if not groups:
         return False
     bars = {
-        "fused, capture every 100": ("fused", "overhead_percent_100", "tab:blue"),
-        "fused, capture every 10": ("every 10", "overhead_percent_10", "tab:cyan"),
-        "reference, capture every 100": ("reference", "overhead_percent_100", "tab:gray"),
+        "two unguarded copies (noise)": ("noise", "lightgray"),
+        "fused, capture every 100": ("fused", "tab:blue"),
+        "fused, capture every 10": ("every 10", "tab:cyan"),
+        "reference, capture every 100": ("reference", "tab:gray"),
     }
-    figure, axes = pyplot.subplots(figsize=(8, 3.4))
-    for place, (label, (impl, key, color)) in enumerate(bars.items()):
-        values = [g.timings[impl].info[key] for g in groups.values()]
-        spots = [i + 0.27 * (place - 1) for i in range(len(groups))]
-        drawn = axes.bar(spots, values, width=0.25, color=color, label=label)
-        axes.bar_label(drawn, fmt="%.2f%%", fontsize=8, padding=2)
+    figure, axes = pyplot.subplots(figsize=(9, 3.6))
+    for place, (label, (impl, color)) in enumerate(bars.items()):
+        found = [_percents(group, impl) for group in groups.values()]
+        values = [value for value, _, _ in found]
+        errors = [[value - low for value, low, _ in found], [high - value for value, _, high in found]]
+        spots = [i + 0.2 * (place - 1.5) for i in range(len(groups))]
+        drawn = axes.bar(spots, values, width=0.19, color=color, label=label)
+        axes.errorbar(spots, values, yerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+        axes.bar_label(drawn, [f"{v:.2g}%" for v in values], fontsize=8, padding=8)
     steps = [f"{n}\n{1e3 * g.timings['unguarded'].median:.3g} ms a step" for n, g in groups.items()]
     axes.set_xticks(range(len(groups)), steps)
     axes.set_ylabel("% of an unguarded step")
-    axes.set_yscale("symlog", linthresh=1)
+    axes.set_yscale("symlog", linthresh=2)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.axhline(0, color="black", linewidth=1)
     axes.axhline(1, color="tab:red", linestyle="--", linewidth=1)
-    axes.margins(y=0.15)
+    axes.margins(y=0.2)
     axes.grid(True, axis="y", alpha=0.3)
     axes.legend(fontsize=8)
-    axes.set_title("What the governor costs (check every step)", fontsize=10)
+    axes.set_title("What the governor costs (check every step); bars: 95% intervals, red: 1%", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -3,6 +3,7 @@
     python bench/report.py JSON...            writes the page, the pictures and the table of everything
     python bench/report.py --bars JSON...     prints the bars: wanted, measured, met or not
     python bench/report.py --list JSON...     prints every group, implementation by implementation
+    (with --docs FOLDER the page is written, too)
 
 Several files are merged; a group measured twice comes from the later file.
 """
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("json", nargs="+", help="what pytest --benchmark-json wrote")
     parser.add_argument("--bars", action="store_true", help="print the table of bars")
     parser.add_argument("--list", action="store_true", help="print every group")
-    parser.add_argument("--docs", type=Path, default=Path(__file__).resolve().parents[1] / "docs")
+    parser.add_argument("--docs", type=Path, help="where the page goes (default: docs/)")
     arguments = parser.parse_args()
     session: Session = read(arguments.json)
     if arguments.list:
@@ -49,10 +50,10 @@ def main() -> None:
             print("\n".join(listing(group)))
     if arguments.bars:
         print("\n".join(bars.table(session)))
-    if not (arguments.list or arguments.bars):
+    if arguments.docs or not (arguments.list or arguments.bars):
         import page
 
-        page.write(session, arguments.docs)
+        page.write(session, arguments.docs or Path(__file__).resolve().parents[1] / "docs")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Run the whole suite and write the page: ``python bench/run.py`` (15 minutes), ``--quick`` (five).
+"""Run the whole suite and write the page: ``python bench/run.py`` (15 minutes), ``--quick`` (two).
 
-Each file of benches runs in a process of its own and leaves one JSON file in ``--out``; ``report.py`` merges
-them. Files named as arguments run alone, the rest of the page then comes from what ``--out`` already holds.
+The ops run in one process and the training steps in another; each file of benches leaves a JSON file in
+``--out``, and ``report.py`` merges them. Files named as arguments run alone, the rest of the page then comes
+from what ``--out`` already holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
@@ -15,55 +17,64 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 
 
+def run(paths: list[Path], out: Path, options: list[str]) -> bool:
+    """Run files in one process, tell of each when it is done, and keep its figures; whether all was right."""
+    folder = paths[0].parent.name
+    together, log = out / f"{folder}.json", out / f"{folder}.log"
+    command = [sys.executable, "-m", "pytest", *map(str, paths), "-q", "--no-header", *options]
+    command += ["--benchmark-columns=median,iqr", f"--benchmark-json={together}", f"--rootdir={BENCH.parent}"]
+    with (
+        log.open("w") as copy,
+        subprocess.Popen(
+            command, cwd=BENCH.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            copy.write(line)
+            if line.startswith("bench_") and "::" not in line:
+                print(line, end="", flush=True)
+    if process.returncode:
+        print(f"{folder}: FAILED, see {log}", flush=True)
+    if together.stat().st_size:
+        data = json.loads(together.read_text())
+        for path in paths:
+            rows = [row for row in data["benchmarks"] if f"/{path.name}::" in row["fullname"]]
+            (out / f"{path.stem}.json").write_text(json.dumps({**data, "benchmarks": rows}))
+    together.unlink()
+    return process.returncode == 0
+
+
 def main() -> int:
     """Command line; the exit status is 0 if every bench ran and was right."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("only", nargs="*", help="parts of names: blend, stats, steps, ... (default: all)")
-    parser.add_argument("--quick", action="store_true", help="the most telling cases, in five minutes")
+    parser.add_argument("--quick", action="store_true", help="the most telling cases, in two minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the JSON files")
     parser.add_argument(
         "--docs", type=Path, help="where the page goes (default: docs/, with --quick beside the JSON)"
     )
     arguments = parser.parse_args()
+    start = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
     files = sorted(BENCH.glob("*/bench_*.py"))
     wanted = [f for f in files if not arguments.only or any(part in f.stem for part in arguments.only)]
     if not wanted:
         parser.error(f"only: expected parts of {', '.join(f.stem for f in files)}, got {arguments.only}")
-    failed = []
-    for path in wanted:
-        start = time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(path),
-            "-q",
-            "--no-header",
-            "--benchmark-columns=median,iqr",
-        ]
-        command += [f"--benchmark-json={arguments.out / path.stem}.json", f"--rootdir={BENCH.parent}"]
-        command += ["--quick"] if arguments.quick else []
-        command += [f"--bench-device={arguments.device}"] if arguments.device else []
-        log = arguments.out / f"{path.stem}.log"
-        with log.open("w") as output:
-            status = subprocess.run(
-                command, cwd=BENCH.parent, stdout=output, stderr=subprocess.STDOUT
-            ).returncode
-        print(
-            f"{path.stem}: {'ok' if status == 0 else f'FAILED, see {log}'}, {time.monotonic() - start:.0f} s",
-            flush=True,
-        )
-        failed += [path.stem] if status else []
-    found = [str(p) for p in sorted(arguments.out.glob("bench_*.json")) if p.stat().st_size]
+    options = ["--quick"] if arguments.quick else []
+    options += [f"--bench-device={arguments.device}"] if arguments.device else []
+    is_right = True
+    for folder in sorted({path.parent for path in wanted}):
+        is_right &= run([path for path in wanted if path.parent == folder], arguments.out, options)
+    found = [str(path) for path in sorted(arguments.out.glob("bench_*.json"))]
     docs = arguments.docs or (arguments.out if arguments.quick else BENCH.parent / "docs")
-    report = [sys.executable, str(BENCH / "report.py")]
-    subprocess.run([*report, "--bars", *found], check=True)
-    subprocess.run([*report, f"--docs={docs}", *found], check=True)
-    return 1 if failed else 0
+    report = [sys.executable, str(BENCH / "report.py"), "--bars", f"--docs={docs}"]
+    subprocess.run([*report, *found], check=True)
+    print(f"total: {time.monotonic() - start:.0f} s")
+    return 0 if is_right else 1
 
 
 if __name__ == "__main__":

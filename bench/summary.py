@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +19,18 @@ class Timing:
     """One implementation in one group."""
 
     samples: tuple[float, ...]
-    """Seconds a call, one a round; rounds of a group go together."""
+    """Seconds a call, one a round; rounds of a group go together. NaN where it sat the round out."""
     info: dict[str, Any]
 
     @property
     def median(self) -> float:
         """Seconds a call."""
-        return float(np.median(self.samples))
+        return float(np.nanmedian(self.samples))
 
     @property
     def quartiles(self) -> tuple[float, float]:
         """First and third."""
-        low, high = np.percentile(self.samples, [25, 75])
+        low, high = np.nanpercentile(self.samples, [25, 75])
         return float(low), float(high)
 
     @property
@@ -65,9 +66,10 @@ class Group:
 
     @property
     def ceiling(self) -> str | None:
-        """The ceiling that makes the same allocations as the op: the cold one where outputs are fresh."""
-        wanted = "ceiling (warm)" if self.name.startswith("snapshot") else "ceiling (cold)"
-        return next((name for name in (wanted, "ceiling (warm)") if name in self.timings), None)
+        """The cold one, where the op writes to fresh memory. One that ``fused`` beats is none: then warm."""
+        cold = self.ratio("fused", "ceiling (cold)")
+        wanted = "ceiling (cold)" if cold is not None and cold.value >= 1 else "ceiling (warm)"
+        return wanted if wanted in self.timings else None
 
     def ratio(self, of: str, to: str) -> Ratio | None:
         """Time of one implementation over that of another; None where one is missing."""
@@ -76,9 +78,16 @@ class Group:
         return ratio(self.timings[of].samples, self.timings[to].samples)
 
 
+def _paired(of: Sequence[float], to: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The rounds in which both took part."""
+    a, b = np.asarray(of, dtype=float), np.asarray(to, dtype=float)
+    both = ~(np.isnan(a) | np.isnan(b))
+    return a[both], b[both]
+
+
 def ratio(of: Sequence[float], to: Sequence[float]) -> Ratio:
     """Quotient of medians. Rounds are resampled in pairs: what slows a round down slows both."""
-    a, b = np.asarray(of), np.asarray(to)
+    a, b = _paired(of, to)
     picks = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
     low, high = np.percentile(np.median(a[picks], axis=1) / np.median(b[picks], axis=1), [2.5, 97.5])
     return Ratio(float(np.median(a) / np.median(b)), float(low), float(high))
@@ -86,7 +95,8 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> Ratio:
 
 def median_difference(of: Sequence[float], to: Sequence[float]) -> Ratio:
     """Median of paired differences in seconds, with the middle 95% of what resampled pairs give."""
-    gaps = np.asarray(of) - np.asarray(to)
+    a, b = _paired(of, to)
+    gaps = a - b
     picks = np.random.default_rng(0).integers(0, len(gaps), (RESAMPLES, len(gaps)))
     low, high = np.percentile(np.median(gaps[picks], axis=1), [2.5, 97.5])
     return Ratio(float(np.median(gaps)), float(low), float(high))
@@ -112,6 +122,8 @@ def read(paths: Iterable[str | Path]) -> Session:
         for row in data["benchmarks"]:
             info = dict(row["extra_info"])
             group = found.setdefault(row["group"], Group(row["group"]))
-            group.timings[info.pop("impl")] = Timing(tuple(info.pop("samples")), info)
+            group.timings[info.pop("impl")] = Timing(
+                tuple(math.nan if x is None else x for x in info.pop("samples")), info
+            )
         groups |= found
     return Session(groups, machines)

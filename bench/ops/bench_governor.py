@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections import deque
-from types import SimpleNamespace
 
 import pytest
 import torch
 from compiled import compiled
+from detectors import DETECTORS, QUICK_ONES, HostGovernor, found
+from harness import QUICK
 
 from tolaria import GovernorConfig, ops
 from tolaria.reference import governor as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, and those of other packages
-WINDOW = 20
-
-
-class HostGovernor:
-    """As people write it: a deque of floats, the default rule."""
-
-    def __init__(self) -> None:
-        self.history: deque[float] = deque(maxlen=WINDOW)
-        self.consecutive = 0
-
-    def step(self, x: float) -> bool:
-        if not math.isfinite(x):
-            return True
-        if len(self.history) >= 10:
-            mean = sum(self.history) / len(self.history)
-            std = math.sqrt(sum((y - mean) ** 2 for y in self.history) / len(self.history))
-            if x > 10 and x > mean + 6 * std and x > 3 * mean:
-                self.consecutive += 1
-                return self.consecutive >= 2
-        self.history.append(x)
-        self.consecutive = 0
-        return False
-
-
-def lightning_detector():
-    """SpikeDetection of lightning-fabric, and a stand-in for the Fabric it asks (one process, no barrier)."""
-    from lightning_fabric.utilities.spike import SpikeDetection
-
-    detector = SpikeDetection(window=WINDOW)
-    strategy = SimpleNamespace(
-        root_device=torch.device("cpu"),
-        barrier=lambda: None,
-        reduce_boolean_decision=lambda decision, all: decision,
-    )
-    fabric = SimpleNamespace(strategy=strategy, global_rank=0)
-    count = 0
-
-    def step(loss):
-        nonlocal count
-        detector.on_train_batch_end(fabric, loss, None, count)
-        count += 1
-
-    step(torch.tensor(2.0))  # imports torchmetrics
-    return step
 
 
 def judges(n, device):
@@ -74,7 +31,7 @@ def judges(n, device):
 
 
 @pytest.mark.parametrize("n", [1, 32, 1024])
-def bench_governor_step(n, measure, device):
+def bench_governor_step(n, measure, effort, device):
     config, states = judges(n, device)
     loss = torch.full((n,), 2.03, device=device)
     hosts = [HostGovernor() for _ in range(n)]
@@ -87,10 +44,9 @@ def bench_governor_step(n, measure, device):
     if n == 1:  # more governors fare no better
         step = compiled(reference.governor_step_, fullgraph=False)
         functions["compiled"] = lambda: step(states["compiled"], config, loss)
-        try:
-            spike, one = lightning_detector(), loss[0].cpu()
-            functions["lightning"] = lambda: spike(one)
-        except ImportError as error:
-            absent["lightning"] = f"skipped: {error}; pip install lightning-fabric torchmetrics"
-            print(absent["lightning"])
-    measure(f"governor_step_/n={n}", functions, moved_bytes=0, absent=absent, slow_compile=True)
+        one = loss[0].cpu()
+        others, absent = found(
+            QUICK_ONES if effort is QUICK else DETECTORS, [one + 0.01 * (k % 7) for k in range(30)]
+        )
+        functions |= {name: functools.partial(watch, one) for name, watch in others.items()}
+    measure(f"governor_step_/n={n}", functions, moved_bytes=0, absent=absent)

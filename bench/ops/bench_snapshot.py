@@ -127,6 +127,8 @@ def bench_snapshot_of_a_model(direction, one_thread, measure, device):
         passes=[([live], [slot])],
         absent={"compiled": "not tried: the reference is foreach_copy_, which has nothing to fuse"},
         one_thread=one_thread,
+        fresh=False,
+        longer=2,
         info={"allocations": allocations(functions["fused"])},
     )
 
@@ -145,4 +147,5 @@ def bench_snapshot_of_a_tensor(direction, size, measure, device):
         f"snapshot/{direction}/one tensor/{named(size)}/float32/all threads",
         {"fused": run, "reference": in_reference(run), "foreach_copy_": plain},
         passes=[([live], [slot])],
+        fresh=False,
     )

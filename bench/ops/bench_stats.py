@@ -65,14 +65,17 @@ def compare(name, tensors, measure, one_thread, absent):
         passes=[([flat], [])],
         absent=absent,
         one_thread=one_thread,
-        slow_compile=True,
     )
 
 
 @pytest.mark.parametrize(
     "one_thread", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["all", "one"]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["float32", "bfloat16"],
+)
 @pytest.mark.parametrize("name", ["1000 x 100", "resnet18"])
 def bench_stats_of_a_list(name, dtype, one_thread, measure, device):
     torch.manual_seed(0)

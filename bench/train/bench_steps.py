@@ -1,22 +1,25 @@
-"""Whole training steps, guarded and not, in turn; the stall of a capture, the time of a rollback.
+"""Whole training steps, guarded and not; the stall of a capture, the time of a rollback.
 
-Every round makes one step of each way to train, on copies that start alike and see the same batch. What the
-governor costs is the difference of two steps of one round: noise that lasts longer than a round cancels.
-A capture happens in few rounds and is looked at on its own; the overhead at an interval is that of a clean
+A round trains each copy for a few steps in a row, as a loop does that has one model, the copies in an order
+drawn anew. All start alike and see the same batch. What the governor costs is the difference of medians of
+one round: noise that lasts longer than a round cancels. The unguarded network is there twice: how far the
+two are apart is what a difference means nothing below. All is built anew a few times, in another order, so
+that no copy owes its time to its place in memory.
+A capture happens in few steps and is looked at on its own; the overhead at an interval is that of a clean
 step, and a capture's divided by the interval.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
+import random
 import time
 
 import numpy as np
 import pytest
 import torch
-from harness import SMOKE, interleaved
-from memory import peak_of
+from harness import FULL, QUICK, SMOKE, interleaved, no_collection, orders
+from memory import peaks
 from models import WORKLOADS, Trainee
 from summary import median_difference
 
@@ -54,78 +57,123 @@ class Guarded(Trainee):
         return loss
 
 
-def in_turn(ways, rounds, device):
-    """Seconds of every step of every way, round by round; on CUDA a step ends when the device is done."""
-    samples = {name: [] for name in ways}
-    names = list(ways)
-    gc.collect()
-    gc.disable()
-    try:
+WAYS = {
+    "unguarded": lambda workload, device: Trainee(workload, device),
+    "unguarded again": lambda workload, device: Trainee(workload, device),
+    "fused": lambda workload, device: Guarded(workload, device, interval=100),
+    "every 10": lambda workload, device: Guarded(workload, device, interval=10),
+    "reference": lambda workload, device: Guarded(workload, device, interval=100, backend="reference"),
+}
+SLOW = {"reference": 4}
+"""Takes part in every fourth round."""
+
+
+def timed_steps(way, workload, device):
+    """Seconds of the timed steps of one block; on CUDA a step ends when the device is done."""
+    seconds = []
+    for number in range(workload.settling + workload.timed):
+        start = time.perf_counter()
+        way.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if number >= workload.settling:
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+class Blocks:
+    """What one way to train took: ``seconds``, ``stalls`` and ``captured``, each ``(rounds, timed)``."""
+
+    def __init__(self):
+        self.seconds, self.stalls, self.captured = [], [], []
+
+    def add(self, way, seconds):
+        self.seconds.append(seconds)
+        for kept, found in ((self.stalls, "stalls"), (self.captured, "captured")):
+            kept.append(getattr(way, found, [0] * len(seconds))[-len(seconds) :])
+
+    def skip(self, timed):
+        self.seconds.append([np.nan] * timed)
+        self.stalls.append([np.nan] * timed)
+        self.captured.append([0] * timed)
+
+    def clean(self, values):
+        """``values`` without those of steps that captured, as NaN."""
+        return np.where(np.asarray(self.captured, bool), np.nan, np.asarray(values))
+
+    def medians(self):
+        """Of each round's clean steps; NaN for a round without one."""
+        clean = self.clean(self.seconds)
+        return np.array([np.nan if np.isnan(row).all() else np.nanmedian(row) for row in clean])
+
+
+def rounds_of(ways, found, workload, rounds, device):
+    """Train all ``ways`` for some rounds and add what they took to ``found``."""
+    turns = orders(list(ways))
+    with no_collection():
         for number in range(rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                start = time.perf_counter()
-                ways[name].step()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                samples[name].append(time.perf_counter() - start)
-    finally:
-        gc.enable()
-    return samples
+            for name in next(turns):
+                if number % SLOW.get(name, 1) == 0:
+                    found[name].add(ways[name], timed_steps(ways[name], workload, device))
+                else:
+                    found[name].skip(workload.timed)
 
 
-def overheads(plain, guarded, samples):
-    """What the governor adds to a clean step and, on top, to one that captures (seconds, with intervals)."""
-    gaps = np.asarray(samples) - np.asarray(plain)
-    captured = np.asarray(guarded.captured[-len(gaps) :])
-    clean = median_difference(gaps[~captured], np.zeros((~captured).sum()))
-    capture = None
+def costs(found, plain, step, capture=None):
+    """What a guarded way adds to a step, as the JSON's extra information."""
+    gaps = found.medians() - plain
+    clean = median_difference(gaps, np.zeros(len(gaps)))
+    seconds, stalls, captured = (np.asarray(x) for x in (found.seconds, found.stalls, found.captured))
+    captured = captured.astype(bool)
+    info = {"clean_gap": [clean.value, clean.low, clean.high], "step_seconds": step}
+    info["stall_clean"] = float(np.nanmedian(found.clean(stalls)))
+    info["stall_capture"] = float(np.median(stalls[captured])) if captured.any() else None
     if captured.any():
-        capture = float(np.median(gaps[captured])) - clean.value
-    return clean, capture
+        info["capture"] = float(np.median((seconds - plain[:, None])[captured])) - clean.value
+    capture = info.get("capture", 0.0) if capture is None else capture
+    for interval in (10, 100):
+        bounds = (clean.value, clean.low, clean.high)
+        values = [100 * (bound + capture / interval) / step for bound in bounds]
+        direct = info["stall_clean"] + (info["stall_capture"] or 0.0) / interval
+        info[f"overhead_percent_{interval}"] = values[0]
+        info[f"overhead_interval_{interval}"] = values[1:]
+        info[f"direct_percent_{interval}"] = 100 * direct / step
+    return info
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))
 def bench_step(name, record, effort, device):
     workload = WORKLOADS[name]
-    ways = {
-        "unguarded": Trainee(workload, device),
-        "fused": Guarded(workload, device, interval=100),
-        "every 10": Guarded(workload, device, interval=10),
-        "reference": Guarded(workload, device, interval=100, backend="reference"),
-    }
-    for way in ways.values():
-        for _ in range(3):
+    found = {way: Blocks() for way in WAYS}
+    rounds = {FULL: workload.rounds, QUICK: workload.quick_rounds, SMOKE: 2}[effort]
+    builds = {FULL: 3, QUICK: 2 if workload.settling else 1, SMOKE: 1}[effort]
+    for build in range(builds):
+        order = random.Random(build).sample(list(WAYS), len(WAYS))
+        ways = {way: WAYS[way](workload, device) for way in order}
+        for way in ways.values():
             way.step()
-    parts = [[p.detach() for p in way.model.parameters()] for way in ways.values()]
-    assert all(torch.equal(a, b) for other in parts[1:] for a, b in zip(parts[0], other, strict=True))
-    rounds = workload.rounds if effort.seconds > 1 else workload.quick_rounds
-    samples = in_turn(ways, 3 if effort is SMOKE else rounds, device)
-    plain = samples["unguarded"]
+        parts = [[p.detach() for p in way.model.parameters()] for way in ways.values()]
+        assert all(torch.equal(a, b) for other in parts[1:] for a, b in zip(parts[0], other, strict=True))
+        for _ in range(0 if effort is SMOKE else 7 - workload.timed):
+            ways["every 10"].step()  # so that a capture falls into few rounds
+        rounds_of(ways, found, workload, -(-rounds // builds), device)
+    both = [found[way].medians() for way in ("unguarded", "unguarded again")]
+    plain = np.mean(both, axis=0)
     step = float(np.median(plain))
-    _, capture = overheads(plain, ways["every 10"], samples["every 10"])
-    for impl, way in ways.items():
+    noise = median_difference(both[1], both[0])
+    often = costs(found["every 10"], plain, step)
+    for way, blocks in found.items():
+        samples = [None if np.isnan(x) else x for x in np.ravel(blocks.seconds)]
         info = {"device": device, "threads": torch.get_num_threads(), "moved_bytes": 0}
-        if isinstance(way, Guarded):
-            clean, own = overheads(plain, way, samples[impl])
-            kept = range(-len(plain), 0)
-            stalls = {
-                kind: [way.stalls[i] for i in kept if way.captured[i] == (kind == "capture")]
-                for kind in ("clean", "capture")
-            }
-            own = capture if own is None else own
-            info["clean_gap"] = [clean.value, clean.low, clean.high]
-            info["stall_clean"] = float(np.median(stalls["clean"]))
-            info["stall_capture"] = float(np.median(stalls["capture"])) if stalls["capture"] else None
-            for interval in (10, 100):
-                cost = clean.value + (own or 0.0) / interval
-                direct = info["stall_clean"] + (info["stall_capture"] or 0.0) / interval
-                info[f"overhead_percent_{interval}"] = 100 * cost / step
-                info[f"direct_percent_{interval}"] = 100 * direct / step
-            if impl == "fused":
-                loop = f"governor.step/{name}/clean, in the loop"
-                record(loop, "fused", stalls["clean"], step_seconds=step, moved_bytes=0, absent={})
-        record(f"step/{name}", impl, samples[impl], **info)
+        if way == "unguarded":
+            info["noise"] = [noise.value, noise.low, noise.high]
+        elif way != "unguarded again":
+            info |= costs(blocks, plain, step, None if way == "reference" else often.get("capture"))
+        record(f"step/{name}", way, samples, **info)
+    clean = found["fused"].clean(found["fused"].stalls).ravel()
+    loop = f"governor.step/{name}/clean, in the loop"
+    stalls = clean[~np.isnan(clean)].tolist()
+    record(loop, "fused", stalls, step_seconds=step, moved_bytes=0, absent={})
 
 
 def clean_steps(name, device, backend):
@@ -198,7 +246,7 @@ def bench_rollback(name, record, effort, device):
 
 @pytest.mark.parametrize("name", list(WORKLOADS))
 def bench_memory(name, record, device):
-    """Peak memory of five steps, guarded and not; the times beside the bytes mean nothing."""
-    for impl in ("unguarded", "fused"):
-        found = peak_of(name, guarded=impl == "fused", device=device)
-        record(f"memory/{name}", impl, [found.pop("seconds")], moved_bytes=0, **found)
+    """Peak memory of a few steps, guarded and not; the times beside the bytes mean nothing."""
+    for impl, found in peaks(device)[name].items():
+        info = {key: value for key, value in found.items() if key != "seconds"}
+        record(f"memory/{name}", impl, [found["seconds"]], moved_bytes=0, **info)

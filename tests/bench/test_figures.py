@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 
 import bars
 import harness
@@ -10,7 +12,7 @@ import page
 import pytest
 import summary
 import torch
-from ceilings import ceilings
+from ceilings import ceilings, mixes
 
 
 def result(group, seconds, path, **absent):
@@ -34,6 +36,35 @@ def test_every_function_takes_every_place_in_turn():
     assert all(len(found) == 6 for found in samples.values())
     assert all(sorted(found) == ["a", "b", "c"] for found in rounds)
     assert {found[0] for found in rounds} == {"a", "b", "c"}
+
+
+def test_nobody_always_follows_the_same_one():
+    rounds = list(itertools.islice(harness.orders("abcd"), 40))
+    followed = {name: {r[r.index(name) - 1] for r in rounds if r[0] != name} for name in "abcd"}
+    assert followed == {name: set("abcd") - {name} for name in "abcd"}
+    assert all([r[0] for r in rounds].count(name) == 10 for name in "abcd")
+
+
+def test_what_is_far_slower_than_ours_sits_rounds_out():
+    effort = harness.Effort(seconds=9.0, least_rounds=8, most_rounds=8, batch_seconds=0.0)
+    functions = {"ours": lambda: None, "slow": lambda: time.sleep(0.11), "also": lambda: None}
+    samples, _ = harness.interleaved(functions, effort)
+    assert [x is None for x in samples["slow"]] == [False] * 2 + [True] * 6
+    assert None not in samples["ours"] + samples["also"]
+
+
+def test_a_ratio_is_of_the_rounds_in_which_both_took_part(tmp_path):
+    seconds = {"fused": [1.0, 2.0, 9.0, 4.0], "reference": [3.0, 6.0, None, 12.0]}
+    group = summary.read([result("g", seconds, tmp_path / "1.json")]).groups["g"]
+    assert str(group.ratio("reference", "fused")) == "3.00 (3.00-3.00)"
+    assert group.timings["reference"].median == 6.0
+
+
+def test_a_cold_ceiling_that_is_beaten_is_none(tmp_path):
+    for fused, name in ((2.0, "ceiling (cold)"), (0.9, "ceiling (warm)")):
+        seconds = {"fused": [fused] * 3, "ceiling (cold)": [1.0] * 3, "ceiling (warm)": [0.5] * 3}
+        session = summary.read([result("g", seconds, tmp_path / "1.json")])
+        assert session.groups["g"].ceiling == name
 
 
 def test_a_ratio_of_paired_rounds_has_a_narrow_interval():
@@ -74,5 +105,16 @@ def test_a_ceiling_makes_the_passes_it_was_given():
     a, b = torch.zeros(256), torch.zeros(256)
     assert set(ceilings([([a, b], [])], torch_alone=True)) == {"ceiling (warm)"}
     assert set(ceilings([([a, b], [a])], torch_alone=True)) == {"ceiling (warm)", "ceiling (cold)"}
+    assert set(ceilings([([a], [b])], torch_alone=True, fresh=False)) == {"ceiling (warm)"}
     _, cold = ceilings([([a, b], [a]), ([a], [a, b])], torch_alone=True)["ceiling (cold)"]
     assert [[t.tolist() for t in outputs] for outputs in cold()] == [[[2.0] * 256], [[1.0] * 256] * 2]
+
+
+def test_our_own_loop_makes_the_passes_that_the_benches_ask_for():
+    ones = [torch.ones(1 << 16) for _ in range(3)]
+    for name, mix in mixes().items():
+        for reads, writes in ((1, 0), (1, 1), (1, 2), (2, 1), (3, 2)):
+            outputs = [torch.zeros(1 << 16) for _ in range(writes)]
+            mix(ones[:reads], outputs)
+            least = reads if name != "torch" else 1  # torch's operators come close for three reads
+            assert all(float(out.min()) >= least for out in outputs), (name, reads, writes)
