@@ -17,10 +17,18 @@ from tolaria.reference import governor as reference
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, and those of other packages
 
 
+BANK_RECORDS = 16  # events that the mailbox of a row of GovernorBank holds
+
+
 def judges(n, device):
-    """fused and reference on states of their own, that have seen the same 30 losses and agree on them."""
+    """fused and reference on states of their own, that have seen the same 30 losses and agree on them.
+
+    As in a bank they are not attached: a capture that falls due and that nobody carries out is ordered again
+    at every step, which is no clean one.
+    """
     config = GovernorConfig().to_tensor(math.log(10), device)
-    states = {name: ops.governor_state(n, device=device) for name in ("fused", "reference", "compiled")}
+    names = ("fused", "reference", "compiled")
+    states = {name: ops.governor_state(n, attached=False, device=device) for name in names}
     for k in range(30):
         loss = torch.full((n,), 2.0 + 0.01 * (k % 7), device=device)
         ops.governor_step_(states["fused"], config, loss)
@@ -30,14 +38,20 @@ def judges(n, device):
     return config, states
 
 
-@pytest.mark.parametrize("n", [1, 32, 1024])
-def bench_governor_step(n, measure, effort, device):
+@pytest.mark.parametrize(("n", "records"), [(1, 0), (32, 0), (1024, 0), (1024, BANK_RECORDS)])
+def bench_governor_step(n, records, measure, effort, device):
     config, states = judges(n, device)
+    boxes = dict.fromkeys(states)
+    if records:
+        pinned = device == "cuda"
+        boxes = {name: ops.governor_mailbox(n, records=records, pin_memory=pinned) for name in states}
     loss = torch.full((n,), 2.03, device=device)
     hosts = [HostGovernor() for _ in range(n)]
     functions = {
-        "fused": lambda: ops.governor_step_(states["fused"], config, loss),
-        "reference": lambda: reference.governor_step_(states["reference"], config, loss),
+        "fused": lambda: ops.governor_step_(states["fused"], config, loss, mailbox=boxes["fused"]),
+        "reference": lambda: reference.governor_step_(
+            states["reference"], config, loss, mailbox=boxes["reference"]
+        ),
         "host floats": lambda: [host.step(x) for host, x in zip(hosts, loss.tolist(), strict=True)],
     }
     absent = {}
@@ -49,4 +63,5 @@ def bench_governor_step(n, measure, effort, device):
             QUICK_ONES if effort is QUICK else DETECTORS, [one + 0.01 * (k % 7) for k in range(30)]
         )
         functions |= {name: functools.partial(watch, one) for name, watch in others.items()}
-    measure(f"governor_step_/n={n}", functions, moved_bytes=0, absent=absent)
+    group = f"governor_step_/n={n}" + (", mailbox" if records else "")
+    measure(group, functions, moved_bytes=0, absent=absent)

@@ -51,18 +51,20 @@ struct GovernorLosses {
   at::ScalarType gradient_dtype;
   bool gradient_is_stats;  // rows of tensor_stats instead of norms
 
-  C10_HOST_DEVICE double operator[](int64_t i) const { return load_as_double(loss, loss_dtype, i); }
+  C10_HOST_DEVICE math::Sample<math::Governor> operator[](int64_t i) const {
+    // A NaN flag counts as raised.
+    const bool is_flagged = nonfinite != nullptr && !(load_as_double(nonfinite, nonfinite_dtype, i) == 0.0);
+    return {load_as_double(loss, loss_dtype, i), is_flagged, gradient != nullptr, gradient_norm(i)};
+  }
   C10_HOST_DEVICE bool is_active(int64_t i) const {
     return active == nullptr || load_as_double(active, active_dtype, i) != 0.0;
   }
-  // A NaN flag counts as raised.
-  C10_HOST_DEVICE bool is_nonfinite(int64_t i) const {
-    return nonfinite != nullptr && !(load_as_double(nonfinite, nonfinite_dtype, i) == 0.0);
-  }
-  C10_HOST_DEVICE math::Gradient gradient_at(int64_t i) const {
-    if (gradient == nullptr) return {false, 0.0};
-    if (!gradient_is_stats) return {true, load_as_double(gradient, gradient_dtype, i)};
-    return {true, math::norm_of(static_cast<const double*>(gradient) + i * math::kStatsFields)};
+
+ private:
+  C10_HOST_DEVICE double gradient_norm(int64_t i) const {
+    if (gradient == nullptr) return 0.0;
+    if (!gradient_is_stats) return load_as_double(gradient, gradient_dtype, i);
+    return math::norm_of(static_cast<const double*>(gradient) + i * math::kStatsFields);
   }
 };
 

@@ -13,7 +13,8 @@ __global__ void governor_step_kernel(GovernorBatch batch, const double* config, 
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= batch.n || !losses.is_active(i)) return;
   const math::Governor g = batch[i];
-  math::judge(g, config, math::loss_moments(g), losses[i], losses.is_nonfinite(i), losses.gradient_at(i));
+  const math::Sample<math::Governor> sample = losses[i];
+  math::judge(g, config, sample, math::loss_moments(g), math::gradient_moments(g, sample));
 }
 
 __global__ void governor_order_kernel(math::Governor g, const double* config, math::Order order, math::Reason reason,

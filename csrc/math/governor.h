@@ -25,8 +25,9 @@ C10_HOST_DEVICE inline void cancel_candidate(const Governor& g) {
   g[field::capture_order_1] = -1.0;
 }
 
-// Orders a capture into the slot that is not the last known good one, which this never touches.
-C10_HOST_DEVICE inline void order_capture(const Governor& g) {
+// Orders a capture into the slot that is not the last known good one, which this never touches. Returns that slot's
+// memory, into which the live one is then to be copied.
+C10_HOST_DEVICE inline int order_capture(const Governor& g) {
   const double slot = 1.0 - g[field::last_good];
   cancel_candidate(g);
   g[field::candidate] = slot;
@@ -36,7 +37,7 @@ C10_HOST_DEVICE inline void order_capture(const Governor& g) {
   const int s = static_cast<int>(slot);
   g[field::slot_step_0 + s] = g[field::step];
   g[field::slot_capture_0 + s] = g[field::capture_count];
-  copy_memory(g, 1 + s, 0);
+  return 1 + s;
 }
 
 C10_HOST_DEVICE inline void promote_candidate(const Governor& g) {
@@ -76,7 +77,7 @@ C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order
     g[field::restore_order] = g[field::attached];
     if (g[field::attached] == 0.0) commit_rollback(g, c);
   } else if (order == kOrderCapture) {
-    order_capture(g);
+    copy_memory(g, order_capture(g), 0);
   } else if (order == kOrderPromote) {
     if (g[field::candidate] >= 0.0) promote_candidate(g);
   } else {
@@ -100,40 +101,54 @@ C10_HOST_DEVICE inline void finish_capture_part(const Governor& g, int part, dou
   }
 }
 
-// Appends a value to a window of the live memory that begins at `first`; a full one loses its oldest.
-C10_HOST_DEVICE inline void push(const Governor& g, int size_field, int first, double value) {
-  int size = static_cast<int>(g.live(size_field));
-  if (size == g.window) {
-    for (int i = first + 1; i < first + size; ++i) g.live(i - 1) = g.live(i);
-    --size;
+// Makes room in a window of the live memory that begins at `first`: a full one loses its oldest.
+template <class Column>
+TOLARIA_LANEWISE void shift_full(const Column& g, int size_field, int first) {
+  using Real = typename Column::Real;
+  const Real size = g.live(size_field);
+  const auto full = size == static_cast<double>(g.window);
+  if (!any(full)) return;
+  Real older = g.live(first);
+  for (int i = first; i < first + g.window - 1; ++i) {
+    const Real newer = g.live(i + 1);
+    g.live(i) = select(full, newer, older);
+    older = newer;
   }
+}
+
+// Appends to a window that has room, or that shift_full has made room in.
+C10_HOST_DEVICE inline void append(const Governor& g, int size_field, int first, double value) {
+  int size = static_cast<int>(g.live(size_field));
+  if (size == g.window) --size;
   g.live(first + size) = value;
   g.live(size_field) = size + 1.0;
 }
 
-// A healthy step: x joins H, the lifetime statistics and the drift test's baseline, the gradient its own window.
-C10_HOST_DEVICE inline void accept(const Governor& g, const double* c, double x, Gradient gradient, double drift) {
-  push(g, memory::history_size, g.losses(), x);
-  if (gradient.is_known) push(g, memory::gradient_size, g.gradients(), gradient.norm);
+// A healthy step, but for the windows: x joins the lifetime statistics and the drift test's baseline.
+template <class Column, class Real>
+TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, const Real& drift) {
   if (c[config::drift_horizon] != 0.0) {
     g.live(memory::drift_sum) = drift;
     move_baseline(g, c, x);
   }
   g.live(memory::last_healthy) = x;
-  g.live(memory::consecutive) = 0.0;
-  g.live(memory::lobotomy_pending) = 0.0;
+  g.live(memory::consecutive) = spread<Real>(0.0);
+  g.live(memory::lobotomy_pending) = spread<Real>(0.0);
 
-  const double count = g[field::life_count] + 1.0;
-  const Moments life = welford({g[field::life_mean], g[field::life_m2]}, x, count);
-  g[field::life_min] = count == 1.0 || x < g[field::life_min] ? x : g[field::life_min];
-  g[field::life_max] = count == 1.0 || x > g[field::life_max] ? x : g[field::life_max];
+  const Real least = g[field::life_min], most = g[field::life_max], earlier = g[field::life_count];
+  const Real count = earlier + 1.0;
+  const Moments<Real> life = welford({g[field::life_mean], g[field::life_m2]}, x, count);
+  g[field::life_min] = select((count == 1.0) | (x < least), x, least);
+  g[field::life_max] = select((count == 1.0) | (x > most), x, most);
   g[field::life_count] = count;
   g[field::life_mean] = one_nan(life.mean);
   g[field::life_m2] = one_nan(life.m2);
 }
 
-// Candidate and capture orders after a verdict. `paused` (cooldown) neither promotes nor orders.
-C10_HOST_DEVICE inline void advance_slots(const Governor& g, const double* c, bool healthy, bool paused) {
+// Candidate and capture orders after a verdict. `paused` (cooldown) neither promotes nor orders. Returns as order_capture
+// does, or 0 where no capture is ordered.
+C10_HOST_DEVICE inline int advance_slots(const Governor& g, const double* c, bool healthy, bool paused) {
+  if (g[field::attached] == 0.0) return 0;
   if (g[field::candidate] >= 0.0) {
     if (!healthy || g[field::candidate_done] != kAllPartsDone) {
       cancel_candidate(g);
@@ -143,74 +158,82 @@ C10_HOST_DEVICE inline void advance_slots(const Governor& g, const double* c, bo
     }
   }
   const bool due = g[field::step] - g[field::anchor_step] >= c[config::snapshot_interval];
-  if (healthy && !paused && due && g[field::candidate] < 0.0 && c[config::log_only] == 0.0) order_capture(g);
+  const bool orders = healthy && !paused && due && g[field::candidate] < 0.0 && c[config::log_only] == 0.0;
+  return orders ? order_capture(g) : 0;
 }
 
-// Judges one loss (DESIGN 4, rules 1 to 5 and options). `m` are the moments of H; `nonfinite` is the caller's own flag.
-C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, Moments m, double x, bool nonfinite,
-                                  Gradient gradient) {
-  const double size = g.live(memory::history_size);
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  const double std = std::sqrt(m.m2 / size);
-  const Thresholds t = thresholds(c, m.mean, std);
-  const bool poisoned_capture = g[field::candidate] >= 0.0 && g[field::candidate_bad] >= 0.0;
-  // Under a GradScaler an overflow is routine, and the step was left out: there is no gradient to judge.
-  if (!is_finite(gradient.norm) && c[config::gradient_may_overflow] != 0.0) gradient.is_known = false;
-  const double steepest = gradient.is_known ? gradient_threshold(g, c) : std::numeric_limits<double>::infinity();
-  const bool exploded = size < c[config::min_history] ? x > c[config::warmup_bound] : is_explosion(c, t, x);
-  const double drift = drift_with(g, c, x);
+// The verdict's fields, but for the count of panics, which follows from what is done to the memory.
+template <class Column, class Real>
+TOLARIA_LANEWISE void write_verdict(const Column& g, const Sample<Column>& s, const Moments<Real>& m,
+                                    const Findings<Column>& f, Reason reason, bool rollback) {
+  const Real size = g.live(memory::history_size), bad = g[field::candidate_bad], steps = g[field::step];
+  const Real nan = spread<Real>(std::numeric_limits<double>::quiet_NaN()), none = spread<Real>(-1.0);
+  const auto is_known = size > 0.0;
+  g[field::step] = steps + 1.0;
+  g[field::reason] = spread<Real>(reason);
+  g[field::rollback] = spread<Real>(rollback);
+  g[field::loss] = one_nan(s.loss);
+  g[field::mean] = select(is_known, one_nan(m.mean), nan);
+  g[field::std] = select(is_known, one_nan(f.std), nan);
+  g[field::threshold_absolute] = f.thresholds.absolute;
+  g[field::threshold_statistical] = select(is_known, one_nan(f.thresholds.statistical), nan);
+  g[field::threshold_multiplier] = select(is_known, f.thresholds.multiplier, nan);
+  g[field::gradient_norm] = select(f.judges_gradient, one_nan(s.gradient_norm), none);
+  g[field::gradient_threshold] = one_nan(f.steepest);
+  g[field::drift] = f.drift;
+  g[field::tensor_index] = select(f.poisoned_capture, bad, none);
+  g[field::reward] = spread<Real>(0.0);
+}
 
+// Judges one sample (DESIGN 4, rules 1 to 5 and options); the moments are as for `find`.
+C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Sample<Governor>& s, Moments<double> m,
+                                  Moments<double> of_gradients) {
+  const Findings<Governor> f = find(g, c, s, m, of_gradients);
   Reason reason = kHealthy;
-  bool rollback = false, joins = false, paused = false;
-  if (poisoned_capture) {
+  bool rollback = false, paused = false;
+  if (f.poisoned_capture) {
     reason = kNonFiniteState;
     rollback = true;
-  } else if (nonfinite || !is_finite(x)) {
+  } else if (f.nonfinite) {
     reason = kNonFinite;
     rollback = true;
-  } else if (gradient.is_known && !is_finite(gradient.norm)) {
+  } else if (f.nonfinite_gradient) {
     reason = kGradientNorm;
     rollback = true;
-  } else if (g[field::cooldown_left] > 0.0) {
+  } else if (f.paused) {
     paused = true;
-  } else if (is_chance_level(g, c, x)) {
+  } else if (f.at_chance) {
     reason = kLobotomy;
     g.live(memory::lobotomy_pending) += 1.0;
     rollback = g.live(memory::lobotomy_pending) >= c[config::lobotomy_patience];
-  } else if (exploded || (gradient.is_known && gradient.norm > steepest)) {
-    reason = exploded ? kAnomaly : kGradientNorm;
+  } else if (f.exploded || f.steep) {
+    reason = f.exploded ? kAnomaly : kGradientNorm;
     g.live(memory::consecutive) += 1.0;
     rollback = g.live(memory::consecutive) >= c[config::min_panics_before_rollback];
-  } else if (drift > c[config::drift_threshold] * c[config::drift_horizon]) {
+  } else if (f.drifted) {
     reason = kDrift;
     rollback = true;
-  } else {
-    joins = true;
   }
 
-  g[field::step] += 1.0;
-  g[field::reason] = reason;
-  g[field::rollback] = rollback ? 1.0 : 0.0;
-  g[field::loss] = one_nan(x);
-  g[field::mean] = size > 0.0 ? one_nan(m.mean) : nan;
-  g[field::std] = size > 0.0 ? one_nan(std) : nan;
-  g[field::threshold_absolute] = t.absolute;
-  g[field::threshold_statistical] = size > 0.0 ? one_nan(t.statistical) : nan;
-  g[field::threshold_multiplier] = size > 0.0 ? t.multiplier : nan;
-  g[field::gradient_norm] = gradient.is_known ? one_nan(gradient.norm) : -1.0;
-  g[field::gradient_threshold] = one_nan(steepest);
-  g[field::drift] = drift;
-  g[field::tensor_index] = poisoned_capture ? g[field::candidate_bad] : -1.0;
-  g[field::reward] = 0.0;
+  write_verdict(g, s, m, f, reason, rollback);
   if (g[field::cooldown_left] > 0.0) g[field::cooldown_left] -= 1.0;
-  if (joins) accept(g, c, x, gradient, drift);
+  if (f.joins()) {
+    shift_full(g, memory::history_size, g.losses());
+    append(g, memory::history_size, g.losses(), s.loss);
+    if (f.judges_gradient) {
+      shift_full(g, memory::gradient_size, g.gradients());
+      append(g, memory::gradient_size, g.gradients(), s.gradient_norm);
+    }
+    accept(g, c, s.loss, f.drift);
+  }
   g[field::panics] = g.live(memory::consecutive);
 
   const bool acts = rollback && c[config::log_only] == 0.0;
   const bool attached = g[field::attached] != 0.0;
   g[field::restore_order] = acts && attached ? 1.0 : 0.0;
   if (reason != kHealthy) emit(g, kVerdictEvent, -1.0, -1.0);
-  if (attached) advance_slots(g, c, reason == kHealthy, paused);
+  const int captured = advance_slots(g, c, reason == kHealthy, paused);
+  if (captured > 0) copy_memory(g, captured, 0);
   if (acts && !attached) commit_rollback(g, c);
   write_status(g);
 }

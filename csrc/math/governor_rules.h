@@ -1,118 +1,179 @@
-// What a loss is compared with: thresholds of an explosion, band of chance level, gradient and drift test.
+// What a loss is compared with, and what is found: thresholds of an explosion, band of chance level, gradient, drift.
+//
+// A `Column` is one governor, or several side by side in vector lanes (math/lanes.h).
 #pragma once
 
 #include <c10/macros/Macros.h>
 
-#include <cmath>
 #include <limits>
 
 #include "math/governor_state.h"
-#include "math/stats.h"
+#include "math/lanes.h"
 
 namespace tolaria::math {
 
-// One NaN for all: its sign and payload depend on the machine and on the order of operands.
-C10_HOST_DEVICE inline double one_nan(double x) { return x == x ? x : std::numeric_limits<double>::quiet_NaN(); }
-
+template <class Real>
 struct Moments {
-  double mean;
-  double m2;
+  Real mean;
+  Real m2;
 };
 
 // One Welford update; `count` is the number of samples including x. (Welford 1962; Knuth, TAOCP 2, 4.2.2.)
-C10_HOST_DEVICE inline Moments welford(Moments m, double x, double count) {
-  const double delta = x - m.mean;
-  m.mean += delta / count;
-  m.m2 += delta * (x - m.mean);
-  return m;
+template <class Real>
+TOLARIA_LANEWISE Moments<Real> welford(const Moments<Real>& m, const Real& x, const Real& count) {
+  const Real delta = x - m.mean;
+  const Real mean = m.mean + delta / count;
+  return {mean, m.m2 + delta * (x - mean)};
 }
 
 // Moments of a window of the live memory, oldest to newest; `first` is where it begins.
-C10_HOST_DEVICE inline Moments window_moments(const Governor& g, int size_field, int first) {
-  Moments m{0.0, 0.0};
+C10_HOST_DEVICE inline Moments<double> window_moments(const Governor& g, int size_field, int first) {
+  Moments<double> m{0.0, 0.0};
   const int size = static_cast<int>(g.live(size_field));
   for (int i = 0; i < size; ++i) m = welford(m, g.live(first + i), i + 1.0);
   return m;
 }
 
-C10_HOST_DEVICE inline Moments loss_moments(const Governor& g) {
+C10_HOST_DEVICE inline Moments<double> loss_moments(const Governor& g) {
   return window_moments(g, memory::history_size, g.losses());
 }
 
+template <class Real>
 struct Thresholds {
-  double absolute, statistical, multiplier;
+  Real absolute, statistical, multiplier;
 };
 
 // A standard deviation that is not below its floor, a share of |mean|.
-C10_HOST_DEVICE inline double floored(const double* c, double std, double mean) {
-  const double floor = c[config::min_std] * (mean < 0.0 ? -mean : mean);
-  return std < floor ? floor : std;
+template <class Real>
+TOLARIA_LANEWISE Real floored(const double* c, const Real& std, const Real& mean) {
+  const Real floor = c[config::min_std] * select(mean < 0.0, -mean, mean);
+  return select(std < floor, floor, std);
 }
 
-C10_HOST_DEVICE inline Thresholds thresholds(const double* c, double mean, double std) {
+template <class Real>
+TOLARIA_LANEWISE Thresholds<Real> thresholds(const double* c, const Real& mean, const Real& std) {
   const double infinity = std::numeric_limits<double>::infinity();
-  Thresholds t;
-  t.absolute = c[config::absolute_threshold];
+  Thresholds<Real> t;
+  t.absolute = spread<Real>(c[config::absolute_threshold]);
   t.statistical = mean + c[config::sensitivity] * floored(c, std, mean);
   // The multiplier says nothing about a mean that is not positive: it always agrees in "all", never trips in "any".
-  t.multiplier = mean > 0.0 ? c[config::multiplier] * mean : (c[config::rule_any] != 0.0 ? infinity : -infinity);
+  const Real silent = spread<Real>(c[config::rule_any] != 0.0 ? infinity : -infinity);
+  t.multiplier = select(mean > 0.0, c[config::multiplier] * mean, silent);
   return t;
 }
 
-C10_HOST_DEVICE inline bool is_explosion(const double* c, const Thresholds& t, double x) {
-  const bool absolute = x > t.absolute, statistical = x > t.statistical, multiplier = x > t.multiplier;
-  return c[config::rule_any] != 0.0 ? (absolute || statistical || multiplier) : (absolute && statistical && multiplier);
+template <class Real>
+TOLARIA_LANEWISE auto is_explosion(const double* c, const Thresholds<Real>& t, const Real& x) {
+  const auto absolute = x > t.absolute, statistical = x > t.statistical, multiplier = x > t.multiplier;
+  return c[config::rule_any] != 0.0 ? absolute | statistical | multiplier : absolute & statistical & multiplier;
 }
 
-// The norm of a step's gradient, where it is judged.
-struct Gradient {
-  bool is_known;
-  double norm;
-};
-
 // A gradient explodes where both its thresholds are passed, by its own window; infinite until that is long enough.
-C10_HOST_DEVICE inline double gradient_threshold(const Governor& g, const double* c) {
-  const double size = g.live(memory::gradient_size);
-  if (size < c[config::min_history]) return std::numeric_limits<double>::infinity();
-  const Moments m = window_moments(g, memory::gradient_size, g.gradients());
-  const double statistical = m.mean + c[config::sensitivity] * floored(c, std::sqrt(m.m2 / size), m.mean);
-  const double multiplier = c[config::gradient_multiplier] * m.mean;
-  return statistical > multiplier ? statistical : multiplier;
+template <class Column, class Real>
+TOLARIA_LANEWISE Real gradient_threshold(const Column& g, const double* c, const Moments<Real>& m) {
+  const Real size = g.live(memory::gradient_size);
+  const Real statistical = m.mean + c[config::sensitivity] * floored(c, root(m.m2 / size), m.mean);
+  const Real multiplier = c[config::gradient_multiplier] * m.mean;
+  const Real larger = select(statistical > multiplier, statistical, multiplier);
+  return select(size < c[config::min_history], spread<Real>(std::numeric_limits<double>::infinity()), larger);
 }
 
 // The drift sum with x counted in: a one-sided CUSUM (Page 1954) of losses standardised by a baseline that forgets.
-C10_HOST_DEVICE inline double drift_with(const Governor& g, const double* c, double x) {
-  const double sum = g.live(memory::drift_sum), mean = g.live(memory::drift_mean);
-  if (c[config::drift_horizon] == 0.0 || g.live(memory::drift_count) < c[config::min_history]) return sum;
-  double z = (x - mean) / floored(c, std::sqrt(g.live(memory::drift_variance)), mean);
-  z = z > kDriftClip ? kDriftClip : z < -kDriftClip ? -kDriftClip : z == z ? z : 0.0;
-  const double next = sum + z - c[config::drift_slack];
-  return next > 0.0 ? next : 0.0;
+template <class Column, class Real>
+TOLARIA_LANEWISE Real drift_with(const Column& g, const double* c, const Real& x) {
+  const Real sum = g.live(memory::drift_sum);
+  if (c[config::drift_horizon] == 0.0) return sum;
+  const Real count = g.live(memory::drift_count), mean = g.live(memory::drift_mean);
+  const Real variance = g.live(memory::drift_variance), zero = spread<Real>(0.0);
+  Real z = (x - mean) / floored(c, root(variance), mean);
+  z = select(z == z, z, zero);
+  z = select(z > kDriftClip, spread<Real>(kDriftClip), select(z < -kDriftClip, spread<Real>(-kDriftClip), z));
+  const Real next = sum + z - c[config::drift_slack];
+  return select(count < c[config::min_history], sum, select(next > 0.0, next, zero));
 }
 
 // Baseline of the drift test: plain moments of the first `drift_horizon` losses, from then on exponentially forgetting.
-C10_HOST_DEVICE inline void move_baseline(const Governor& g, const double* c, double x) {
-  double count = g.live(memory::drift_count) + 1.0;
-  count = count < c[config::drift_horizon] ? count : c[config::drift_horizon];
-  const double delta = x - g.live(memory::drift_mean);
-  double mean = g.live(memory::drift_mean) + delta / count;
-  double variance = g.live(memory::drift_variance);
-  variance += (delta * (x - mean) - variance) / count;
-  if (!is_finite(mean) || !is_finite(variance)) {  // overflow: begin anew
-    count = 1.0;
-    mean = x;
-    variance = 0.0;
-  }
-  g.live(memory::drift_count) = count;
-  g.live(memory::drift_mean) = mean;
-  g.live(memory::drift_variance) = variance;
+template <class Column, class Real>
+TOLARIA_LANEWISE void move_baseline(const Column& g, const double* c, const Real& x) {
+  const Real old_mean = g.live(memory::drift_mean), old_variance = g.live(memory::drift_variance);
+  Real count = g.live(memory::drift_count);
+  count += 1.0;
+  count = select(count < c[config::drift_horizon], count, spread<Real>(c[config::drift_horizon]));
+  const Real delta = x - old_mean;
+  const Real mean = old_mean + delta / count;
+  const Real variance = old_variance + (delta * (x - mean) - old_variance) / count;
+  const auto fits = is_bounded(mean) & is_bounded(variance);  // else begin anew
+  g.live(memory::drift_count) = select(fits, count, spread<Real>(1.0));
+  g.live(memory::drift_mean) = select(fits, mean, x);
+  g.live(memory::drift_variance) = select(fits, variance, spread<Real>(0.0));
 }
 
-C10_HOST_DEVICE inline bool is_chance_level(const Governor& g, const double* c, double x) {
+template <class Column, class Real>
+TOLARIA_LANEWISE typename Column::Mask is_chance_level(const Column& g, const double* c, const Real& x) {
   const double guess = c[config::random_guess_loss];  // NaN where there is none: every comparison below is then false
-  return g.live(memory::history_size) >= c[config::min_history] &&
-         g.live(memory::last_healthy) < c[config::lobotomy_healthy_below] * guess &&
-         x >= c[config::lobotomy_low] * guess && x <= c[config::lobotomy_high] * guess;
+  const Real size = g.live(memory::history_size), last = g.live(memory::last_healthy);
+  return (size >= c[config::min_history]) & (last < c[config::lobotomy_healthy_below] * guess) &
+         (x >= c[config::lobotomy_low] * guess) & (x <= c[config::lobotomy_high] * guess);
+}
+
+// One step as it reaches the judge.
+template <class Column>
+struct Sample {
+  typename Column::Real loss;
+  typename Column::Mask is_flagged;  // by the caller, like a NaN loss
+  bool has_gradient;
+  typename Column::Real gradient_norm;
+};
+
+C10_HOST_DEVICE inline Moments<double> gradient_moments(const Governor& g, const Sample<Governor>& s) {
+  return s.has_gradient ? window_moments(g, memory::gradient_size, g.gradients()) : Moments<double>{0.0, 0.0};
+}
+
+// What the rules say of one sample, found before anything is written.
+template <class Column>
+struct Findings {
+  typename Column::Real std;
+  Thresholds<typename Column::Real> thresholds;
+  typename Column::Real steepest, drift;
+  typename Column::Mask judges_gradient, poisoned_capture, nonfinite, nonfinite_gradient, paused, at_chance, exploded,
+      steep, drifted;
+
+  // Whether the loss joins the healthy ones: no rule holds.
+  TOLARIA_LANEWISE typename Column::Mask joins() const {
+    return !(poisoned_capture | nonfinite | nonfinite_gradient | paused | at_chance | exploded | steep | drifted);
+  }
+};
+
+// `m` are the moments of the losses' window, `of_gradients` those of the gradients' where there is one.
+template <class Column, class Real>
+TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const Sample<Column>& s, const Moments<Real>& m,
+                                       const Moments<Real>& of_gradients) {
+  using Mask = typename Column::Mask;
+  const Real x = s.loss, norm = s.gradient_norm, size = g.live(memory::history_size);
+  const Real candidate = g[field::candidate], candidate_bad = g[field::candidate_bad], pause = g[field::cooldown_left];
+  Findings<Column> f;
+  f.std = root(m.m2 / size);
+  f.thresholds = thresholds(c, m.mean, f.std);
+  f.steepest = spread<Real>(std::numeric_limits<double>::infinity());
+  f.judges_gradient = f.nonfinite_gradient = f.steep = Mask{};
+  if (s.has_gradient) {
+    // Under a GradScaler an overflow is routine, and the step was left out: there is no gradient to judge.
+    const Mask finite = is_bounded(norm), always = finite | !finite;
+    f.judges_gradient = c[config::gradient_may_overflow] != 0.0 ? finite : always;
+    f.steepest = select(f.judges_gradient, gradient_threshold(g, c, of_gradients), f.steepest);
+    f.nonfinite_gradient = f.judges_gradient & !finite;
+    f.steep = f.judges_gradient & (norm > f.steepest);
+  }
+  f.drift = drift_with(g, c, x);
+
+  f.poisoned_capture = (candidate >= 0.0) & (candidate_bad >= 0.0);
+  f.nonfinite = s.is_flagged | !is_bounded(x);
+  f.paused = pause > 0.0;
+  f.at_chance = is_chance_level(g, c, x);
+  const Mask is_short = size < c[config::min_history], is_long = !is_short, warm = x > c[config::warmup_bound];
+  f.exploded = (is_short & warm) | (is_long & is_explosion(c, f.thresholds, x));
+  f.drifted = f.drift > c[config::drift_threshold] * c[config::drift_horizon];
+  return f;
 }
 
 }  // namespace tolaria::math

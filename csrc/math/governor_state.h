@@ -11,6 +11,9 @@ namespace tolaria::math {
 
 // A column of `state`; memory 0 is the live one, 1 and 2 are the slots'.
 struct Governor {
+  using Real = double;
+  using Mask = bool;
+
   double* column;
   int64_t stride;  // from field to field
   int window;
@@ -57,12 +60,9 @@ C10_HOST_DEVICE inline void write_status(const Governor& g) {
   s[status::rollback_count] = g[field::rollback_count];
 }
 
-// Appends one record to the ring; the count of records is written after the record itself.
-C10_HOST_DEVICE inline void emit(const Governor& g, EventKind kind, double capture_id, double capture_step) {
-  const double sequence = g[field::events];
-  g[field::events] = sequence + 1.0;
-  if (g.mailbox == nullptr || g.ring_records == 0) return;
-  double* r = g.mailbox + status::count + (static_cast<int64_t>(sequence) % g.ring_records) * record::count;
+C10_HOST_DEVICE inline void write_record(const Governor& g, int64_t sequence, EventKind kind, double capture_id,
+                                         double capture_step) {
+  double* r = g.mailbox + status::count + (sequence % g.ring_records) * record::count;
   r[record::kind] = kind;
   r[record::step] = g[field::step];
   r[record::reason] = g[field::reason];
@@ -82,6 +82,14 @@ C10_HOST_DEVICE inline void emit(const Governor& g, EventKind kind, double captu
   r[record::capture_step] = capture_step;
   r[record::steps_lost] = g[field::steps_lost];
   r[record::rollback_count] = g[field::rollback_count];
+}
+
+// Appends one record to the ring, if there is one; the count of records is written after the record itself.
+C10_HOST_DEVICE inline void emit(const Governor& g, EventKind kind, double capture_id, double capture_step) {
+  const double sequence = g[field::events];
+  g[field::events] = sequence + 1.0;
+  if (g.mailbox == nullptr) return;
+  if (g.ring_records > 0) write_record(g, static_cast<int64_t>(sequence), kind, capture_id, capture_step);
   publish();
   g.mailbox[status::events] = sequence + 1.0;
 }

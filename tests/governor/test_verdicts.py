@@ -3,74 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judged_runs import SETTINGS, carry_out_captures, losses_like_a_run, norms_like_a_run, same_bits
 from plain_rule import PlainRule
-from torch import Tensor
 
 import tolaria
 from tolaria import ops
 from tolaria.governor import GovernorConfig
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 from tolaria.reference.governor_arithmetic import correctly_rounded_sqrt
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "any": {"rule": "any", "min_std": 0.05},
-    "patient": {"lobotomy_patience": 3, "cooldown": 2, "min_panics_before_rollback": 3},
-    "bounded": {"warmup_bound": 50.0, "lobotomy_band": (0.95, math.inf), "window": 12},
-    "drift": {"drift_horizon": 12, "drift_threshold": 0.4, "min_std": 0.05, "gradient_multiplier": 3.0},
-    "log-only": {"log_only": True},
-}
-
-
-def losses_like_a_run(n: int, steps: int, seed: int) -> Tensor:
-    """(steps, n) losses with NaN, Inf, spikes, plateaus, chance level, negatives and denormals among them."""
-    source = torch.Generator().manual_seed(seed)
-    x = torch.rand(steps, n, generator=source, dtype=torch.float64) * 1.2
-    kind = torch.rand(steps, n, generator=source)
-    flat = torch.rand(n, generator=source) < 0.2
-    x = torch.where(flat, 0.5, x)
-    scale = torch.pow(10.0, torch.randint(-3, 8, (steps, n), generator=source).double())
-    for low, high, value in (
-        (0.00, 0.06, x * scale),
-        (0.06, 0.10, torch.full_like(x, math.log(10))),
-        (0.10, 0.11, torch.full_like(x, math.nan)),
-        (0.11, 0.12, torch.full_like(x, math.inf)),
-        (0.12, 0.125, torch.full_like(x, -math.inf)),
-        (0.125, 0.14, torch.full_like(x, 5e-310)),
-        (0.14, 0.15, -x),
-        (0.15, 0.152, torch.full_like(x, 1.7e308)),
-    ):
-        x = torch.where((kind >= low) & (kind < high), value, x)
-    return x
-
-
-def norms_like_a_run(n: int, steps: int, seed: int) -> Tensor:
-    """(steps, n, 4) rows of ``tensor_stats``, with overflows, explosions and zeros among them."""
-    source = torch.Generator().manual_seed(seed)
-    norm = torch.rand(steps, n, generator=source, dtype=torch.float64)
-    kind = torch.rand(steps, n, generator=source)
-    norm = torch.where(kind < 0.05, norm * 1e3, norm)
-    norm = torch.where((kind >= 0.05) & (kind < 0.07), 0.0, norm)
-    bad = ((kind >= 0.07) & (kind < 0.09)).double()
-    return torch.stack([norm * norm, norm, bad, bad - 1.0], dim=2)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int64), b.view(torch.int64))
-
-
-def carry_out_captures(state: Tensor, poisoned: Tensor) -> None:
-    """Stand in for the snapshot op: mark ordered captures as done, some of them as poisoned."""
-    ordered = state[StateField.capture_order_0] >= 0
-    state[StateField.candidate_done] = torch.where(ordered, 3.0, state[StateField.candidate_done])
-    state[StateField.candidate_bad] = torch.where(ordered & poisoned, 5.0, state[StateField.candidate_bad])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
