@@ -274,6 +274,15 @@ def test_clean_step_takes_the_shortest_way() -> None:
     assert "act" not in calls_in(lambda: governor.step(loss))
 
 
+def test_capture_of_what_has_not_moved_looks_for_no_tensors() -> None:
+    model, optimizer, governor = make()
+    take_step(model, optimizer)
+    assert "tensors" in calls_in(governor.snapshot)
+    assert "tensors" not in calls_in(governor.snapshot)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert "tensors" in calls_in(governor.snapshot)
+
+
 def test_step_after_an_unread_verdict_tells_of_it() -> None:
     told: list[Any] = []
     _, _, governor = make(sinks=[told.append], settings={"min_panics_before_rollback": 3})

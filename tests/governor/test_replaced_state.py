@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,14 @@ def transpose_storage(model: Net) -> None:
     model.up.weight.data = torch.full((4, 4), math.nan).t()
 
 
+def transpose_view(model: Net) -> None:
+    model.up.weight.data = model.up.weight.data.t()  # the same memory in another form
+
+
+def swap_dictionary(model: Net) -> None:
+    model.norm._buffers = {k: torch.full_like(v, 7) for k, v in model.norm._buffers.items()}
+
+
 def change_dtype(model: Net) -> None:
     model.double()
     with torch.no_grad():
@@ -78,6 +87,8 @@ def drop_parameter(model: Net) -> None:
         assign,
         replace_data,
         transpose_storage,
+        transpose_view,
+        swap_dictionary,
         change_dtype,
         reshape_buffer,
         drop_buffer,
@@ -111,6 +122,39 @@ def test_replaced_tensors_come_back_as_they_were(wreck: Callable[[Net], None]) -
     train(straight, twin, 3, seed=3)
     for name, value in straight.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def load_poison(optimizer: torch.optim.Optimizer) -> None:
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["exp_avg"].fill_(math.nan)
+    optimizer.load_state_dict(saved)
+
+
+def assign_poison(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state = defaultdict(
+        dict, {p: {k: v + math.nan for k, v in state.items()} for p, state in optimizer.state.items()}
+    )
+
+
+@pytest.mark.parametrize("wreck", [load_poison, assign_poison], ids=lambda f: f.__name__)
+def test_replaced_optimizer_state_comes_back_and_is_captured(
+    wreck: Callable[[torch.optim.Optimizer], None],
+) -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    governor = attach(model, optimizer)
+    train(model, optimizer, 3, seed=1)
+    governor.snapshot()
+    governor.step(1.0)
+    kept = copy.deepcopy(optimizer.state_dict()["state"])
+    wreck(optimizer)
+    governor.snapshot()
+    assert governor.last_report is not None
+    assert governor.last_report.reason is PanicReason.NON_FINITE_STATE
+    for index, state in kept.items():
+        for name, value in state.items():
+            assert torch.equal(optimizer.state_dict()["state"][index][name], value), name
 
 
 def test_poison_in_a_buffer_of_new_shape_is_found_and_never_reaches_the_last_known_good() -> None:

@@ -31,7 +31,6 @@ from tolaria.governor.events import CaptureEvent, GovernorEvent, MailboxReader, 
 from tolaria.governor.host_state import HostState, HostValues
 from tolaria.governor.memory import allocate
 from tolaria.governor.tracked import TrackedState
-from tolaria.governor.watch import StructureWatch
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 
 
@@ -90,7 +89,6 @@ class DeviceEngine(Engine):
         self._known_rollbacks = 0
         self._seed_flags: dict[str, tuple[Tensor, list[Tensor]]] = {}
         self._moved: list[Optimizer] = []
-        self._watch = StructureWatch(tracked)
         super().__init__(column, state, config, settings, mailbox, reader, tracked)
         with torch.cuda.device(tracked.device):
             self.adopt_current_state()
@@ -223,7 +221,6 @@ class DeviceEngine(Engine):
         for tensor in [*before, self.slots.table.data]:
             for stream in (self._flight.stream, torch.cuda.current_stream(self.tracked.device)):
                 tensor.record_stream(stream)
-        self._watch.mark()
 
     def _check_recordable(self) -> None:
         if self._watch.has_moved() and not self.slots.is_current(self.tracked.tensors()):

@@ -22,6 +22,7 @@ from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, S
 from tolaria.governor.host_state import HostState, HostValues
 from tolaria.governor.slots import Slots
 from tolaria.governor.tracked import TrackedState
+from tolaria.governor.watch import StructureWatch
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 
 
@@ -63,7 +64,8 @@ class Engine(ABC):
         self.defer_panics = False
         """Leave a poisoned capture to the next judgement, where ranks agree, instead of panicking at once."""
         self._structure = tracked.structure()
-        self._seed_holders = list(tracked.seed_holders())
+        self._seed_holders = tracked.walk().seed_holders
+        self._watch = StructureWatch(tracked)
         self._find_exempt()
 
     @property
@@ -219,7 +221,8 @@ class Engine(ABC):
     def sync_structure(self) -> Iterator[GovernorEvent]:
         """Look for tensors that came, went or moved, and lay the slots out anew if there are any."""
         known = len(self.slots.places)
-        tensors = self.tracked.tensors()
+        walk = self.tracked.walk()
+        tensors = self.tracked.tensors(walk)
         keys = {place.key for place in self.slots.places.values()}
         for t in tensors:
             # A mask that joins later is judged by its birth value, as one present at attach.
@@ -228,7 +231,8 @@ class Engine(ABC):
                 self.slots.exempt.add(t.key)
         changed = self.slots.sync(tensors)
         self._structure = self.tracked.structure()
-        self._seed_holders = list(self.tracked.seed_holders())
+        self._seed_holders = walk.seed_holders
+        self._watch.mark(walk, tensors)
         if changed and known and len(self.slots.places) != known:
             yield StructureEvent(
                 step=self.step_count,
@@ -276,6 +280,11 @@ class HostEngine(Engine):
         if self._seed_holders and self._seeds_are_due():
             yield from self.cull_poisoned_seeds()
 
+    def sync_structure(self) -> Iterator[GovernorEvent]:
+        """As the base class, where something may have changed."""
+        if not self._structure or self._watch.has_moved():
+            yield from super().sync_structure()
+
     def capture(self) -> Iterator[GovernorEvent]:
         """Copy the state to the ordered slot. A non-finite value on the way is a panic and rolls back."""
         yield from self._copy_to_slot()
@@ -312,7 +321,6 @@ class HostEngine(Engine):
             self.tracked.recreate(key, tensor)
         ops.snapshot_restore_(state, self._column, self._settings, self.slots.table, mailbox)
         host.load_into(self.tracked)
-        self._structure = []  # dropped seeds and groups: look again before the next capture
 
     def adopt_current_state(self) -> None:
         """Capture the state as it is and make it the last known good one at once.

@@ -60,12 +60,12 @@ class HostState:
         Raises:
             SnapshotError: a scheduler or an extra cannot say its state.
         """
+        walk = tracked.walk()
         return cls(
             optimizers=[_optimizer_host(tracked, optimizer) for optimizer in tracked.optimizers],
             parameters=[
                 (module, name, parameter)
-                for _, root in tracked.roots()
-                for module in root.modules()
+                for *_, module in walk.modules
                 for name, parameter in module._parameters.items()
                 if parameter is not None
             ],
@@ -79,7 +79,7 @@ class HostState:
                 for name, extra in tracked.extras.items()
                 if not isinstance(extra, nn.Module)
             },
-            modules={name: module.rollback_state() for name, module in tracked.participants()},
+            modules={name: module.rollback_state() for name, module in walk.participants},
             rng=_rng_state(tracked),
             rates_lowered=tracked.rates_lowered,
         )
@@ -104,7 +104,7 @@ class HostState:
         tracked.rates_lowered = self.rates_lowered
         self._reattach_parameters(tracked)
         self._load_scaler(tracked.scaler)
-        for name, module in tracked.participants():
+        for name, module in tracked.walk().participants:
             module.load_rollback_state(self.modules.get(name))
         refused = [
             *(

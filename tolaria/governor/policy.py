@@ -7,27 +7,36 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.errors import TrainingDivergedError
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.tracked import TrackedState
+from tolaria.governor.tracked import TrackedState, named_modules
 from tolaria.governor.verdict import GovernorReport
 from tolaria.ops import PanicReason
 
 _SCALED_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
-def clear_gradients(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+def clear_gradients(tracked: TrackedState) -> None:
     """Drop every gradient, and with it what was accumulated, since it belongs to the undone state.
 
     On CUDA gradients are zeroed where they are: a recorded graph keeps their addresses.
     """
-    on_device = any(p.is_cuda for p in model.parameters())
-    model.zero_grad(set_to_none=not on_device)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=not on_device)
+    if tracked.device.type == "cuda":
+        tracked.model.zero_grad(set_to_none=False)
+        for optimizer in tracked.optimizers:
+            optimizer.zero_grad(set_to_none=False)
+        return
+    for _, module in named_modules(tracked.model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.grad = None
+    for optimizer in tracked.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def scale_learning_rates(
@@ -80,7 +89,7 @@ class RollbackPolicy:
 
     def apply(self, tracked: TrackedState) -> None:
         """Clear gradients and lower the learning rates that were just put back."""
-        clear_gradients(tracked.model, tracked.optimizers)
+        clear_gradients(tracked)
         # A slot holds the rates of its own time: the factor of every rollback since then applies again.
         factor = self._config.lr_factor ** (tracked.rollbacks - tracked.rates_lowered)
         tracked.rates_lowered = tracked.rollbacks

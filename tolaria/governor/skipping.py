@@ -148,7 +148,7 @@ class _Buffers:
         self._copies: list[Tensor] = []
 
     def save(self) -> None:
-        scheduled = {id(slot) for _, slot in self._tracked.participants()}
+        scheduled = {id(slot) for _, slot in self._tracked.walk().participants}
         homes = [
             (module, name, buffer)
             for module in self._tracked.model.modules()

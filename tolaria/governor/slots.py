@@ -70,6 +70,7 @@ class Slots:
         self.segments: list[Tensor] = []
         self._free: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._seen: list[tuple[object, ...]] = []
+        self._live_keys: frozenset[Hashable] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +112,7 @@ class Slots:
             if place.is_live:
                 place.live = live[key][1]
         self._seen = signature
+        self._live_keys = frozenset(key for key, place in self.places.items() if place.is_live)
         self._build_table(live)
         return True
 
@@ -184,7 +186,7 @@ class Slots:
 
     def live_keys(self) -> frozenset[Hashable]:
         """Keys of the tensors that a capture covers now."""
-        return frozenset(key for key, place in self.places.items() if place.is_live)
+        return self._live_keys
 
     def missing_live(self, slot: int, keys: frozenset[Hashable]) -> list[tuple[Hashable, Tensor]]:
         """Tensors of ``keys`` that ``slot`` holds but their owner dropped: fresh copies on their device."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tolaria.governor.host_state import SCALER_TENSORS
-from tolaria.governor.tracked import TrackedState
+from tolaria.governor.tracked import TrackedState, TrackedTensor, Walk
 
+_DTYPE = operator.attrgetter("dtype")
 _VALUES = operator.methodcaller("values")
 _NUMBERS = (int, float, tuple)  # a tuple: betas, which a schedule may cycle
 
@@ -21,25 +22,21 @@ class StructureWatch:
 
     def __init__(self, tracked: TrackedState) -> None:
         self._tracked = tracked
-        self._containers: list[Mapping[Any, Any]] = []
+        self._modules: list[nn.Module] = []
         self._staged: list[Callable[[], list[Tensor]]] = []
         self._seen: list[object] = []
         self._tensors: list[Tensor] = []
         self._rest: tuple[object, ...] = ()
 
-    def mark(self) -> None:
-        """Remember what the next :meth:`has_moved` compares with."""
-        tracked = self._tracked
-        modules = [module for _, root in tracked.roots() for module in root.modules()]
-        self._containers = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
-        self._containers += [o.state for o in tracked.optimizers]
-        self._containers += [state for o in tracked.optimizers for state in o.state.values()]
+    def mark(self, walk: Walk, tensors: Sequence[TrackedTensor]) -> None:
+        """Remember what there is now: the next :meth:`has_moved` compares with it."""
+        self._modules = [module for *_, module in walk.modules]
         self._staged = [
-            *(module.zero_alpha_tensors for _, module in tracked.participants()),
-            *(module.incubating_tensors for _, module in tracked.seed_holders()),
+            *(module.zero_alpha_tensors for _, module in walk.participants),
+            *(module.incubating_tensors for _, module in walk.seed_holders),
         ]
         self._seen = self._contents()
-        self._tensors = [t.tensor for t in tracked.tensors()]
+        self._tensors = [t.tensor for t in tensors]
         self._rest = self._whereabouts()
 
     def has_moved(self) -> bool:
@@ -57,7 +54,12 @@ class StructureWatch:
 
     def _contents(self) -> list[object]:
         """What the containers hold, the groups' settings and parameters, and the scaler's tensors."""
-        found = list(chain.from_iterable(map(_VALUES, self._containers)))
+        containers: list[Mapping[Any, Any]] = []
+        for module in self._modules:
+            containers += [module._modules, module._parameters, module._buffers]
+        for optimizer in self._tracked.optimizers:
+            containers += [optimizer.state, *optimizer.state.values()]
+        found: list[object] = list(chain.from_iterable(map(_VALUES, containers)))
         for optimizer in self._tracked.optimizers:
             for group in optimizer.param_groups:
                 found += group["params"]
@@ -66,9 +68,13 @@ class StructureWatch:
         return found
 
     def _whereabouts(self) -> tuple[object, ...]:
-        """Addresses of the tensors, how many the seeds own, and the sizes of the groups."""
+        """Where the tensors are and in what form, how many the seeds own, and the sizes of the groups."""
+        tensors = self._tensors
         return (
-            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(Tensor.data_ptr, tensors)),
+            list(map(Tensor.size, tensors)),
+            list(map(Tensor.stride, tensors)),
+            list(map(_DTYPE, tensors)),
             [len(tensors()) for tensors in self._staged],
             self._tracked.structure(),
         )

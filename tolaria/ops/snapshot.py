@@ -66,7 +66,7 @@ def _runs(live: Tensor) -> Iterator[tuple[int, int, int]]:
     item = live.element_size()
     if live.numel() == 0:
         return
-    if _is_dense(live):
+    if live.is_contiguous() or _is_dense(live):
         yield live.data_ptr(), 0, live.numel() * item
         return
     inner, run = live.dim(), 1
@@ -123,9 +123,10 @@ class SnapshotTable:
         On CUDA the new rows are uploaded on the current stream, from page-locked memory, without waiting.
         """
         self.entries = tuple(sorted(entries, key=lambda entry: entry.part))
-        rows = [row for entry in self.entries for row in self._rows(entry)]
-        first = sum(1 for entry in self.entries if entry.part == 0 for _ in self._rows(entry))
-        matrix = torch.tensor([[first, len(rows), 0, 0, _NO_TENSOR, _NO_TENSOR], *rows], dtype=torch.int64)
+        parts = [[row for e in self.entries if e.part == part for row in self._rows(e)] for part in (0, 1)]
+        rows = sum(map(len, parts))
+        header = [len(parts[0]), rows, 0, 0, _NO_TENSOR, _NO_TENSOR]
+        matrix = torch.tensor([header, *parts[0], *parts[1]], dtype=torch.int64)
         if self.device.type == "cpu":
             self.data = matrix
             return
@@ -140,11 +141,12 @@ class SnapshotTable:
     def _rows(self, entry: SnapshotEntry) -> Iterator[list[int]]:
         check = _CHECK_KIND.get(entry.live.dtype, 0) if entry.report_index >= 0 else 0
         check = _ZEROED if entry.zeroed else check
-        longest = 1 << 62 if self.device.type == "cpu" else _BLOCK_BYTES
+        first, second = (slot.data_ptr() for slot in entry.slots)
         for address, offset, nbytes in _runs(entry.live):
+            longest = nbytes if self.device.type == "cpu" else _BLOCK_BYTES
             for start in range(0, nbytes, longest):
-                places = [slot.data_ptr() + offset + start for slot in entry.slots]
-                yield [address + start, *places, min(longest, nbytes - start), check, entry.report_index]
+                skip, length = offset + start, min(longest, nbytes - start)
+                yield [address + start, first + skip, second + skip, length, check, entry.report_index]
 
     @property
     def nbytes(self) -> int:
