@@ -118,3 +118,24 @@ def test_our_own_loop_makes_the_passes_that_the_benches_ask_for():
             mix(ones[:reads], outputs)
             least = reads if name != "torch" else 1  # torch's operators come close for three reads
             assert all(float(out.min()) >= least for out in outputs), (name, reads, writes)
+
+
+@pytest.mark.cuda
+def test_on_cuda_a_batch_is_a_graphs_replay_or_calls_one_by_one():
+    x, made = torch.zeros(4, device="cuda"), []
+
+    def adds():
+        made.append("add")
+        x.add_(1)
+
+    def looks():
+        made.append(x.sum().item())
+
+    timer = harness.cuda_timer(adds, 3)
+    before, count = x.tolist(), len(made)
+    assert timer() >= 0.0
+    assert (x.tolist(), len(made)) == ([value + 3 for value in before], count)
+    timer = harness.cuda_timer(looks, 2)
+    count = len(made)
+    assert timer() >= 0.0
+    assert made[count:] == [4 * x[0].item()] * 2
