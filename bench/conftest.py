@@ -30,8 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what was not asked for."""
+    """Leave out what was not asked for; measure no fallback in the name of the extension."""
     ours = [item for item in items if item.path.name.startswith("bench_")]
+    is_measured = ours and not (config.getoption("--smoke") or config.option.collectonly)
+    if is_measured and not _extension.LOADED:
+        raise pytest.UsageError(f"bench: there is nothing to measure: {_extension.LOAD_ERROR}")
     dropped = []
     if config.getoption("--smoke"):
         seen: set[str] = set()
@@ -74,6 +77,23 @@ def effort(request: pytest.FixtureRequest) -> Effort:
     if request.config.getoption("--smoke"):
         return SMOKE
     return QUICK if request.config.getoption("--quick") else FULL
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untimed(request: pytest.FixtureRequest, effort: Effort, device: str) -> None:
+    """All that takes long and is not timed, at once and before anything is: files tell what they have.
+
+    ``beside(effort, device)`` starts something in a process of its own and returns how to wait for it;
+    ``ahead(effort)`` runs here meanwhile.
+    """
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    modules = list(dict.fromkeys(item.module for item in items if item.path.name.startswith("bench_")))
+    waits = [module.beside(effort, device) for module in modules if hasattr(module, "beside")]
+    for module in modules:
+        if hasattr(module, "ahead"):
+            module.ahead(effort)
+    for wait in waits:
+        wait()
 
 
 def _cpuinfo(key: str) -> str:

@@ -34,7 +34,7 @@ class Effort:
         return replace(self, seconds=factor * self.seconds, most_rounds=round(factor * self.most_rounds))
 
 
-FULL, QUICK, SMOKE = Effort(1.2), Effort(0.4, most_rounds=25), Effort(0.0, least_rounds=2, batch_seconds=0.0)
+FULL, QUICK, SMOKE = Effort(0.8), Effort(0.4, most_rounds=25), Effort(0.0, least_rounds=2, batch_seconds=0.0)
 PATIENCE = 5
 """How many times slower than the first of its group something may be and still take part in every round."""
 

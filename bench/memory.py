@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import multiprocessing
 import os
@@ -10,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,17 +17,23 @@ import torch
 Peaks = dict[str, float]
 
 
-@functools.cache
-def peaks(device: str) -> dict[str, dict[str, Peaks]]:
-    """By workload and by ``unguarded`` or ``fused``: seconds, peak, and of what is guarded state and slots.
+def start(names: Sequence[str], device: str) -> subprocess.Popen[str]:
+    """Begin to measure workloads beside whatever runs meanwhile; :func:`peaks` reads what it prints.
 
     A process of its own each, since a peak never falls. They are forked by one that has imported everything
     and run nothing yet: what they have in common is the same for all.
     """
-    command = [sys.executable, str(Path(__file__).resolve()), device]
+    command = [sys.executable, str(Path(__file__).resolve()), device, *names]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # finds what this one finds
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=paths)
-    found: dict[str, dict[str, Peaks]] = json.loads(done.stdout.splitlines()[-1])
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=paths)
+
+
+def peaks(running: subprocess.Popen[str]) -> dict[str, dict[str, Peaks]]:
+    """By workload and by ``unguarded`` or ``fused``: seconds, peak; guarded: state and slots, too."""
+    printed, _ = running.communicate()
+    if running.returncode:
+        raise subprocess.CalledProcessError(running.returncode, running.args, printed)
+    found: dict[str, dict[str, Peaks]] = json.loads(printed.splitlines()[-1])
     return found
 
 
@@ -66,16 +72,16 @@ def measured(name: str, guarded: bool, device: str) -> Peaks:
     return {**found, "peak_bytes": _peak(device), "seconds": time.perf_counter() - start}
 
 
-def main(device: str) -> None:
-    """Print the figures of all workloads."""
-    from models import WORKLOADS
+def main(device: str, names: Sequence[str]) -> None:
+    """Print the figures of these workloads."""
+    import models  # noqa: F401
 
     import tolaria  # noqa: F401
 
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports more, too
     fork = multiprocessing.get_context("fork")
     found: dict[str, dict[str, Peaks]] = {}
-    for name in WORKLOADS:
+    for name in names:
         for impl in ("unguarded", "fused"):
             with fork.Pool(1) as alone:
                 found.setdefault(name, {})[impl] = alone.apply(measured, (name, impl == "fused", device))
@@ -83,4 +89,4 @@ def main(device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])

@@ -113,7 +113,8 @@ def ops_table(session: Session) -> list[str]:
         "float32, contiguous, all threads unless named. GB/s: of what must be read and written at least.",
         "`reference` is slower than the best eager form where it promises more: `blend` selects its ends, so",
         "that no NaN passes and nobody waits for alpha (`lerp` does neither); `classification_metrics_` has",
-        "ranks and counts per class (`eager`: loss and hits); a governor's bits are those of its C++.",
+        "ranks and counts per class (`eager`: loss and hits); a governor's bits are those of its C++. The",
+        "detectors beside `governor_step_` look at one number on the host and order nothing.",
         "",
         "| case | fused, us (quartiles) | reference | torch.compile | strongest alternative | GB/s "
         "| % of ceiling, cold / warm |",

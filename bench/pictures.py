@@ -127,15 +127,19 @@ def overheads(session: Session, path: Path) -> bool:
         "fused, capture every 10": ("every 10", "tab:cyan"),
         "reference, capture every 100": ("reference", "tab:gray"),
     }
-    figure, axes = pyplot.subplots(figsize=(9, 3.6))
+    figure, axes = pyplot.subplots(figsize=(9, 4))
     for place, (label, (impl, color)) in enumerate(bars.items()):
         found = [_percents(group, impl) for group in groups.values()]
         values = [value for value, _, _ in found]
         errors = [[value - low for value, low, _ in found], [high - value for value, _, high in found]]
         spots = [i + 0.2 * (place - 1.5) for i in range(len(groups))]
-        drawn = axes.bar(spots, values, width=0.19, color=color, label=label)
+        axes.bar(spots, values, width=0.19, color=color, label=label)
         axes.errorbar(spots, values, yerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=3)
-        axes.bar_label(drawn, [f"{v:.2g}%" for v in values], fontsize=8, padding=8)
+        for spot, (value, _, high) in zip(spots, found, strict=True):
+            top = max(value, high, 0.0)
+            axes.annotate(
+                f"{value:.3g}%", (spot, top), (0, 3), textcoords="offset points", ha="center", size=8
+            )
     steps = [f"{n}\n{1e3 * g.timings['unguarded'].median:.3g} ms a step" for n, g in groups.items()]
     axes.set_xticks(range(len(groups)), steps)
     axes.set_ylabel("% of an unguarded step")
@@ -145,9 +149,9 @@ def overheads(session: Session, path: Path) -> bool:
     axes.axhline(1, color="tab:red", linestyle="--", linewidth=1)
     axes.margins(y=0.2)
     axes.grid(True, axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="lower center", ncol=4)
     axes.set_title("What the governor costs (check every step); bars: 95% intervals, red: 1%", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
     return True

@@ -1,26 +1,28 @@
 """Run the whole suite and write the page: ``python bench/run.py`` (15 minutes), ``--quick`` (two).
 
-The ops run in one process and the training steps in another; each file of benches leaves a JSON file in
-``--out``, and ``report.py`` merges them. Files named as arguments run alone, the rest of the page then comes
-from what ``--out`` already holds.
+The training steps run in a process of their own, the rest in another. Each file of benches leaves a JSON file
+in ``--out``, and ``report.py`` merges them. Files named as arguments run alone, the rest of the page then
+comes from what ``--out`` already holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
+ALONE = ("bench_steps",)
+"""Whole training steps have a process of their own: its memory is as a training run finds it."""
 
 
-def run(paths: list[Path], out: Path, options: list[str]) -> bool:
+def run(name: str, paths: list[Path], out: Path, options: list[str]) -> bool:
     """Run files in one process, tell of each when it is done, and keep its figures; whether all was right."""
-    folder = paths[0].parent.name
-    together, log = out / f"{folder}.json", out / f"{folder}.log"
+    together, log = out / f"{name}.json", out / f"{name}.log"
     command = [sys.executable, "-m", "pytest", *map(str, paths), "-q", "--no-header", *options]
     command += ["--benchmark-columns=median,iqr", f"--benchmark-json={together}", f"--rootdir={BENCH.parent}"]
     with (
@@ -32,16 +34,16 @@ def run(paths: list[Path], out: Path, options: list[str]) -> bool:
         assert process.stdout is not None
         for line in process.stdout:
             copy.write(line)
-            if line.startswith("bench_") and "::" not in line:
+            if re.match(r"bench_\w+: ", line):
                 print(line, end="", flush=True)
     if process.returncode:
-        print(f"{folder}: FAILED, see {log}", flush=True)
-    if together.stat().st_size:
+        print(f"{name}: FAILED, see {log}", flush=True)
+    if together.is_file() and together.stat().st_size:
         data = json.loads(together.read_text())
         for path in paths:
             rows = [row for row in data["benchmarks"] if f"/{path.name}::" in row["fullname"]]
             (out / f"{path.stem}.json").write_text(json.dumps({**data, "benchmarks": rows}))
-    together.unlink()
+    together.unlink(missing_ok=True)
     return process.returncode == 0
 
 
@@ -67,8 +69,9 @@ def main() -> int:
     options = ["--quick"] if arguments.quick else []
     options += [f"--bench-device={arguments.device}"] if arguments.device else []
     is_right = True
-    for folder in sorted({path.parent for path in wanted}):
-        is_right &= run([path for path in wanted if path.parent == folder], arguments.out, options)
+    for name, is_alone in (("ops", False), ("steps", True)):
+        ours = [path for path in wanted if (path.stem in ALONE) == is_alone]
+        is_right &= not ours or run(name, ours, arguments.out, options)
     found = [str(path) for path in sorted(arguments.out.glob("bench_*.json"))]
     docs = arguments.docs or (arguments.out if arguments.quick else BENCH.parent / "docs")
     report = [sys.executable, str(BENCH / "report.py"), "--bars", f"--docs={docs}"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import KIB, MIB, Elementwise, sample, sweep
 from compiled import compiled
+from harness import QUICK, Effort
 from torch import Tensor
 
 from tolaria import ops
@@ -77,6 +78,15 @@ def directions(
         "backward": backward,
         "both": both,
     }
+
+
+def ahead(effort: Effort) -> None:
+    """Compile what is compared with the compiler in ``--quick``, before anything is timed."""
+    if effort is QUICK:
+        for needs_alpha in (False, True):
+            host, seed, grad = (torch.randn(2 * MIB, requires_grad=k < 2) for k in range(3))
+            alpha = torch.tensor(0.3, requires_grad=needs_alpha)
+            directions(COMPILED["blend"], (host, seed, alpha), grad)["both"]()
 
 
 BLEND = {"fused": ops.blend, "reference": reference.blend, "compiled": COMPILED["blend"], "lerp": lerp}

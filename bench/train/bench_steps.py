@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from harness import FULL, QUICK, SMOKE, interleaved, no_collection, orders
-from memory import peaks
 from models import WORKLOADS, Trainee
 from summary import median_difference
 
@@ -242,11 +241,3 @@ def bench_rollback(name, record, effort, device):
         samples, calls = interleaved(functions, effort, device)
         for impl, seconds in samples.items():
             record(f"{kind}/{name}", impl, seconds, calls[impl], moved_bytes=moved)
-
-
-@pytest.mark.parametrize("name", list(WORKLOADS))
-def bench_memory(name, record, device):
-    """Peak memory of a few steps, guarded and not; the times beside the bytes mean nothing."""
-    for impl, found in peaks(device)[name].items():
-        info = {key: value for key, value in found.items() if key != "seconds"}
-        record(f"memory/{name}", impl, [found["seconds"]], moved_bytes=0, **info)
