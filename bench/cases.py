@@ -40,6 +40,13 @@ class Elementwise:
     one_thread: bool = False
 
     @property
+    def longer(self) -> float:
+        """How many times longer than others it is measured: headlines more, the largest in three rounds."""
+        if self.size > 64 * MIB:
+            return 0.1
+        return 3 if self.size >= 8 * MIB and self.direction.startswith("both") else 1
+
+    @property
     def name(self) -> str:
         """Its part of a group's name."""
         threads = "1 thread" if self.one_thread else "all threads"

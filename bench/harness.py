@@ -30,8 +30,13 @@ class Effort:
     """Calls shorter than this are timed several at once."""
 
     def times(self, factor: float) -> Effort:
-        """As much more, for a case that needs it."""
-        return replace(self, seconds=factor * self.seconds, most_rounds=round(factor * self.most_rounds))
+        """As much more for a case that needs it, or less."""
+        return replace(
+            self,
+            seconds=factor * self.seconds,
+            least_rounds=self.least_rounds if factor >= 1 else min(3, self.least_rounds),
+            most_rounds=max(3, round(factor * self.most_rounds)),
+        )
 
 
 FULL, QUICK, SMOKE = Effort(0.8), Effort(0.4, most_rounds=25), Effort(0.0, least_rounds=2, batch_seconds=0.0)

@@ -83,7 +83,7 @@ WORKLOADS = {
         lambda: torch.randint(10, (64,)),
         settling=2,
         timed=10,
-        rounds=90,
+        rounds=60,
         quick_rounds=12,
     ),
     "transformer": Workload(
@@ -92,7 +92,7 @@ WORKLOADS = {
         lambda: torch.randint(96, (16, 64)),
         settling=1,
         timed=4,
-        rounds=75,
+        rounds=50,
         quick_rounds=9,
     ),
     "resnet18": Workload(
@@ -101,7 +101,7 @@ WORKLOADS = {
         lambda: torch.randint(1000, (8,)),
         settling=0,  # no cache holds a copy
         timed=1,
-        rounds=80,
+        rounds=50,
         quick_rounds=6,
     ),
 }

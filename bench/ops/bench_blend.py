@@ -124,7 +124,7 @@ def bench_blend(case, measure, device):
         passes=passes[direction],
         one_thread=case.one_thread,
         full_only=("compiled",) if not is_barred(case) else ("reference",) if case.size > 8 * MIB else (),
-        longer=3 if case.size >= 8 * MIB and direction == "both" else 1,
+        longer=case.longer,
     )
 
 
@@ -157,6 +157,7 @@ def bench_seed_gate(case, measure, device):
         f"seed_gate/{case.name}",
         {name: directions(function, inputs, grad)[case.direction] for name, function in GATE.items()},
         check=agrees(case, [sample(features if case.direction == "forward" else grad).double()]),
+        longer=min(1, case.longer),
         passes=passes[case.direction],
         one_thread=case.one_thread,
     )

@@ -148,4 +148,5 @@ def bench_snapshot_of_a_tensor(direction, size, measure, device):
         {"fused": run, "reference": in_reference(run), "foreach_copy_": plain},
         passes=[([live], [slot])],
         fresh=False,
+        longer=1 if size <= 64 * MIB else 0.1,
     )

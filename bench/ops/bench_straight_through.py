@@ -64,4 +64,5 @@ def bench_straight_through(case, measure, device):
         check=check,
         passes=[([host], [host])] if case.direction != "backward" else [],
         one_thread=case.one_thread,
+        longer=min(1, case.longer),
     )
