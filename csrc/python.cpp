@@ -2,12 +2,14 @@
 //
 // `judge` is governor_step_ for one governor, called once a training step. Between two steps nothing of torch's argument
 // parser, of the schema and of the boxed stack is in a cache any more, which is what a call through torch.ops costs: 22 us
-// of a 3 ms step against 16 us through this entrance (Zen 3). It hands its arguments to the op's typed handle.
+// of a 3 ms step against 16 us through this entrance (Zen 3). It hands its arguments to the op's typed handle. The look at
+// the optimizers' groups is here for the same reason: 2 us instead of 8.
 #include <Python.h>
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 #include <optional>
 
@@ -36,10 +38,29 @@ bool needs_host(const at::Tensor& state, double told) {
          field(math::field::events) != told;
 }
 
-// judge(state, config, loss, nonfinite, mailbox, gradient, told) -> bool
+// Whether the groups of these optimizers have not the sizes they had; also where something about them is odd.
+bool has_grown(PyObject* optimizers, PyObject* sizes) {
+  static PyObject* const param_groups = PyUnicode_InternFromString("param_groups");
+  static PyObject* const params = PyUnicode_InternFromString("params");
+  Py_ssize_t known = 0;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(optimizers); ++i) {
+    THPObjectPtr groups(PyObject_GetAttr(PyList_GET_ITEM(optimizers, i), param_groups));
+    if (!groups || !PyList_Check(groups.get())) return true;
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(groups.get()); ++j, ++known) {
+      PyObject* group = PyList_GET_ITEM(groups.get(), j);
+      PyObject* members = PyDict_Check(group) ? PyDict_GetItemWithError(group, params) : nullptr;
+      if (members == nullptr || !PyList_Check(members) || known >= PyList_GET_SIZE(sizes)) return true;
+      if (PyLong_AsSsize_t(PyList_GET_ITEM(sizes, known)) != PyList_GET_SIZE(members)) return true;
+    }
+  }
+  return known != PyList_GET_SIZE(sizes);
+}
+
+// judge(state, config, loss, nonfinite, mailbox, gradient, told, optimizers, sizes) -> bool
 PyObject* judge(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 7, "judge: expected 7 arguments, got ", count);
+  TORCH_CHECK_TYPE(count == 9, "judge: expected 9 arguments, got ", count);
+  TORCH_CHECK_TYPE(PyList_Check(args[7]) && PyList_Check(args[8]), "optimizers, sizes: expected two lists");
   static const auto governor_step = c10::Dispatcher::singleton()
                                         .findSchemaOrThrow("tolaria::governor_step_", "")
                                         .typed<decltype(governor_step_cpu)>();
@@ -48,7 +69,9 @@ PyObject* judge(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (PyErr_Occurred()) return nullptr;
   governor_step.call(state, as_tensor(args[1], "config"), as_tensor(args[2], "loss"), as_optional(args[3], "nonfinite"),
                      std::nullopt, as_optional(args[4], "mailbox"), as_optional(args[5], "gradient"));
-  return PyBool_FromLong(needs_host(state, told));
+  const bool must_act = needs_host(state, told) || has_grown(args[7], args[8]);
+  PyErr_Clear();  // what was odd, Python finds again and names
+  return PyBool_FromLong(must_act);
   END_HANDLE_TH_ERRORS
 }
 

@@ -141,7 +141,7 @@ class DeviceEngine(Engine):
         due = self._judged - self._reader.status(StatusField.anchor_step) >= self._config.snapshot_interval
         if due and not self._config.log_only:
             self._capture_aside()
-        if self._seed_holders:
+        if self.seed_holders:
             yield from self._check_seeds()
 
     def begin_step(self) -> None:
@@ -310,7 +310,7 @@ class DeviceEngine(Engine):
 
     def _check_seeds(self) -> Iterator[GovernorEvent]:
         """Search incubating seeds on the device now and then; cull the one whose flag has arrived."""
-        for name, holder in self._seed_holders:
+        for name, holder in self.seed_holders:
             flag, searched = self._seed_flags.get(name, (None, []))
             if flag is not None and float(flag.numpy()[0]) > 0:
                 del self._seed_flags[name]

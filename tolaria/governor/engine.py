@@ -63,8 +63,8 @@ class Engine(ABC):
         self.slots = Slots(tracked.device, config.storage)
         self.defer_panics = False
         """Leave a poisoned capture to the next judgement, where ranks agree, instead of panicking at once."""
-        self._structure = tracked.structure()
-        self._seed_holders = tracked.walk().seed_holders
+        self.structure = tracked.structure()
+        self.seed_holders = tracked.walk().seed_holders
         self._watch = StructureWatch(tracked)
         self._find_exempt()
 
@@ -101,10 +101,6 @@ class Engine(ABC):
         """
 
     # Hooks: an engine overrides those it has something to do for.
-
-    def needs_act(self) -> bool:
-        """Whether :meth:`act` has something to do even where the judge ordered nothing and told nothing."""
-        return True
 
     def judged(self) -> None:
         """A judgement is about to be enqueued."""
@@ -186,7 +182,7 @@ class Engine(ABC):
         An incubating seed's are left out, since they cannot hurt the host. Of a sparse gradient the stored
         values count.
         """
-        aside = {id(t) for _, holder in self._seed_holders for t in holder.incubating_tensors()}
+        aside = {id(t) for _, holder in self.seed_holders for t in holder.incubating_tensors()}
         gradients = [
             p.grad._values() if p.grad.is_sparse else p.grad
             for optimizer in self.tracked.optimizers
@@ -204,13 +200,18 @@ class Engine(ABC):
 
     def cull_poisoned_seeds(self) -> Iterator[GovernorEvent]:
         """Cull, alone, every incubating seed that holds a non-finite value; the host cannot have felt it."""
-        for name, holder in self._seed_holders:
+        for name, holder in self.seed_holders:
             tensors = holder.incubating_tensors()
             if tensors and float(ops.tensor_stats(tensors)[2]) > 0:
                 self.tracked.retire(tensors)
                 holder.cull()
-                self._structure = []
+                self.structure = []
                 yield SeedCulledEvent(step=self.step_count, row=self._column, name=name)
+
+    def seeds_are_due(self) -> bool:
+        """Whether incubating seeds are to be searched at this step."""
+        interval = self._config.seed_check_interval
+        return bool(interval) and self.step_count % interval == 0
 
     def remove_optimizer(self, optimizer: Optimizer) -> None:
         """Stop covering ``optimizer``; the captures forget it too."""
@@ -230,8 +231,8 @@ class Engine(ABC):
             if fresh and not bool(torch.isfinite(t.tensor).all()):
                 self.slots.exempt.add(t.key)
         changed = self.slots.sync(tensors)
-        self._structure = self.tracked.structure()
-        self._seed_holders = walk.seed_holders
+        self.structure = self.tracked.structure()
+        self.seed_holders = walk.seed_holders
         self._watch.mark(walk, tensors)
         if changed and known and len(self.slots.places) != known:
             yield StructureEvent(
@@ -260,29 +261,20 @@ class HostEngine(Engine):
         self._host: list[HostState | None] = [None, None]
         self.adopt_current_state()
 
-    def needs_act(self) -> bool:
-        """Whether there is growth to look at, or seeds."""
-        has_grown = self.tracked.structure() != self._structure
-        return has_grown or bool(self._seed_holders and self._seeds_are_due())
-
-    def _seeds_are_due(self) -> bool:
-        interval = self._config.seed_check_interval
-        return bool(interval) and self.step_count % interval == 0
-
     def act(self) -> Iterator[GovernorEvent]:
         """Carry out what the last judgement ordered; yields events the ops cannot know."""
         if self._view[StateField.restore_order]:
             yield from self.restore()
         elif self._view[StateField.capture_order_0] >= 0:
             yield from self.capture()
-        elif self.tracked.structure() != self._structure:
+        elif self.tracked.structure() != self.structure:
             yield from self.sync_structure()
-        if self._seed_holders and self._seeds_are_due():
+        if self.seed_holders and self.seeds_are_due():
             yield from self.cull_poisoned_seeds()
 
     def sync_structure(self) -> Iterator[GovernorEvent]:
         """As the base class, where something may have changed."""
-        if not self._structure or self._watch.has_moved():
+        if not self.structure or self._watch.has_moved():
             yield from super().sync_structure()
 
     def capture(self) -> Iterator[GovernorEvent]:

@@ -193,7 +193,17 @@ class TolariaGovernor(Readings):
         engine = self._running or self._engine  # the property says that there is none any more
         if self._is_plain and isinstance(loss, Tensor) and nonfinite is None and gradient_norm is None:
             self._latest = None
-            must_act = judge_(self._state, self._settings, loss, None, self._mailbox, None, self._reader.told)
+            must_act = judge_(
+                self._state,
+                self._settings,
+                loss,
+                None,
+                self._mailbox,
+                None,
+                self._reader.told,
+                engine.tracked.optimizers,
+                engine.structure,
+            )
         elif isinstance(loss, Verdict):
             if self._latest is not loss:
                 raise ValueError("loss: expected the verdict that was returned last, got an older one")
@@ -203,7 +213,7 @@ class TolariaGovernor(Readings):
             must_act = True
         else:
             must_act = self._judge(loss, nonfinite, gradient_norm)
-        must_act = must_act or engine.needs_act()
+        must_act = must_act or (bool(engine.seed_holders) and engine.seeds_are_due())
         if must_act:
             self._tell(engine.act())
         if self._skipper is not None:
@@ -247,7 +257,15 @@ class TolariaGovernor(Readings):
             loss, nonfinite, gradient = agree(self._group, self._state, loss, nonfinite, gradient)
         self._latest = None
         return judge_(
-            self._state, self._settings, loss, nonfinite, self._mailbox, gradient, self._reader.told
+            self._state,
+            self._settings,
+            loss,
+            nonfinite,
+            self._mailbox,
+            gradient,
+            self._reader.told,
+            engine.tracked.optimizers,
+            engine.structure,
         )
 
     # -- by hand ---------------------------------------------------------------------------------------------

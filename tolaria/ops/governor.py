@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.optim import Optimizer
 
 from tolaria import _backend, _extension
 from tolaria.reference import governor as reference
@@ -58,6 +59,8 @@ def judge_(
     mailbox: Tensor,
     gradient: Tensor | None,
     told: int,
+    optimizers: list[Optimizer],
+    sizes: list[int],
 ) -> bool:
     """:func:`governor_step_` for a single governor, by the shortest way, and whether the host must act.
 
@@ -69,16 +72,18 @@ def judge_(
         mailbox: where events and status are written.
         gradient: a norm, or a row of ``tensor_stats``, or None.
         told: how many of the mailbox's events the host has read.
+        optimizers: those whose groups may have grown.
+        sizes: how many parameters each of their groups had.
 
     Returns:
-        False if nothing is to be done: on the CPU, no order and no further event. Else, and wherever the host
-        cannot know without waiting, True.
+        False if nothing is to be done: on the CPU, no order, no further event, no growth. Else, and wherever
+        the host cannot know without waiting, True.
 
     Raises:
         ValueError, TypeError: as :func:`governor_step_`.
     """
     if _backend.fused_on_cpu and state.is_cpu and not is_dynamo_compiling():
-        return _extension.judge(state, config, loss, nonfinite, mailbox, gradient, told)
+        return _extension.judge(state, config, loss, nonfinite, mailbox, gradient, told, optimizers, sizes)
     governor_step_(state, config, loss, nonfinite, None, mailbox, gradient)
     return True
 
