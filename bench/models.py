@@ -83,8 +83,8 @@ WORKLOADS = {
         lambda: torch.randint(10, (64,)),
         settling=2,
         timed=10,
-        rounds=60,
-        quick_rounds=12,
+        rounds=150,
+        quick_rounds=20,
     ),
     "transformer": Workload(
         lambda: create_host("transformer", vocabulary=96, context=64, width=64, depth=2),
@@ -92,8 +92,8 @@ WORKLOADS = {
         lambda: torch.randint(96, (16, 64)),
         settling=1,
         timed=4,
-        rounds=50,
-        quick_rounds=9,
+        rounds=100,
+        quick_rounds=14,
     ),
     "resnet18": Workload(
         ResNet18,
