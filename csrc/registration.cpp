@@ -1,10 +1,13 @@
 // The table of contents: every schema of the namespace `tolaria`, and which function serves it on which dispatch key.
 #include <torch/library.h>
 
+#include "common/fresh.h"
 #include "ops.h"
 
 TORCH_LIBRARY(tolaria, m) {
   m.set_python_module("tolaria.ops._fake");  // a missing fake then names the module to import
+
+  m.def("release_idle_outputs() -> int", &tolaria::release_idle_outputs);
 
   m.def("blend(Tensor host, Tensor seed, Tensor alpha) -> Tensor");
   m.def(

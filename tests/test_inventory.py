@@ -10,8 +10,8 @@ from tolaria import _extension, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTRATION = (ROOT / "csrc" / "registration.cpp").read_text()
-SCHEMAS = re.findall(r'm\.def\(\s*"(\w+)\(', REGISTRATION)
-OPS = [name for name in SCHEMAS if not name.endswith("_fields")]  # those only name a layout
+SCHEMAS = re.findall(r'm\.def\(\s*"(\w+)\((.*)', REGISTRATION)
+OPS = [name for name, arguments in SCHEMAS if arguments.startswith("Tensor")]  # the rest works on no data
 FORWARDS = [name for name in OPS if not name.rstrip("_").endswith("_backward")]
 STEMS = {
     "blend": "blend",

@@ -2,7 +2,7 @@
 
 from tolaria import _startup  # the first of all imports
 from tolaria._backend import backend, current_mode
-from tolaria._host_allocator import HostAllocatorTuning, tune_host_allocator
+from tolaria._host_allocator import HostAllocatorTuning, release_host_memory, tune_host_allocator
 from tolaria.errors import (
     BuildMismatchError,
     ConfigError,
@@ -63,6 +63,7 @@ __all__ = [
     "get_task",
     "list_tasks",
     "register_task",
+    "release_host_memory",
     "train_epoch_blended",
     "train_epoch_incubator_mode",
     "train_epoch_normal",

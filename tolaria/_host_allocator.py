@@ -1,10 +1,13 @@
-"""Let the C library keep what tensors free, for the next tensors. Opt-in: it changes the whole process."""
+"""Memory that is kept for the next tensors: by our ops, and, opt-in, by the C library for the whole process."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
 
+import torch
+
+from tolaria import _extension
 from tolaria.errors import TolariaError
 
 # mallopt's parameters (malloc.h) and what glibc starts with.
@@ -42,6 +45,18 @@ class HostAllocatorTuning:
             libc.mallopt(parameter, value)
         libc.malloc_trim(ctypes.c_size_t(0))
         _tuned = False
+
+
+def release_host_memory() -> int:
+    """Give back to the system what the ops keep of large outputs on the CPU and no tensor uses any more.
+
+    The ops keep up to 512 MiB, since fresh memory costs more than their arithmetic; a block that nothing fits
+    for a while goes by itself. Worth a call between two jobs of one process, not between two steps.
+
+    Returns:
+        How many bytes that were.
+    """
+    return int(torch.ops.tolaria.release_idle_outputs()) if _extension.LOADED else 0
 
 
 def tune_host_allocator() -> HostAllocatorTuning:

@@ -8,6 +8,8 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <c10/core/CPUAllocator.h>
 
+#include "common/fresh.h"
+
 namespace tolaria {
 
 // Whether autograd has anything to do with this tensor: reverse mode, or a forward-mode tangent.
@@ -18,8 +20,8 @@ inline bool is_tracked(const at::Tensor& tensor) {
 inline bool is_tracked(const std::optional<at::Tensor>& tensor) { return tensor && is_tracked(*tensor); }
 
 // Whether a backward may write over the CPU gradient that it was handed, since nobody can look at that memory any more: no
-// tensor, view, hook, Python object or lazy copy but the one reference here, and memory of torch's own allocator (a NumPy
-// array may still look at what came from it). torch's engine judges alike before it adds gradients up in place. Not under
+// tensor, view, hook, Python object or lazy copy but the one reference here, and memory of torch's own allocator or of our
+// pool (a NumPy array may still look at what came from it). torch's engine judges alike before it adds gradients up in place. Not under
 // anything that traces, wraps or differentiates what runs here.
 inline bool is_ours_alone(const at::Tensor& grad) {
   if (at::GradMode::is_enabled() || !grad.is_cpu() || at::isTensorSubclassLike(grad)) return false;
@@ -28,8 +30,9 @@ inline bool is_ours_alone(const at::Tensor& grad) {
   }
   if (grad.requires_grad() || grad._fw_grad(0).defined() || grad.is_neg() || grad.is_inference()) return false;
   const at::Storage& storage = grad.storage();
+  const c10::DataPtr& memory = storage.data_ptr();
   return storage.use_count() == 1 && storage.nbytes() == grad.nbytes() &&
-         storage.data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
+         (memory.get_deleter() == c10::GetCPUAllocator()->raw_deleter() || is_pooled(memory));
 }
 
 // A typed handle of an op: TOLARIA_OP(blend_autograd, "blend") has the signature of the named function.

@@ -1,39 +1,45 @@
-// Memory of outputs. On Linux a large one on the CPU is asked to lie on large pages before anything touches it: the system
-// then hands out 2 MiB at a fault rather than 4 KiB. Two cores of a Zen 3 server under KVM, three fresh outputs of an
-// elementwise pass each, medians: 13.1 to 6.8 ms at 8 MiB, 47 to 16 ms at 32 MiB, 227 to 68 ms at 128 MiB; nothing below
-// 4 MiB, where hardly a large page fits. Whole large pages inside the tensor alone, so that no byte more is taken.
+// Memory of outputs. A large one on the CPU comes from a pool of what earlier outputs gave back, since fresh memory is the
+// dearest kind: the C library returns blocks of megabytes to the system when they are freed, and the system zeroes every
+// page of the next one at its first touch. csrc/cpu/output_pool.cpp has the figures.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/Allocator.h>
 #include <cstdint>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace tolaria {
 
-// Asks for large pages behind `tensor`'s memory, which nobody has written yet. A wish: refused, nothing is lost.
-inline at::Tensor on_large_pages([[maybe_unused]] at::Tensor tensor) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLargePage = uintptr_t(1) << 21;
-  constexpr size_t kWorthIt = 2 * kLargePage;
-  if (tensor.is_cpu() && tensor.nbytes() >= kWorthIt) {
-    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
-    const uintptr_t last = (begin + tensor.nbytes()) / kLargePage * kLargePage;
-    if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+// Smaller outputs stay with torch's allocator: the C library keeps what they free.
+constexpr int64_t kPooledBytes = 1 << 20;
+
+// The pool, as an allocator that torch can resize a tensor with. It lives until the process ends.
+c10::Allocator* output_pool();
+
+// Whether this memory is the pool's.
+bool is_pooled(const c10::DataPtr& memory);
+
+// Gives back to the system what no tensor uses; bytes.
+int64_t release_idle_outputs();
+
+// A tensor of these sizes and strides in the memory of `model`'s device, not yet written.
+inline at::Tensor fresh_strided(const at::Tensor& model, at::IntArrayRef strides, at::ScalarType type) {
+  const auto bytes = at::detail::computeStorageNbytes(model.sizes(), strides, c10::elementSize(type));
+  if (!model.is_cpu() || static_cast<int64_t>(bytes) < kPooledBytes) {
+    return at::empty_strided(model.sizes(), strides, model.options().dtype(type));
   }
-#endif
-  return tensor;
+  return at::detail::empty_strided_generic(model.sizes(), strides, output_pool(),
+                                           c10::DispatchKeySet(c10::DispatchKey::CPU), type);
 }
 
 // An output in the shape and memory order of `model`, not yet written.
-inline at::Tensor fresh_like(const at::Tensor& model) { return on_large_pages(at::empty_like(model)); }
-
 inline at::Tensor fresh_like(const at::Tensor& model, at::ScalarType type) {
-  return on_large_pages(at::empty_like(model, model.options().dtype(type)));
+  if (model.is_cpu() && model.is_non_overlapping_and_dense()) return fresh_strided(model, model.strides(), type);
+  return at::empty_like(model, model.options().dtype(type));
 }
+
+inline at::Tensor fresh_like(const at::Tensor& model) { return fresh_like(model, model.scalar_type()); }
 
 }  // namespace tolaria

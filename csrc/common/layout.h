@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/util/SmallVector.h>
 #include <algorithm>
 #include <optional>
@@ -23,8 +22,7 @@ inline bool same_order(const at::Tensor& a, const at::Tensor& b) {
 // `tensor`'s values in the memory order of the dense `order`, as `type`; the tensor itself when it is that already.
 inline at::Tensor in_order_of(const at::Tensor& tensor, const at::Tensor& order, at::ScalarType type) {
   if (tensor.scalar_type() == type && same_order(tensor, order)) return tensor;
-  at::Tensor copy =
-      on_large_pages(at::empty_strided(order.sizes(), order.strides(), tensor.options().dtype(type)));
+  at::Tensor copy = fresh_strided(order, order.strides(), type);
   copy.copy_(tensor);
   return copy;
 }

@@ -11,11 +11,13 @@
 #include "common/layout.h"
 #include "cpu/elementwise.h"
 #include "cpu/isa.h"
+#include "cpu/stream.h"
 #include "ops.h"
 
 namespace tolaria {
 namespace {
 
+using cpu::kLanes;
 using math::BlendBranch;
 
 template <typename host_t, typename seed_t, typename acc_t>
@@ -23,23 +25,43 @@ struct BlendForward {
   const host_t* host_data;
   const seed_t* seed_data;
   host_t* out_data;
+  bool is_large;  // the pass leaves nothing of `out` in the caches
 
   TOLARIA_INLINE void uniform(int64_t, int64_t offset, int64_t n, acc_t alpha) const {
     const host_t* C10_RESTRICT host = host_data + offset;
     const seed_t* C10_RESTRICT seed = seed_data + offset;
     host_t* C10_RESTRICT out = out_data + offset;
+    const bool streams = is_large && cpu::is_streamable(out);
     switch (math::blend_branch(alpha)) {
       case BlendBranch::kHost: std::memcpy(out, host, n * sizeof(host_t)); break;
       case BlendBranch::kLow:
-        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<host_t>(math::blend_low<acc_t>(host[i], seed[i], alpha));
+        streams ? mixed<true, true>(host, seed, out, n, alpha) : mixed<true, false>(host, seed, out, n, alpha);
         break;
       case BlendBranch::kHigh:
-        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<host_t>(math::blend_high<acc_t>(host[i], seed[i], alpha));
+        streams ? mixed<false, true>(host, seed, out, n, alpha) : mixed<false, false>(host, seed, out, n, alpha);
         break;
       case BlendBranch::kSeed:
         for (int64_t i = 0; i < n; ++i) out[i] = static_cast<host_t>(seed[i]);
         break;
     }
+  }
+
+  template <bool kIsLow, bool kStreams>
+  static TOLARIA_INLINE void mixed(const host_t* C10_RESTRICT host, const seed_t* C10_RESTRICT seed,
+                                   host_t* C10_RESTRICT out, int64_t n, acc_t alpha) {
+    const auto mix = [alpha](acc_t h, acc_t s) TOLARIA_INLINE_LAMBDA {
+      return static_cast<host_t>(kIsLow ? math::blend_low(h, s, alpha) : math::blend_high(h, s, alpha));
+    };
+    constexpr int64_t kPack = cpu::kPack<host_t, seed_t>;
+    int64_t i = 0;
+    for (; i + kPack <= n; i += kPack) {
+      alignas(cpu::kLine) host_t mixture[kPack];
+      TOLARIA_LANES
+      for (int64_t l = 0; l < kPack; ++l) mixture[l] = mix(host[i + l], seed[i + l]);
+      cpu::store_pack<kStreams>(out + i, mixture);
+    }
+    for (; i < n; ++i) out[i] = mix(host[i], seed[i]);
+    if (kStreams) cpu::stream_fence();
   }
 
   TOLARIA_INLINE void varied(int64_t, int64_t row, int64_t rows, int64_t mid, int64_t start, int64_t n,
@@ -53,12 +75,8 @@ struct BlendForward {
   }
 };
 
-// Doubles that a running sum is spread over; a fixed number, so that every instruction set adds in one order.
-constexpr int64_t kLanes = 16;
-
-// The gradients of one pass. Null pointers are outputs that nobody asked for. Each block of grad is read from memory
-// once and stays in the first-level cache for the loops after the first. grad_host may be grad's own memory: it is
-// written last.
+// The gradients of one pass. Null pointers are outputs that nobody asked for. grad_host may be grad's own memory: what is
+// read of grad is read before it is written.
 template <typename host_t, typename seed_t, typename acc_t>
 struct BlendBackward {
   const host_t* grad_data;
@@ -66,55 +84,91 @@ struct BlendBackward {
   const seed_t* seed_data;
   host_t* grad_host;
   seed_t* grad_seed;
+  bool is_large;          // the pass leaves nothing that it writes in the caches
   double* alpha_partial;  // one sum per piece, or per (group, mid)
   acc_t* alpha_direct;    // instead, when every element has an alpha of its own
 
   TOLARIA_INLINE void uniform(int64_t slot, int64_t offset, int64_t n, acc_t alpha) const {
-    double lanes[kLanes] = {};
     const bool is_live = alpha_partial != nullptr && math::blend_alpha_is_live(alpha);
-    for (int64_t start = 0; start < n; start += cpu::kBlock) {
-      const int64_t at = offset + start, length = std::min(cpu::kBlock, n - start);
-      if (grad_seed != nullptr) seed_row(grad_data + at, grad_seed + at, length, alpha);
-      if (is_live) alpha_row(grad_data + at, host_data + at, seed_data + at, length, lanes);
-      if (grad_host != nullptr) host_row(grad_data + at, grad_host + at, length, alpha);
+    double sum;
+    if (alpha <= acc_t(0) || alpha >= acc_t(1)) {
+      sum = end(offset, n, alpha, is_live);
+    } else {
+      sum = is_live ? between<true>(offset, n, alpha) : between<false>(offset, n, alpha);
     }
-    if (alpha_partial == nullptr) return;
-    double sum = 0;
-    for (const double lane : lanes) sum += lane;
-    alpha_partial[slot] = sum;
+    if (alpha_partial != nullptr) alpha_partial[slot] = sum;
   }
 
-  static TOLARIA_INLINE void host_row(const host_t* grad, host_t* out, int64_t n, acc_t alpha) {
-    if (alpha <= acc_t(0)) {
-      if (out != grad) std::memcpy(out, grad, n * sizeof(host_t));
-    } else if (alpha >= acc_t(1)) {
-      std::memset(static_cast<void*>(out), 0, n * sizeof(host_t));
-    } else {
-      TOLARIA_ELEMENTWISE
-      for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_host(grad[i], alpha);
-    }
-  }
-
-  static TOLARIA_INLINE void seed_row(const host_t* C10_RESTRICT grad, seed_t* C10_RESTRICT out, int64_t n, acc_t alpha) {
-    if (alpha <= acc_t(0)) {
-      std::memset(static_cast<void*>(out), 0, n * sizeof(seed_t));
-    } else {
+  // At an end a gradient is grad's bits or zeros.
+  TOLARIA_INLINE double end(int64_t offset, int64_t n, acc_t alpha, bool is_live) const {
+    const host_t* grad = grad_data + offset;
+    if (grad_seed != nullptr) {
+      seed_t* C10_RESTRICT out = grad_seed + offset;
       for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_seed<seed_t>(grad[i], alpha);
     }
+    const double sum = is_live ? pass<true, false>(offset, n, alpha, nullptr, nullptr) : 0;
+    if (grad_host != nullptr && alpha >= acc_t(1)) {
+      std::memset(static_cast<void*>(grad_host + offset), 0, n * sizeof(host_t));
+    } else if (grad_host != nullptr && grad_host != grad_data) {
+      std::memcpy(grad_host + offset, grad, n * sizeof(host_t));
+    }
+    return sum;
   }
 
-  static TOLARIA_INLINE void alpha_row(const host_t* C10_RESTRICT grad, const host_t* C10_RESTRICT host,
-                                       const seed_t* C10_RESTRICT seed, int64_t n, double* lanes) {
-    acc_t terms[cpu::kBlock];  // a loop of its own: with the sums in it, conversions from 16 bits stay scalar
-    for (int64_t i = 0; i < n; ++i) terms[i] = math::blend_grad_alpha<acc_t>(grad[i], host[i], seed[i]);
-    double sums[kLanes];
-    std::memcpy(sums, lanes, sizeof(sums));
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int64_t l = 0; l < kLanes; ++l) sums[l] += static_cast<double>(terms[i + l]);
+  template <bool kAlpha>
+  TOLARIA_INLINE double between(int64_t offset, int64_t n, acc_t alpha) const {
+    host_t* to_host = grad_host == nullptr ? nullptr : grad_host + offset;
+    seed_t* to_seed = grad_seed == nullptr ? nullptr : grad_seed + offset;
+    if (is_large && cpu::is_streamable(to_host) && cpu::is_streamable(to_seed)) {
+      const double sum = pass<kAlpha, true>(offset, n, alpha, to_host, to_seed);
+      cpu::stream_fence();
+      return sum;
     }
-    for (int64_t l = 0; i + l < n; ++l) sums[l] += static_cast<double>(terms[i + l]);
-    std::memcpy(lanes, sums, sizeof(sums));
+    return pass<kAlpha, false>(offset, n, alpha, to_host, to_seed);
+  }
+
+  // All gradients of a pack before the next one; those without a target go to a pack that nobody reads. Returns the sum
+  // of alpha's terms: pack by pack in as many lanes, then the rest.
+  template <bool kAlpha, bool kStreams>
+  TOLARIA_INLINE double pass(int64_t offset, int64_t n, acc_t alpha, host_t* to_host, seed_t* to_seed) const {
+    constexpr int64_t kPack = cpu::kPack<host_t, seed_t>;
+    host_t host_sink[kPack];
+    seed_t seed_sink[kPack];
+    const int64_t host_stride = to_host != nullptr, seed_stride = to_seed != nullptr;
+    if (to_host == nullptr) to_host = host_sink;
+    if (to_seed == nullptr) to_seed = seed_sink;
+    const host_t* grad = grad_data + offset;
+    const host_t* host = kAlpha ? host_data + offset : nullptr;
+    const seed_t* seed = kAlpha ? seed_data + offset : nullptr;
+    double lanes[kLanes] = {}, rest = 0;
+    int64_t i = 0;
+    for (; i + kPack <= n; i += kPack) {
+      alignas(cpu::kLine) host_t for_host[kPack];
+      alignas(cpu::kLine) seed_t for_seed[kPack];
+      TOLARIA_LANES
+      for (int64_t l = 0; l < kPack; ++l) for_host[l] = math::blend_grad_host_between(grad[i + l], alpha);
+      TOLARIA_LANES
+      for (int64_t l = 0; l < kPack; ++l) for_seed[l] = math::blend_grad_seed_between<seed_t>(grad[i + l], alpha);
+      if constexpr (kAlpha) {
+        acc_t terms[kPack];
+        TOLARIA_LANES
+        for (int64_t l = 0; l < kPack; ++l) terms[l] = math::blend_grad_alpha<acc_t>(grad[i + l], host[i + l], seed[i + l]);
+        for (int64_t start = 0; start < kPack; start += kLanes) {
+          TOLARIA_LANES
+          for (int64_t l = 0; l < kLanes; ++l) lanes[l] += static_cast<double>(terms[start + l]);
+        }
+      }
+      cpu::store_pack<kStreams>(to_host + i * host_stride, for_host);
+      cpu::store_pack<kStreams>(to_seed + i * seed_stride, for_seed);
+    }
+    for (; i < n; ++i) {
+      const host_t g = grad[i];
+      if constexpr (kAlpha) rest += static_cast<double>(math::blend_grad_alpha<acc_t>(g, host[i], seed[i]));
+      to_host[i * host_stride] = math::blend_grad_host_between(g, alpha);
+      to_seed[i * seed_stride] = math::blend_grad_seed_between<seed_t>(g, alpha);
+    }
+    for (const double lane : lanes) rest += lane;
+    return rest;
   }
 
   TOLARIA_INLINE void varied(int64_t group, int64_t row, int64_t rows, int64_t mid, int64_t start, int64_t n,
@@ -209,6 +263,7 @@ TensorTriple run_backward(const BlendBackwardPlan& plan, const at::Tensor& alpha
         data_or_null<seed_t>(plan.seed),
         mutable_data_or_null<host_t>(plan.grad_host),
         mutable_data_or_null<seed_t>(plan.grad_seed),
+        cpu::outgrows_caches(plan.moved_bytes()),
         nullptr,
         nullptr,
     };
@@ -243,7 +298,8 @@ at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::T
   if (plan.out.numel() == 0) return plan.out;
   TOLARIA_DISPATCH_PAIR(host_type, seed_type, [&] {
     const BlendForward<host_t, seed_t, acc_t> op{plan.host.const_data_ptr<host_t>(), plan.seed.const_data_ptr<seed_t>(),
-                                                 plan.out.mutable_data_ptr<host_t>()};
+                                                 plan.out.mutable_data_ptr<host_t>(),
+                                                 cpu::outgrows_caches(plan.moved_bytes())};
     cpu::for_each_run<acc_t>(plan.layout, op);
   });
   return plan.out;
@@ -275,7 +331,7 @@ TensorPair blend_backward_inplace_cpu(at::Tensor& grad, const std::optional<at::
 at::Tensor seed_gate_cpu(const at::Tensor& features, const at::Tensor& alpha) {
   check_floating("seed_gate", "features", features);
   check_alpha("seed_gate", alpha, "features", features);
-  return fresh_like(features).copy_(features);
+  return cpu::copy_of(features);
 }
 
 at::Tensor seed_gate_backward_cpu(const at::Tensor& grad, const at::Tensor& alpha) {

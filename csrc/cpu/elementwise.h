@@ -10,8 +10,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/fresh.h"
 #include "common/layout.h"
 #include "cpu/isa.h"
+#include "cpu/stream.h"
 
 namespace tolaria::cpu {
 
@@ -19,8 +21,6 @@ namespace tolaria::cpu {
 inline constexpr int64_t kGrain = 32768;
 // Elements of a piece with one alpha, and of a tile with many: the unit of a partial sum.
 inline constexpr int64_t kPiece = 32768;
-// Elements that several loops visit in turn while they stay in the first-level cache.
-inline constexpr int64_t kBlock = 1024;
 // Widest run of alpha values in a tile.
 inline constexpr int64_t kTileWidth = 1024;
 
@@ -102,6 +102,21 @@ void for_each_run(const AlphaLayout& layout, const Op& op) {
       vectorised<VariedLoop<Op, acc_t>>(tiles, begin, end, alpha, op);
     });
   }
+}
+
+// The values of `tensor` in fresh memory of the same order.
+inline at::Tensor copy_of(const at::Tensor& tensor) {
+  at::Tensor copy = fresh_like(tensor);
+  if (!tensor.is_non_overlapping_and_dense()) return copy.copy_(tensor);
+  const int64_t bytes = static_cast<int64_t>(tensor.nbytes()), piece = kGrain * 4;
+  const auto* source = static_cast<const char*>(tensor.const_data_ptr());
+  auto* target = static_cast<char*>(copy.mutable_data_ptr());
+  const auto copy_run = outgrows_caches(2 * bytes) ? &stream_run : &plain_run;
+  at::parallel_for(0, (bytes + piece - 1) / piece, 1, [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * piece;
+    copy_run(target + from, source + from, std::min(bytes, end * piece) - from);
+  });
+  return copy;
 }
 
 // Sums rows of partial sums, row after row: out[m] = sum over r of partial[r * mid + m], whatever the thread count.

@@ -22,6 +22,13 @@
 #define TOLARIA_ELEMENTWISE
 #endif
 
+// Before a short loop over lanes: unrolled ahead of the vectoriser, its array would become so many scalars.
+#if defined(__GNUC__) && !defined(__clang__)
+#define TOLARIA_LANES _Pragma("GCC unroll 1")
+#else
+#define TOLARIA_LANES
+#endif
+
 #if defined(__GNUC__) && defined(__x86_64__)
 #define TOLARIA_HAS_X86_VARIANTS 1
 #endif

@@ -9,12 +9,24 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 
 namespace tolaria::cpu {
 
 inline constexpr int64_t kLine = 64;
 // Where a streamed target must start.
 inline constexpr uintptr_t kStreamAlign = 16;
+
+// Bytes of the last cache before memory, as the system tells, else what is common.
+inline int64_t last_level_cache() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return int64_t(32) << 20;
+}
 
 // Copies one line; elsewhere than on x86-64 an ordinary copy. Four 16-byte stores fill the same write buffer as wider
 // ones would: memory, not the processor, is the limit.
@@ -29,11 +41,62 @@ TOLARIA_INLINE void stream_line(char* target, const char* source) {
 #endif
 }
 
+// Running sums side by side; a fixed number, so that every instruction set adds in one order.
+inline constexpr int64_t kLanes = 16;
+
+// Elements of these types that a loop computes and stores together: as many as the lanes, which GCC keeps in registers. It
+// only vectorises conversions from and to 16 bits in longer loops; those results wait in the first-level cache.
+template <typename... T>
+inline constexpr int64_t kPack = ((sizeof(T) == 2) || ...) ? 16 * kLanes : kLanes;
+
+// Stores a pack (aligned to a line) past the caches or through them.
+template <bool kStreams, typename T, size_t n>
+TOLARIA_INLINE void store_pack(T* target, const T (&values)[n]) {
+#if defined(__SSE2__)
+  if constexpr (kStreams) {
+    for (size_t at = 0; at < n; at += kStreamAlign / sizeof(T)) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + at),
+                       _mm_load_si128(reinterpret_cast<const __m128i*>(values + at)));
+    }
+    return;
+  }
+#endif
+  for (size_t l = 0; l < n; ++l) target[l] = values[l];  // GCC would take a memcpy through the stack
+}
+
+TOLARIA_INLINE bool is_streamable(const void* target) {
+  return target != nullptr && reinterpret_cast<uintptr_t>(target) % kStreamAlign == 0;
+}
+
+// Whether a pass moves so much that what it writes is better not kept in the caches: more than half of the last one, since
+// a training step has other tensors in there. Forward and backward of blend and an op that reads the gradients took 0.98
+// times as long at 24 MiB a pass, 1.25 times at 12 (32 MiB of cache, Zen 3); without the reader 0.85 and 1.15 times.
+inline bool outgrows_caches(int64_t bytes) {
+  static const int64_t half = last_level_cache() / 2;
+  return bytes > half;
+}
+
 // Streamed stores are seen by other threads after this; call it before the region ends.
 TOLARIA_INLINE void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
+}
+
+inline void plain_run(char* target, const char* source, int64_t bytes) { std::memcpy(target, source, bytes); }
+
+// The same past the caches; memory is asked for ahead: 5% (Zen 3).
+inline void stream_run(char* target, const char* source, int64_t bytes) {
+  constexpr int64_t kAhead = 1024;
+  int64_t at = 0;
+  if (is_streamable(target)) {
+    for (; at + kLine <= bytes; at += kLine) {
+      prefetch(source + at + kAhead);
+      stream_line(target + at, source + at);
+    }
+    stream_fence();
+  }
+  std::memcpy(target + at, source + at, bytes - at);
 }
 
 }  // namespace tolaria::cpu

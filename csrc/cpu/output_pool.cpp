@@ -1,0 +1,121 @@
+// The memory of large outputs on the CPU, kept from one use to the next.
+#include <c10/core/CPUAllocator.h>
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "common/fresh.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace tolaria {
+namespace {
+
+constexpr size_t kIdleBytes = size_t(512) << 20;  // that nobody uses, at the most
+constexpr uint64_t kPatience = 256;               // allocations that an idle block waits for one that it fits
+
+struct Block {
+  c10::DataPtr memory;
+  size_t bytes;
+  uint64_t idle_since = 0;
+};
+using Blocks = std::vector<std::unique_ptr<Block>>;
+
+// Asks for large pages behind memory that nobody has written yet: the system then hands out 2 MiB at a fault rather than
+// 4 KiB. Whole large pages inside the block alone, so that no byte more is taken. A wish: refused, nothing is lost.
+void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLargePage = uintptr_t(1) << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t last = (begin + bytes) / kLargePage * kLargePage;
+  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// Nobody waits for anybody: who finds the pool in use goes to torch's allocator. So a process forked at a bad moment, whose
+// copy of the lock stays shut, works on without a pool.
+class OutputPool final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    std::unique_ptr<Block> block = take(bytes);
+    if (block == nullptr) {
+      block = std::make_unique<Block>(Block{c10::GetCPUAllocator()->allocate(bytes), bytes});
+      ask_for_large_pages(block->memory.get(), bytes);
+    }
+    void* data = block->memory.get();
+    return {data, block.release(), &give_back, c10::Device(c10::kCPU)};
+  }
+
+  void copy_data(void* target, const void* source, size_t bytes) const override {
+    default_copy_data(target, source, bytes);
+  }
+
+  static bool owns(const c10::DataPtr& memory) { return memory.get_deleter() == &give_back; }
+
+  int64_t release() {
+    Blocks freed;
+    const std::lock_guard lock(mutex_);
+    freed.swap(idle_);
+    return static_cast<int64_t>(std::exchange(idle_bytes_, 0));
+  }
+
+ private:
+  static void give_back(void* block);
+
+  // The block given back last that is large enough and at most an eighth too large: it is likely still in the caches.
+  std::unique_ptr<Block> take(size_t bytes) {
+    Blocks freed;  // after the lock
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    ++clock_;
+    std::unique_ptr<Block> found;
+    for (auto it = idle_.end(); it != idle_.begin() && found == nullptr;) {
+      if (const size_t held = (*--it)->bytes; bytes <= held && held - bytes <= bytes / 8) found = remove(it);
+    }
+    while (!idle_.empty() && clock_ - idle_.front()->idle_since > kPatience) freed.push_back(remove(idle_.begin()));
+    return found;
+  }
+
+  void put(std::unique_ptr<Block> block) {
+    Blocks freed;
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return;
+    block->idle_since = clock_;
+    idle_bytes_ += block->bytes;
+    idle_.push_back(std::move(block));
+    while (idle_bytes_ > kIdleBytes) freed.push_back(remove(idle_.begin()));
+  }
+
+  std::unique_ptr<Block> remove(Blocks::iterator it) {
+    std::unique_ptr<Block> block = std::move(*it);
+    idle_.erase(it);
+    idle_bytes_ -= block->bytes;
+    return block;
+  }
+
+  std::mutex mutex_;
+  Blocks idle_;  // the longest idle first
+  size_t idle_bytes_ = 0;
+  uint64_t clock_ = 0;
+};
+
+OutputPool& pool() {
+  static auto* const instance = new OutputPool;  // never destroyed: tensors may outlive every static object
+  return *instance;
+}
+
+void OutputPool::give_back(void* block) { pool().put(std::unique_ptr<Block>(static_cast<Block*>(block))); }
+
+}  // namespace
+
+c10::Allocator* output_pool() { return &pool(); }
+
+bool is_pooled(const c10::DataPtr& memory) { return OutputPool::owns(memory); }
+
+int64_t release_idle_outputs() { return pool().release(); }
+
+}  // namespace tolaria

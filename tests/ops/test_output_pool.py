@@ -1,0 +1,121 @@
+"""Large CPU outputs: memory is used again only when nobody can see it, and goes back when asked."""
+
+import gc
+import os
+import threading
+
+import pytest
+import torch
+
+import tolaria
+from tolaria import _extension
+from tolaria.ops import blend, seed_gate, straight_through
+
+pytestmark = pytest.mark.skipif(not _extension.LOADED, reason="needs the compiled extension")
+LARGE = 1 << 19  # elements of float32: 2 MiB
+ALPHA = torch.tensor(0.25)
+OPS = {
+    "blend": lambda host, seed: blend(host, seed, ALPHA),
+    "seed_gate": lambda host, seed: seed_gate(host, ALPHA),
+    "straight_through": straight_through,
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_pool():
+    gc.collect()
+    tolaria.release_host_memory()
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_memory_is_used_again_after_its_last_tensor(op):
+    host, seed = torch.randn(2, LARGE)
+    out = op(host, seed)
+    place, view = out.data_ptr(), out[1:]
+    del out
+    assert op(host, seed).data_ptr() != place  # the view still looks at it
+    del view
+    assert {op(host, seed).data_ptr(), op(host, seed).data_ptr()} & {place}
+
+
+def test_what_others_keep_is_left_alone():
+    host, seed = torch.randn(2, LARGE)
+    array = blend(host, seed, ALPHA).numpy()
+    capsule = torch.from_dlpack(blend(host, seed, ALPHA))
+    before = array.copy()
+    for _ in range(4):
+        blend(host + 1, seed, ALPHA)
+    assert (array == before).all()
+    assert torch.equal(capsule, torch.from_numpy(before))
+
+
+def test_idle_memory_is_given_back():
+    host, seed = torch.randn(2, LARGE)
+    outs = [blend(host, seed, ALPHA) for _ in range(3)]
+    assert tolaria.release_host_memory() == 0
+    del outs
+    assert tolaria.release_host_memory() == 3 * 4 * LARGE
+    assert tolaria.release_host_memory() == 0
+
+
+def test_little_memory_is_kept_and_not_for_ever():
+    host, seed = torch.randn(2, 1 << 25)  # 128 MiB
+    outs = [straight_through(host, seed) for _ in range(6)]
+    del outs
+    assert tolaria.release_host_memory() <= 512 << 20
+    straight_through(host, seed)
+    for _ in range(300):  # nothing of this size fits the large block
+        straight_through(host[:LARGE], seed[:LARGE])
+    assert tolaria.release_host_memory() == 4 * LARGE
+
+
+@pytest.mark.parametrize("smaller", [0.95, 0.5])
+def test_a_block_serves_what_nearly_fills_it(smaller):
+    host, seed = torch.randn(2, LARGE)
+    place = blend(host, seed, ALPHA).data_ptr()
+    n = int(LARGE * smaller)
+    other = blend(host[:n], seed[:n], ALPHA)
+    assert (other.data_ptr() == place) == (smaller > 0.9)
+    assert torch.equal(other, torch.lerp(host[:n], seed[:n], ALPHA))
+
+
+def test_outputs_can_be_resized_and_pickled(tmp_path):
+    host, seed = torch.randn(2, LARGE)
+    out = blend(host, seed, ALPHA)
+    expected = out.clone()
+    torch.save(out, tmp_path / "out.pt")
+    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+    assert torch.equal(out.resize_(2 * LARGE)[:LARGE], expected)
+    assert torch.equal(out.share_memory_()[:LARGE], expected)
+
+
+def test_many_threads():
+    wrong = []
+
+    def work(value):
+        host = torch.full((LARGE,), float(value))
+        for _ in range(50):
+            if not (straight_through(host, host) == value).all():
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_process_has_its_own_pool():
+    host, seed = torch.randn(2, LARGE)
+    out = blend(host, seed, ALPHA)
+    before = out.clone()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
+        del out
+        os._exit(0 if torch.equal(blend(host, seed, ALPHA), before) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(out, before)
