@@ -14,6 +14,9 @@ namespace tolaria {
 using TensorPair = std::tuple<at::Tensor, at::Tensor>;
 using TensorTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
+// Gives back to the system what the pool of large CPU outputs keeps idle; bytes.
+int64_t release_idle_outputs();
+
 // blend: host and seed of the backward are only needed for grad_alpha; a gradient not asked for is undefined.
 at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha);
 at::Tensor blend_autograd(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha);

@@ -1,7 +1,6 @@
 // The table of contents: every schema of the namespace `tolaria`, and which function serves it on which dispatch key.
 #include <torch/library.h>
 
-#include "common/fresh.h"
 #include "ops.h"
 
 TORCH_LIBRARY(tolaria, m) {

@@ -1,4 +1,4 @@
-"""Memory that is kept for the next tensors: by our ops, and, opt-in, by the C library for the whole process."""
+"""Host memory kept for the next tensors: by our ops, and, opt-in, by the C library for the whole process."""
 
 from __future__ import annotations
 

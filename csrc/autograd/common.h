@@ -21,8 +21,8 @@ inline bool is_tracked(const std::optional<at::Tensor>& tensor) { return tensor 
 
 // Whether a backward may write over the CPU gradient that it was handed, since nobody can look at that memory any more: no
 // tensor, view, hook, Python object or lazy copy but the one reference here, and memory of torch's own allocator or of our
-// pool (a NumPy array may still look at what came from it). torch's engine judges alike before it adds gradients up in place. Not under
-// anything that traces, wraps or differentiates what runs here.
+// pool (a NumPy array may still look at what came from it). torch's engine judges alike before it adds gradients up in
+// place. Not under anything that traces, wraps or differentiates what runs here.
 inline bool is_ours_alone(const at::Tensor& grad) {
   if (at::GradMode::is_enabled() || !grad.is_cpu() || at::isTensorSubclassLike(grad)) return false;
   if (grad.use_count() != 1 || grad.weak_use_count() != 1 || !grad.has_storage() || !grad.is_non_overlapping_and_dense()) {

@@ -14,10 +14,9 @@
 namespace tolaria {
 
 // What a pass over these tensors reads and writes; undefined ones are not there.
-inline int64_t moved_bytes_of(std::initializer_list<at::Tensor> tensors) {
-  int64_t bytes = 0;
-  for (const at::Tensor& t : tensors) bytes += t.defined() ? static_cast<int64_t>(t.nbytes()) : 0;
-  return bytes;
+template <class... Tensors>
+int64_t moved_bytes_of(const Tensors&... tensors) {
+  return ((tensors.defined() ? static_cast<int64_t>(tensors.nbytes()) : 0) + ...);
 }
 
 struct BlendPlan {
@@ -31,7 +30,7 @@ struct BlendPlan {
     layout = make_alpha_layout(alpha, out, acc_type_of(host_.scalar_type(), seed_.scalar_type()));
   }
 
-  int64_t moved_bytes() const { return moved_bytes_of({host, seed, out}); }
+  int64_t moved_bytes() const { return moved_bytes_of(host, seed, out); }
 };
 
 // Tensors that are not needed stay undefined. grad_host is grad's own memory where that is the plan's alone, or where
@@ -61,7 +60,7 @@ struct BlendBackwardPlan {
     }
   }
 
-  int64_t moved_bytes() const { return moved_bytes_of({grad, host, seed, grad_host, grad_seed}); }
+  int64_t moved_bytes() const { return moved_bytes_of(grad, host, seed, grad_host, grad_seed); }
 };
 
 // Dtypes that no kernel takes together: forward and backward in the type of both, results back in their own.

@@ -21,9 +21,6 @@ c10::Allocator* output_pool();
 // Whether this memory is the pool's.
 bool is_pooled(const c10::DataPtr& memory);
 
-// Gives back to the system what no tensor uses; bytes.
-int64_t release_idle_outputs();
-
 // A tensor of these sizes and strides in the memory of `model`'s device, not yet written.
 inline at::Tensor fresh_strided(const at::Tensor& model, at::IntArrayRef strides, at::ScalarType type) {
   const auto bytes = at::detail::computeStorageNbytes(model.sizes(), strides, c10::elementSize(type));

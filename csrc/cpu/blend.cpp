@@ -25,7 +25,7 @@ struct BlendForward {
   const host_t* host_data;
   const seed_t* seed_data;
   host_t* out_data;
-  bool is_large;  // the pass leaves nothing of `out` in the caches
+  bool is_large;  // write past the caches
 
   TOLARIA_INLINE void uniform(int64_t, int64_t offset, int64_t n, acc_t alpha) const {
     const host_t* C10_RESTRICT host = host_data + offset;
@@ -84,7 +84,7 @@ struct BlendBackward {
   const seed_t* seed_data;
   host_t* grad_host;
   seed_t* grad_seed;
-  bool is_large;          // the pass leaves nothing that it writes in the caches
+  bool is_large;          // write past the caches
   double* alpha_partial;  // one sum per piece, or per (group, mid)
   acc_t* alpha_direct;    // instead, when every element has an alpha of its own
 
@@ -152,7 +152,9 @@ struct BlendBackward {
       if constexpr (kAlpha) {
         acc_t terms[kPack];
         TOLARIA_LANES
-        for (int64_t l = 0; l < kPack; ++l) terms[l] = math::blend_grad_alpha<acc_t>(grad[i + l], host[i + l], seed[i + l]);
+        for (int64_t l = 0; l < kPack; ++l) {
+          terms[l] = math::blend_grad_alpha<acc_t>(grad[i + l], host[i + l], seed[i + l]);
+        }
         for (int64_t start = 0; start < kPack; start += kLanes) {
           TOLARIA_LANES
           for (int64_t l = 0; l < kLanes; ++l) lanes[l] += static_cast<double>(terms[start + l]);

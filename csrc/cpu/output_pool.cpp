@@ -1,4 +1,7 @@
-// The memory of large outputs on the CPU, kept from one use to the next.
+// The memory of large outputs on the CPU, kept from one use to the next. Forward and backward of blend, whose three outputs
+// glibc gave back to the system every time: at 8 MiB 3.3 ms with fresh blocks, 2.1 from the pool; at 64 MiB torch.lerp with
+// clamp takes 118 ms, a plain loop 118 with fresh outputs and 13 with used ones, blend from the pool 17 (two cores of a
+// Zen 3 server under KVM).
 #include <c10/core/CPUAllocator.h>
 
 #include <memory>
@@ -6,6 +9,7 @@
 #include <vector>
 
 #include "common/fresh.h"
+#include "ops.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

@@ -22,3 +22,16 @@ def test_opcheck(order):
     for part in (0, 1):
         opcheck(torch.ops.tolaria.snapshot_capture_, (state, 0, table.data, part, mailbox))
     opcheck(torch.ops.tolaria.snapshot_restore_, (state, 0, config, table.data, mailbox))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("where", ["live", "slots"])
+def test_a_tensor_out_of_reach_is_refused(device, where):
+    good, bad = torch.ones(3, device=device), torch.ones(3, device="meta" if device == "cpu" else "cpu")
+    table = SnapshotTable([SnapshotEntry(good, (good.clone(), good.clone()), 0, 0)], device=device)
+    before = table.data.clone()
+    entry = SnapshotEntry(*((bad, (good, good)) if where == "live" else (good, (good, bad))), 0, 0)
+    with pytest.raises(ValueError, match=rf"entries\[1\]\.{where}: expected a tensor on {device}.*, got"):
+        table.update([table.entries[0], entry])
+    assert torch.equal(table.data, before)
+    assert len(table.entries) == 1

@@ -121,7 +121,11 @@ class SnapshotTable:
         """Replace the entries; in place, at the same address, wherever the spare room suffices.
 
         On CUDA the new rows are uploaded on the current stream, from page-locked memory, without waiting.
+
+        Raises:
+            ValueError: a tensor lies where the table's device cannot reach it; nothing is changed then.
         """
+        self._check_devices(entries)
         self.entries = tuple(sorted(entries, key=lambda entry: entry.part))
         parts = [[row for e in self.entries if e.part == part for row in self._rows(e)] for part in (0, 1)]
         rows = sum(map(len, parts))
@@ -133,6 +137,23 @@ class SnapshotTable:
         if len(matrix) > len(self.data):
             self.data = torch.zeros(2 * len(matrix), _COLUMNS, dtype=torch.int64, device=self.device)
         self.data[: len(matrix)].copy_(matrix.pin_memory(), non_blocking=True)
+
+    def _check_devices(self, entries: Sequence[SnapshotEntry]) -> None:
+        device = self.data.device
+        locked = set[int]()  # page-locked memory that was found to be so
+        for number, entry in enumerate(entries):
+            for name, tensor in (("live", entry.live), ("slots", entry.slots[0]), ("slots", entry.slots[1])):
+                if tensor.device == device:
+                    continue
+                if device.type == "cuda" and tensor.is_cpu:
+                    memory = tensor.untyped_storage().data_ptr()
+                    if memory in locked or tensor.is_pinned():
+                        locked.add(memory)
+                        continue
+                raise ValueError(
+                    f"entries[{number}].{name}: expected a tensor on {device}"
+                    f"{' or in page-locked memory' if device.type == 'cuda' else ''}, got {tensor.device}"
+                )
 
     def fits(self, rows: int) -> bool:
         """Whether so many rows fit without a new address."""
