@@ -35,6 +35,7 @@ OPS = (
     "governor_order_",
     "governor_step_",
     "metrics_fields",
+    "release_idle_outputs",
     "seed_gate",
     "seed_gate_backward",
     "seed_gate_backward_",

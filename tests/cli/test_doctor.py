@@ -58,7 +58,7 @@ def test_changed_sources_are_a_problem(monkeypatch, tmp_path):
     assert any("csrc has changed" in problem for problem in doctor().problems)
     monkeypatch.setattr(_extension, "importlib", Mock())
     monkeypatch.setattr(_extension, "_check", lambda *_: None)
-    monkeypatch.setattr(_extension, "_older", lambda _: None)
+    monkeypatch.setattr(_extension, "_older", lambda *_: None)
     with pytest.warns(RuntimeWarning, match="csrc has changed since the extension was built; run "):
         _extension._load()
 
