@@ -188,7 +188,6 @@ def regrown() -> object:
 def test_the_structure_changes_wait_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     def sync_structure(engine: device_engine.DeviceEngine) -> Iterator[object]:
         yield from super(device_engine.DeviceEngine, engine).sync_structure()
-        engine._watch.mark()
 
     control(
         regrown, lambda: monkeypatch.setattr(device_engine.DeviceEngine, "sync_structure", sync_structure)

@@ -143,7 +143,7 @@ class SnapshotTable:
         locked = set[int]()  # page-locked memory that was found to be so
         for number, entry in enumerate(entries):
             for name, tensor in (("live", entry.live), ("slots", entry.slots[0]), ("slots", entry.slots[1])):
-                if tensor.device == device:
+                if tensor.device == device or tensor.numel() == 0:
                     continue
                 if device.type == "cuda" and tensor.is_cpu:
                     memory = tensor.untyped_storage().data_ptr()
