@@ -11,6 +11,7 @@
 #include "common/layout.h"
 #include "cpu/elementwise.h"
 #include "cpu/isa.h"
+#include "cpu/pack.h"
 #include "cpu/stream.h"
 #include "ops.h"
 
@@ -50,17 +51,16 @@ struct BlendForward {
   static TOLARIA_INLINE void mixed(const host_t* C10_RESTRICT host, const seed_t* C10_RESTRICT seed,
                                    host_t* C10_RESTRICT out, int64_t n, acc_t alpha) {
     const auto mix = [alpha](acc_t h, acc_t s) TOLARIA_INLINE_LAMBDA {
-      return static_cast<host_t>(kIsLow ? math::blend_low(h, s, alpha) : math::blend_high(h, s, alpha));
+      return kIsLow ? math::blend_low(h, s, alpha) : math::blend_high(h, s, alpha);
     };
     constexpr int64_t kPack = cpu::kPack<host_t, seed_t>;
     int64_t i = 0;
     for (; i + kPack <= n; i += kPack) {
       alignas(cpu::kLine) host_t mixture[kPack];
-      TOLARIA_LANES
-      for (int64_t l = 0; l < kPack; ++l) mixture[l] = mix(host[i + l], seed[i + l]);
+      cpu::map_pack<acc_t>(mixture, mix, host + i, seed + i);
       cpu::store_pack<kStreams>(out + i, mixture);
     }
-    for (; i < n; ++i) out[i] = mix(host[i], seed[i]);
+    for (; i < n; ++i) out[i] = static_cast<host_t>(mix(host[i], seed[i]));
     if (kStreams) cpu::stream_fence();
   }
 
@@ -140,34 +140,32 @@ struct BlendBackward {
     const host_t* grad = grad_data + offset;
     const host_t* host = kAlpha ? host_data + offset : nullptr;
     const seed_t* seed = kAlpha ? seed_data + offset : nullptr;
+    const auto for_host = [alpha](acc_t g) TOLARIA_INLINE_LAMBDA { return math::blend_grad_host_between(g, alpha); };
+    const auto for_seed = [alpha](acc_t g) TOLARIA_INLINE_LAMBDA { return math::blend_grad_seed_between(g, alpha); };
+    const auto for_alpha = [](acc_t g, acc_t h, acc_t s) TOLARIA_INLINE_LAMBDA { return math::blend_grad_alpha(g, h, s); };
     double lanes[kLanes] = {}, rest = 0;
     int64_t i = 0;
     for (; i + kPack <= n; i += kPack) {
-      alignas(cpu::kLine) host_t for_host[kPack];
-      alignas(cpu::kLine) seed_t for_seed[kPack];
-      TOLARIA_LANES
-      for (int64_t l = 0; l < kPack; ++l) for_host[l] = math::blend_grad_host_between(grad[i + l], alpha);
-      TOLARIA_LANES
-      for (int64_t l = 0; l < kPack; ++l) for_seed[l] = math::blend_grad_seed_between<seed_t>(grad[i + l], alpha);
+      alignas(cpu::kLine) host_t host_pack[kPack];
+      alignas(cpu::kLine) seed_t seed_pack[kPack];
+      cpu::map_pack<acc_t>(host_pack, for_host, grad + i);
+      cpu::map_pack<acc_t>(seed_pack, for_seed, grad + i);
       if constexpr (kAlpha) {
         acc_t terms[kPack];
-        TOLARIA_LANES
-        for (int64_t l = 0; l < kPack; ++l) {
-          terms[l] = math::blend_grad_alpha<acc_t>(grad[i + l], host[i + l], seed[i + l]);
-        }
+        cpu::map_pack<acc_t>(terms, for_alpha, grad + i, host + i, seed + i);
         for (int64_t start = 0; start < kPack; start += kLanes) {
           TOLARIA_LANES
           for (int64_t l = 0; l < kLanes; ++l) lanes[l] += static_cast<double>(terms[start + l]);
         }
       }
-      cpu::store_pack<kStreams>(to_host + i * host_stride, for_host);
-      cpu::store_pack<kStreams>(to_seed + i * seed_stride, for_seed);
+      cpu::store_pack<kStreams>(to_host + i * host_stride, host_pack);
+      cpu::store_pack<kStreams>(to_seed + i * seed_stride, seed_pack);
     }
     for (; i < n; ++i) {
-      const host_t g = grad[i];
-      if constexpr (kAlpha) rest += static_cast<double>(math::blend_grad_alpha<acc_t>(g, host[i], seed[i]));
-      to_host[i * host_stride] = math::blend_grad_host_between(g, alpha);
-      to_seed[i * seed_stride] = math::blend_grad_seed_between<seed_t>(g, alpha);
+      const acc_t g = grad[i];
+      if constexpr (kAlpha) rest += static_cast<double>(for_alpha(g, host[i], seed[i]));
+      to_host[i * host_stride] = static_cast<host_t>(for_host(g));
+      to_seed[i * seed_stride] = static_cast<seed_t>(for_seed(g));
     }
     for (const double lane : lanes) rest += lane;
     return rest;

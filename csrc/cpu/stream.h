@@ -1,8 +1,11 @@
 // Stores that leave the caches alone: no line is read before it is overwritten, and nothing else is driven out.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/isa.h"
 
@@ -44,10 +47,13 @@ TOLARIA_INLINE void stream_line(char* target, const char* source) {
 // Running sums side by side; a fixed number, so that every instruction set adds in one order.
 inline constexpr int64_t kLanes = 16;
 
-// Elements of these types that a loop computes and stores together: as many as the lanes, which GCC keeps in registers. It
-// only vectorises conversions from and to 16 bits in longer loops; those results wait in the first-level cache.
+// Elements of these types that a loop computes and stores together, few enough for GCC to keep them in registers: bfloat16
+// goes in pairs (cpu/pack.h). Other conversions from and to 16 bits only become vector code in longer loops; their results
+// wait in the first-level cache.
 template <typename... T>
-inline constexpr int64_t kPack = ((sizeof(T) == 2) || ...) ? 16 * kLanes : kLanes;
+inline constexpr int64_t kPack = (std::is_same_v<T, c10::BFloat16> && ...) ? 2 * kLanes
+                                 : ((sizeof(T) == 2) || ...)               ? 16 * kLanes
+                                                                           : kLanes;
 
 // Stores a pack (aligned to a line) past the caches or through them.
 template <bool kStreams, typename T, size_t n>

@@ -43,27 +43,27 @@ C10_HOST_DEVICE inline host_t blend(host_t host, seed_t seed, acc_t alpha) {
 }
 
 // The gradients between the ends.
-template <typename acc_t, typename host_t>
-C10_HOST_DEVICE inline host_t blend_grad_host_between(host_t grad, acc_t alpha) {
-  return static_cast<host_t>(static_cast<acc_t>(grad) * (acc_t(1) - alpha));
+template <typename acc_t>
+C10_HOST_DEVICE inline acc_t blend_grad_host_between(acc_t grad, acc_t alpha) {
+  return grad * (acc_t(1) - alpha);
 }
 
-template <typename seed_t, typename acc_t, typename host_t>
-C10_HOST_DEVICE inline seed_t blend_grad_seed_between(host_t grad, acc_t alpha) {
-  return static_cast<seed_t>(static_cast<acc_t>(grad) * alpha);
+template <typename acc_t>
+C10_HOST_DEVICE inline acc_t blend_grad_seed_between(acc_t grad, acc_t alpha) {
+  return grad * alpha;
 }
 
 // The gradients: selected as the values are, so a NaN gradient never becomes 0 * NaN on the unused side.
 template <typename acc_t, typename host_t>
 C10_HOST_DEVICE inline host_t blend_grad_host(host_t grad, acc_t alpha) {
-  const host_t mixed = blend_grad_host_between(grad, alpha);
+  const host_t mixed = static_cast<host_t>(blend_grad_host_between(static_cast<acc_t>(grad), alpha));
   const host_t end = alpha >= acc_t(1) ? static_cast<host_t>(acc_t(0)) : mixed;
   return alpha <= acc_t(0) ? grad : end;
 }
 
 template <typename seed_t, typename acc_t, typename host_t>
 C10_HOST_DEVICE inline seed_t blend_grad_seed(host_t grad, acc_t alpha) {
-  const seed_t mixed = blend_grad_seed_between<seed_t>(grad, alpha);
+  const seed_t mixed = static_cast<seed_t>(blend_grad_seed_between(static_cast<acc_t>(grad), alpha));
   const seed_t end = alpha >= acc_t(1) ? static_cast<seed_t>(grad) : mixed;
   return alpha <= acc_t(0) ? static_cast<seed_t>(acc_t(0)) : end;
 }

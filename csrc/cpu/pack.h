@@ -1,0 +1,67 @@
+// A pack of elements through a function of their arithmetic type, in loops that GCC turns into vector code.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/isa.h"
+
+namespace tolaria::cpu {
+
+// Two neighbouring bfloat16 as the 32-bit word that holds them: widened by a shift and a mask, rounded and joined without
+// leaving 32-bit lanes. Element by element, half of the instructions of a loop narrow and permute.
+struct BFloat16Pairs {
+  static TOLARIA_INLINE uint32_t load(const c10::BFloat16* pair) {
+    uint32_t word;
+    std::memcpy(&word, pair, sizeof(word));
+    return word;
+  }
+
+  static TOLARIA_INLINE float widened(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+
+  static TOLARIA_INLINE float low(uint32_t word) { return widened(word << 16); }
+  static TOLARIA_INLINE float high(uint32_t word) { return widened(word & 0xffff0000u); }
+
+  // To nearest, ties to even, one NaN for all, in the upper half: as c10::BFloat16(float).
+  static TOLARIA_INLINE uint32_t rounded(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return value != value ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+
+  static TOLARIA_INLINE void store(c10::BFloat16* pair, float low, float high) {
+    const uint32_t word = (rounded(low) >> 16) | (rounded(high) & 0xffff0000u);
+    std::memcpy(pair, &word, sizeof(word));
+  }
+};
+
+// out[i] = f(in[i]...), computed in acc_t. Where `in` are bfloat16 and `out` is not, all even elements come first, then all
+// odd ones.
+template <typename acc_t, typename out_t, size_t n, class F, typename... in_t>
+TOLARIA_INLINE void map_pack(out_t (&out)[n], const F& f, const in_t*... in) {
+  if constexpr ((std::is_same_v<in_t, c10::BFloat16> && ...)) {
+    using Pairs = BFloat16Pairs;
+    TOLARIA_LANES
+    for (size_t w = 0; w < n / 2; ++w) {
+      const acc_t low = f(Pairs::low(Pairs::load(in + 2 * w))...), high = f(Pairs::high(Pairs::load(in + 2 * w))...);
+      if constexpr (std::is_same_v<out_t, c10::BFloat16>) {
+        Pairs::store(out + 2 * w, low, high);
+      } else {
+        out[w] = static_cast<out_t>(low);
+        out[n / 2 + w] = static_cast<out_t>(high);
+      }
+    }
+  } else {
+    TOLARIA_LANES
+    for (size_t l = 0; l < n; ++l) out[l] = static_cast<out_t>(f(static_cast<acc_t>(in[l])...));
+  }
+}
+
+}  // namespace tolaria::cpu
