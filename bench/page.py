@@ -100,7 +100,10 @@ def _on_page(group: Group) -> bool:
         return False
     parts = name.split("/")
     sizes = [part for part in parts if part.endswith("iB")]
-    if sizes and ("bfloat16" in parts or not name.startswith("blend/both")):
+    is_headline = name.startswith("blend/both")
+    if "bfloat16" in parts:
+        return is_headline and sizes[0] == "8 MiB"
+    if sizes and not is_headline:
         return sizes[0] == "8 MiB"
     return not sizes or sizes[0] in _SIZES_ON_PAGE
 
@@ -192,7 +195,7 @@ def memory_table(session: Session) -> list[str]:
     return lines
 
 
-def wins_and_losses(session: Session, most: int = 14) -> list[str]:
+def wins_and_losses(session: Session, most: int = 10) -> list[str]:
     """How often ``fused`` is ahead of another implementation and how often behind, and the largest losses."""
     ahead, losses = 0, []
     for group in session.groups.values():
