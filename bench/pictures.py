@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 from summary import Group, Session
 
 PANELS = {
@@ -48,7 +48,7 @@ def _sweep(session: Session, pattern: str) -> list[tuple[int, Group]]:
 
 def _panel(axes: Axes, title: str, groups: list[tuple[int, Group]]) -> None:
     names = sorted(
-        {n for _, g in groups for n in g.timings if n != "fused"}, key=lambda n: n.startswith("ceiling")
+        {n for _, g in groups for n in g.timings if n != "fused"}, key=lambda n: (n.startswith("ceiling"), n)
     )
     spare = iter(OTHERS)
     for name in names:
@@ -66,6 +66,7 @@ def _panel(axes: Axes, title: str, groups: list[tuple[int, Group]]) -> None:
         )
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(LogLocator(base=8))
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_size_label))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
