@@ -91,6 +91,13 @@ def _flat(tensor: Tensor) -> Tensor:
     return torch.ones(max(64, tensor.nbytes // 4), dtype=torch.float32, device=tensor.device)
 
 
+def _in_place(tensor: Tensor) -> Tensor:
+    """The very memory of a dense tensor, as float32: large pages or not is a third of a ceiling."""
+    if tensor.nbytes < 256 or tensor.nbytes % 4:
+        return _flat(tensor)
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.float32)
+
+
 def _runner(mix: Mix, passes: list[tuple[list[Tensor], list[Tensor]]], cold: bool) -> Function:
     if not cold:
 
@@ -126,12 +133,7 @@ def ceilings(
     """
     if not passes:
         return {}
-    known: dict[int, Tensor] = {}
-
-    def stand_in(tensor: Tensor) -> Tensor:
-        return known.setdefault(id(tensor), _flat(tensor))
-
-    ours = [([stand_in(t) for t in reads], [_flat(t) for t in writes]) for reads, writes in passes]
+    ours = [([_in_place(t) for t in reads], [_flat(t) for t in writes]) for reads, writes in passes]
     candidates = {"torch": _by_torch} if torch_alone else mixes()
     sizes = tuple((len(r), len(w), min(r[0].nbytes, _LARGE)) for r, w in ours)
     chosen = {}

@@ -63,7 +63,7 @@ class Copies:
 
     def flat(self):
         """Two arrays of as many bytes, for the ceiling."""
-        return [torch.empty(self.nbytes // 4, device=self.live[0].device) for _ in range(2)]
+        return [torch.ones(self.nbytes // 4, device=self.live[0].device) for _ in range(2)]  # touched
 
 
 def allocations(function):
