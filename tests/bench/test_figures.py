@@ -102,7 +102,7 @@ def test_bars_say_met_or_not_from_one_group_each(tmp_path):
 
 
 def test_a_ceiling_makes_the_passes_it_was_given():
-    a, b = torch.zeros(256), torch.zeros(256)
+    a, b = torch.ones(256), torch.ones(256)
     assert set(ceilings([([a, b], [])], torch_alone=True)) == {"ceiling (warm)"}
     assert set(ceilings([([a, b], [a])], torch_alone=True)) == {"ceiling (warm)", "ceiling (cold)"}
     assert set(ceilings([([a], [b])], torch_alone=True, fresh=False)) == {"ceiling (warm)"}
