@@ -18,37 +18,35 @@ namespace tolaria {
 namespace {
 
 constexpr int64_t kAlign = 64;
-constexpr int64_t kTaskBytes = 1 << 18;   // bytes per task: about 30 us of copying, ten times a task hand-over
-constexpr int64_t kPrefetchBytes = 1024;  // how far ahead memory is asked for: 5% (Zen 3)
+constexpr int64_t kTaskBytes = 1 << 18;  // bytes per task: about 30 us of copying, ten times a task hand-over
 
 // Copies a run and says whether one of its words has every bit of the exponent set, which means non-finite (on integers
-// -0.0 and denormals need no care); no exponent, no question. A state of 140 MB took 0.7 times as long as ordinary copying
-// (Zen 3, two cores), and the caches keep what the training step had there.
+// -0.0 and denormals need no care). A state of 140 MB took 0.7 times as long as by ordinary copying (Zen 3, two cores),
+// and the caches keep what the training step had there.
 template <typename word_t, word_t kExponent>
-struct StreamedCopy {
+struct SearchingCopy {
   static TOLARIA_INLINE bool run(char* target, const char* source, int64_t bytes) {
     constexpr int64_t kWords = cpu::kLine / sizeof(word_t);
     word_t bad[kWords] = {};
-    const bool streams = reinterpret_cast<uintptr_t>(target) % cpu::kStreamAlign == 0;
     int64_t at = 0;
-    for (; streams && at + cpu::kLine <= bytes; at += cpu::kLine) {
-      cpu::prefetch(source + at + kPrefetchBytes);
-      look(bad, source + at, kWords);
-      cpu::stream_line(target + at, source + at);
+    if (cpu::is_streamable(target)) {
+      for (; at + cpu::kLine <= bytes; at += cpu::kLine) {
+        cpu::prefetch(source + at + cpu::kStreamAhead);
+        look(bad, source + at, kWords);
+        cpu::stream_line(target + at, source + at);
+      }
+      cpu::stream_fence();
     }
-    cpu::stream_fence();
     std::memcpy(target + at, source + at, bytes - at);
     for (; at < bytes; at += cpu::kLine) look(bad, source + at, std::min(cpu::kLine, bytes - at) / sizeof(word_t));
     return std::any_of(bad, bad + kWords, [](word_t word) { return word != 0; });
   }
 
   static TOLARIA_INLINE void look(word_t* bad, const char* source, int64_t words) {
-    if constexpr (kExponent != 0) {
-      for (int64_t i = 0; i < words; ++i) {
-        word_t word;  // not a copy of the line: its narrow stores would hold up the wide loads
-        std::memcpy(&word, source + i * sizeof(word_t), sizeof(word_t));
-        bad[i] |= static_cast<word_t>((word & kExponent) == kExponent);
-      }
+    for (int64_t i = 0; i < words; ++i) {
+      word_t word;  // not a copy of the line: its narrow stores would hold up the wide loads
+      std::memcpy(&word, source + i * sizeof(word_t), sizeof(word_t));
+      bad[i] |= static_cast<word_t>((word & kExponent) == kExponent);
     }
   }
 };
@@ -56,11 +54,11 @@ struct StreamedCopy {
 // Copies `bytes`; whether something that `check` looks for was among them.
 bool copy_checked(char* target, const char* source, int64_t bytes, int64_t check) {
   switch (check) {
-    case kCheckFloat: return cpu::vectorised<StreamedCopy<uint32_t, 0x7f800000u>>(target, source, bytes);
-    case kCheckDouble: return cpu::vectorised<StreamedCopy<uint64_t, 0x7ff0000000000000u>>(target, source, bytes);
-    case kCheckHalf: return cpu::vectorised<StreamedCopy<uint16_t, 0x7c00u>>(target, source, bytes);
-    case kCheckBFloat16: return cpu::vectorised<StreamedCopy<uint16_t, 0x7f80u>>(target, source, bytes);
-    default: return cpu::vectorised<StreamedCopy<uint8_t, 0>>(target, source, bytes);
+    case kCheckFloat: return cpu::vectorised<SearchingCopy<uint32_t, 0x7f800000u>>(target, source, bytes);
+    case kCheckDouble: return cpu::vectorised<SearchingCopy<uint64_t, 0x7ff0000000000000u>>(target, source, bytes);
+    case kCheckHalf: return cpu::vectorised<SearchingCopy<uint16_t, 0x7c00u>>(target, source, bytes);
+    case kCheckBFloat16: return cpu::vectorised<SearchingCopy<uint16_t, 0x7f80u>>(target, source, bytes);
+    default: cpu::stream_run(target, source, bytes); return false;
   }
 }
 
@@ -138,7 +136,7 @@ void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& c
   const int slot = static_cast<int>(g[math::field::last_good]);
   const SnapshotTable t = checked_table(table);
   for_each_piece(t.rows, 0, t.end(1), [&](const SnapshotRow& row, int64_t offset, int64_t bytes) {
-    copy_checked(address<char>(row.live, offset), address<const char>(row.slot[slot], offset), bytes, kCheckNone);
+    cpu::stream_run(address<char>(row.live, offset), address<const char>(row.slot[slot], offset), bytes);
   });
   math::commit_rollback(g, config.const_data_ptr<double>());
   math::write_status(g);

@@ -41,6 +41,17 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
         optimizer.step()
 
 
+def captured_run() -> tuple[Net, torch.optim.Optimizer, TolariaGovernor]:
+    """A network after three steps, whose state of now is the last known good one."""
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    governor = attach(model, optimizer)
+    train(model, optimizer, 3, seed=1)
+    governor.snapshot()
+    governor.step(1.0)
+    return model, optimizer, governor
+
+
 def assign(model: Net) -> None:
     nans = {k: torch.full_like(v, math.nan) for k, v in model.state_dict().items() if v.is_floating_point()}
     model.load_state_dict({**model.state_dict(), **nans}, assign=True)
@@ -98,12 +109,7 @@ def drop_parameter(model: Net) -> None:
 )
 def test_replaced_tensors_come_back_as_they_were(wreck: Callable[[Net], None]) -> None:
     torch.manual_seed(0)
-    model = Net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    governor = attach(model, optimizer)
-    train(model, optimizer, 3, seed=1)
-    governor.snapshot()
-    governor.step(1.0)
+    model, optimizer, governor = captured_run()
     captured = copy.deepcopy(model.state_dict())
     for _ in range(2):
         train(model, optimizer, 2, seed=2)
@@ -141,12 +147,7 @@ def assign_poison(optimizer: torch.optim.Optimizer) -> None:
 def test_replaced_optimizer_state_comes_back_and_is_captured(
     wreck: Callable[[torch.optim.Optimizer], None],
 ) -> None:
-    model = Net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    governor = attach(model, optimizer)
-    train(model, optimizer, 3, seed=1)
-    governor.snapshot()
-    governor.step(1.0)
+    _, optimizer, governor = captured_run()
     kept = copy.deepcopy(optimizer.state_dict()["state"])
     wreck(optimizer)
     governor.snapshot()

@@ -38,6 +38,46 @@ def test_memory_is_used_again_after_its_last_tensor(op):
     assert {op(host, seed).data_ptr(), op(host, seed).data_ptr()} & {place}
 
 
+def test_a_gradient_in_the_pools_memory_is_written_over():
+    host, seed, other, grad = torch.randn(4, LARGE)
+    host.requires_grad_()
+    out = blend(blend(host, seed, ALPHA), other, ALPHA)
+    with torch.profiler.profile() as profile:
+        (found,) = torch.autograd.grad(out, host, grad)
+    names = [event.name for event in profile.events()]
+    assert names.count("tolaria::blend_backward_") == 1
+    assert torch.equal(found, grad * (1 - ALPHA) * (1 - ALPHA))
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.75])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize(
+    ("dtype", "seed_dtype"),
+    [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)],
+    ids=str,
+)
+def test_what_is_written_past_the_caches_has_the_same_bits(alpha, offset, dtype, seed_dtype):
+    """A pass over 64 MiB, more than half of most last caches, against its pieces, each of which stays in."""
+    n = (64 << 20) // (3 * dtype.itemsize) + 4321
+    host, grad = (torch.randn(n).to(dtype) for _ in range(2))
+    seed, alpha = torch.randn(n).to(seed_dtype), torch.tensor(alpha)
+    if offset:  # an in-place backward writes where the gradient lies
+        grad = torch.empty(n + offset, dtype=dtype)[offset:].copy_(grad)
+    inputs = [t.requires_grad_() for t in (host, seed, alpha)]
+    whole = blend(*inputs)
+    found = torch.autograd.grad(whole, inputs, grad)
+    total = 0.0
+    for at in range(0, n, 32768):
+        pieces = [t.detach()[at : at + 32768].clone().requires_grad_() for t in (host, seed)]
+        part = blend(*pieces, alpha)
+        wanted = torch.autograd.grad(part, [*pieces, alpha], grad[at : at + 32768].clone())
+        for got, want in zip((whole, *found[:2]), (part, *wanted[:2]), strict=True):
+            assert torch.equal(got[at : at + 32768], want)
+        total += wanted[2].item()
+    assert found[2].item() == pytest.approx(total, rel=1e-3, abs=1e-2 * n**0.5)
+    assert torch.equal(straight_through(host.detach(), seed.detach()), host.detach())
+
+
 def test_what_others_keep_is_left_alone():
     host, seed = torch.randn(2, LARGE)
     array = blend(host, seed, ALPHA).numpy()
