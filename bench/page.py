@@ -21,7 +21,7 @@ _SIZES_ON_PAGE = ("4 KiB", "128 KiB", "8 MiB", "64 MiB")
 INTRODUCTION = """\
 # Benchmarks
 
-Made by `pip install ".[bench]" && python bench/run.py` (15 minutes; `--quick`: two); nobody edits the
+Made by `pip install ".[bench]" && python bench/run.py` (nine minutes; `--quick`: two); nobody edits the
 numbers. [benchmarks.csv](benchmarks.csv) has all of them.
 
 - `fused` is tolaria's compiled op; `reference` the same in plain PyTorch, `torch.compile` that reference

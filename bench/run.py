@@ -1,4 +1,4 @@
-"""Run the whole suite and write the page: ``python bench/run.py`` (15 minutes), ``--quick`` (two).
+"""Run the whole suite and write the page: ``python bench/run.py`` (nine minutes), ``--quick`` (two).
 
 The training steps run in a process of their own, the rest in another. Each file of benches leaves a JSON file
 in ``--out``, and ``report.py`` merges them. Files named as arguments run alone, the rest of the page then
