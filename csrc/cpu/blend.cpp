@@ -50,12 +50,14 @@ struct BlendForward {
   template <bool kIsLow, bool kStreams>
   static TOLARIA_INLINE void mixed(const host_t* C10_RESTRICT host, const seed_t* C10_RESTRICT seed,
                                    host_t* C10_RESTRICT out, int64_t n, acc_t alpha) {
-    const auto mix = [alpha](acc_t h, acc_t s) TOLARIA_INLINE_LAMBDA {
+    const auto mix = [alpha = cpu::without_payload(alpha)](acc_t h, acc_t s) TOLARIA_INLINE_LAMBDA {
       return kIsLow ? math::blend_low(h, s, alpha) : math::blend_high(h, s, alpha);
     };
     constexpr int64_t kPack = cpu::kPack<host_t, seed_t>;
     int64_t i = 0;
     for (; i + kPack <= n; i += kPack) {
+      cpu::prefetch_pack<kStreams, kPack>(host + i);
+      cpu::prefetch_pack<kStreams, kPack>(seed + i);
       alignas(cpu::kLine) host_t mixture[kPack];
       cpu::map_pack<acc_t>(mixture, mix, host + i, seed + i);
       cpu::store_pack<kStreams>(out + i, mixture);
@@ -140,12 +142,18 @@ struct BlendBackward {
     const host_t* grad = grad_data + offset;
     const host_t* host = kAlpha ? host_data + offset : nullptr;
     const seed_t* seed = kAlpha ? seed_data + offset : nullptr;
+    alpha = cpu::without_payload(alpha);
     const auto for_host = [alpha](acc_t g) TOLARIA_INLINE_LAMBDA { return math::blend_grad_host_between(g, alpha); };
     const auto for_seed = [alpha](acc_t g) TOLARIA_INLINE_LAMBDA { return math::blend_grad_seed_between(g, alpha); };
     const auto for_alpha = [](acc_t g, acc_t h, acc_t s) TOLARIA_INLINE_LAMBDA { return math::blend_grad_alpha(g, h, s); };
     double lanes[kLanes] = {}, rest = 0;
     int64_t i = 0;
     for (; i + kPack <= n; i += kPack) {
+      cpu::prefetch_pack<kStreams, kPack>(grad + i);
+      if constexpr (kAlpha) {
+        cpu::prefetch_pack<kStreams, kPack>(host + i);
+        cpu::prefetch_pack<kStreams, kPack>(seed + i);
+      }
       alignas(cpu::kLine) host_t host_pack[kPack];
       alignas(cpu::kLine) seed_t seed_pack[kPack];
       cpu::map_pack<acc_t>(host_pack, for_host, grad + i);

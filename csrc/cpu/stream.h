@@ -21,7 +21,8 @@ namespace tolaria::cpu {
 inline constexpr int64_t kLine = 64;
 // Where a streamed target must start.
 inline constexpr uintptr_t kStreamAlign = 16;
-// How far ahead of a streamed copy memory is asked for: 5% (Zen 3).
+// How far ahead of a streamed pass memory is asked for: 5% of a copy, 8% of blend on 64 MiB and 12% of its gradients with
+// alpha's (Zen 3; 512 as much, 2048 less).
 inline constexpr int64_t kStreamAhead = 1024;
 
 // Bytes of the last cache before memory, as the system tells, else what is common.
@@ -70,6 +71,17 @@ TOLARIA_INLINE void store_pack(T* target, const T (&values)[n]) {
   }
 #endif
   for (size_t l = 0; l < n; ++l) target[l] = values[l];  // GCC would take a memcpy through the stack
+}
+
+// Asks for the pack that a streamed pass reads kStreamAhead later, for one use: it drives nothing else out.
+template <bool kStreams, int64_t n, typename T>
+TOLARIA_INLINE void prefetch_pack([[maybe_unused]] const T* pack) {
+#if defined(__GNUC__)
+  if constexpr (kStreams) {
+    const char* ahead = reinterpret_cast<const char*>(pack) + kStreamAhead;
+    for (int64_t at = 0; at < n * static_cast<int64_t>(sizeof(T)); at += kLine) __builtin_prefetch(ahead + at, 0, 0);
+  }
+#endif
 }
 
 TOLARIA_INLINE bool is_streamable(const void* target) {

@@ -82,6 +82,18 @@ def test_ends_are_selected_bit_for_bit(backend, device, dtype, shape):
         assert same_bits(blend(poison, seed, torch.tensor(value, device=device)), seed)
 
 
+@needs_extension
+@pytest.mark.parametrize("alpha_bits", [0x3E99999A, 0x3F333333, 0x7FFFFFFF], ids=["0.3", "0.7", "nan"])
+def test_every_bfloat16_is_rounded_in_a_pack_as_alone(alpha_bits):
+    """One alpha goes in packs, an alpha per element does not. A NaN with a payload must not be rounded up to a number."""
+    host = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    seed, grad = host.roll(12_345), host.roll(23_456)
+    alpha = torch.tensor(alpha_bits, dtype=torch.int32).view(torch.float32)
+    in_packs = gradients(blend, host, seed, alpha, grad)
+    alone = gradients(blend, host, seed, alpha.expand(host.shape).contiguous(), grad)
+    assert all(map(same_bits, in_packs[:3], alone[:3]))
+
+
 @pytest.mark.parametrize("alpha_shape", [(), (2, 1, 1, 1), (3, 1, 1), (2, 3, 4, 5)], ids=str)
 @pytest.mark.parametrize("seed_dtype", DTYPES, ids=DTYPE_IDS)
 def test_poison_on_the_unused_side_reaches_no_gradient(backend, device, alpha_shape, seed_dtype):
