@@ -46,7 +46,7 @@ OPS = (
 )
 """What an extension of these sources registers; one that lacks an op was built from older ones."""
 
-CALLS = ("judge",)
+CALLS = ("judge", "last_level_cache")
 """What its module itself offers, beside torch's dispatcher."""
 
 
@@ -180,7 +180,7 @@ def _older(ops: Iterable[str], calls: Iterable[str] = ()) -> TolariaError | None
     )
 
 
-def _not_loaded(*_: object) -> bool:
+def _not_loaded(*_: object) -> Any:
     raise ExtensionMissingError(f"{NAME}: it is not loaded. {LOAD_ERROR}")
 
 
@@ -197,3 +197,5 @@ CUDA: bool = LOADED and INFO is not None and INFO.cuda is not None
 
 judge: Callable[..., bool] = sys.modules[NAME].judge if LOADED else _not_loaded
 """What :func:`tolaria.ops.governor.judge_` calls; see csrc/python.cpp."""
+last_level_cache: Callable[[], int] = sys.modules[NAME].last_level_cache if LOADED else _not_loaded
+"""Bytes of the last cache before memory; the CPU ops write past the caches where they move more than half of it."""

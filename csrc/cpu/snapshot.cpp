@@ -21,15 +21,15 @@ constexpr int64_t kAlign = 64;
 constexpr int64_t kTaskBytes = 1 << 18;  // bytes per task: about 30 us of copying, ten times a task hand-over
 
 // Copies a run and says whether one of its words has every bit of the exponent set, which means non-finite (on integers
-// -0.0 and denormals need no care). A state of 140 MB took 0.7 times as long as by ordinary copying (Zen 3, two cores),
-// and the caches keep what the training step had there.
+// -0.0 and denormals need no care). A state of 140 MB took 0.7 times as long streamed (Zen 3, two cores), and the caches
+// keep what the training step had there.
 template <typename word_t, word_t kExponent>
 struct SearchingCopy {
-  static TOLARIA_INLINE bool run(char* target, const char* source, int64_t bytes) {
+  static TOLARIA_INLINE bool run(char* target, const char* source, int64_t bytes, bool streams) {
     constexpr int64_t kWords = cpu::kLine / sizeof(word_t);
     word_t bad[kWords] = {};
     int64_t at = 0;
-    if (cpu::is_streamable(target)) {
+    if (streams && cpu::is_streamable(target)) {
       for (; at + cpu::kLine <= bytes; at += cpu::kLine) {
         cpu::prefetch(source + at + cpu::kStreamAhead);
         look(bad, source + at, kWords);
@@ -37,8 +37,12 @@ struct SearchingCopy {
       }
       cpu::stream_fence();
     }
+    for (; at + cpu::kLine <= bytes; at += cpu::kLine) {
+      look(bad, source + at, kWords);
+      std::memcpy(target + at, source + at, cpu::kLine);
+    }
     std::memcpy(target + at, source + at, bytes - at);
-    for (; at < bytes; at += cpu::kLine) look(bad, source + at, std::min(cpu::kLine, bytes - at) / sizeof(word_t));
+    look(bad, source + at, (bytes - at) / sizeof(word_t));
     return std::any_of(bad, bad + kWords, [](word_t word) { return word != 0; });
   }
 
@@ -51,16 +55,36 @@ struct SearchingCopy {
   }
 };
 
-// Copies `bytes`; whether something that `check` looks for was among them.
-bool copy_checked(char* target, const char* source, int64_t bytes, int64_t check) {
-  switch (check) {
-    case kCheckFloat: return cpu::vectorised<SearchingCopy<uint32_t, 0x7f800000u>>(target, source, bytes);
-    case kCheckDouble: return cpu::vectorised<SearchingCopy<uint64_t, 0x7ff0000000000000u>>(target, source, bytes);
-    case kCheckHalf: return cpu::vectorised<SearchingCopy<uint16_t, 0x7c00u>>(target, source, bytes);
-    case kCheckBFloat16: return cpu::vectorised<SearchingCopy<uint16_t, 0x7f80u>>(target, source, bytes);
-    default: cpu::stream_run(target, source, bytes); return false;
+// How a pass copies: past the caches where it moves more than they should hold.
+struct Copier {
+  bool streams;
+
+  explicit Copier(const SnapshotRow* rows, int64_t begin, int64_t end) {
+    int64_t bytes = 0;
+    for (int64_t r = begin; r < end; ++r) bytes += rows[r].bytes;
+    streams = cpu::outgrows_caches(2 * bytes);
   }
-}
+
+  void copy(char* target, const char* source, int64_t bytes) const {
+    streams ? cpu::stream_run(target, source, bytes) : cpu::plain_run(target, source, bytes);
+  }
+
+  // Whether something that `check` looks for was among the bytes.
+  bool copy_checked(char* target, const char* source, int64_t bytes, int64_t check) const {
+    switch (check) {
+      case kCheckFloat: return search<uint32_t, 0x7f800000u>(target, source, bytes);
+      case kCheckDouble: return search<uint64_t, 0x7ff0000000000000u>(target, source, bytes);
+      case kCheckHalf: return search<uint16_t, 0x7c00u>(target, source, bytes);
+      case kCheckBFloat16: return search<uint16_t, 0x7f80u>(target, source, bytes);
+      default: copy(target, source, bytes); return false;
+    }
+  }
+
+  template <typename word_t, word_t kExponent>
+  bool search(char* target, const char* source, int64_t bytes) const {
+    return cpu::vectorised<SearchingCopy<word_t, kExponent>>(target, source, bytes, streams);
+  }
+};
 
 SnapshotTable checked_table(const at::Tensor& table) {
   const SnapshotTable view = snapshot_table(table);
@@ -112,13 +136,14 @@ void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& t
   const SnapshotTable t = checked_table(table);
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> first_bad{kNone};
+  const Copier copier(t.rows, t.begin(part), t.end(part));
   for_each_piece(t.rows, t.begin(part), t.end(part), [&](const SnapshotRow& row, int64_t offset, int64_t bytes) {
     if (row.check == kZeroed) {
       std::memset(address<char>(row.slot[slot], offset), 0, bytes);
       return;
     }
-    const bool is_bad = copy_checked(address<char>(row.slot[slot], offset), address<const char>(row.live, offset), bytes,
-                                     row.check);
+    const bool is_bad = copier.copy_checked(address<char>(row.slot[slot], offset),
+                                            address<const char>(row.live, offset), bytes, row.check);
     int64_t seen = first_bad.load(std::memory_order_relaxed);
     while (is_bad && row.tensor < seen && !first_bad.compare_exchange_weak(seen, row.tensor)) {
     }
@@ -135,8 +160,9 @@ void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& c
   if (g[math::field::restore_order] == 0.0) return;
   const int slot = static_cast<int>(g[math::field::last_good]);
   const SnapshotTable t = checked_table(table);
+  const Copier copier(t.rows, 0, t.end(1));
   for_each_piece(t.rows, 0, t.end(1), [&](const SnapshotRow& row, int64_t offset, int64_t bytes) {
-    cpu::stream_run(address<char>(row.live, offset), address<const char>(row.slot[slot], offset), bytes);
+    copier.copy(address<char>(row.live, offset), address<const char>(row.slot[slot], offset), bytes);
   });
   math::commit_rollback(g, config.const_data_ptr<double>());
   math::write_status(g);

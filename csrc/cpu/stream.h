@@ -12,9 +12,6 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
-#if defined(__linux__)
-#include <unistd.h>
-#endif
 
 namespace tolaria::cpu {
 
@@ -25,14 +22,8 @@ inline constexpr uintptr_t kStreamAlign = 16;
 // alpha's (Zen 3; 512 as much, 2048 less).
 inline constexpr int64_t kStreamAhead = 1024;
 
-// Bytes of the last cache before memory, as the system tells, else what is common.
-inline int64_t last_level_cache() {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return int64_t(32) << 20;
-}
+// Bytes of the last cache before memory that one core sees, found once.
+int64_t last_level_cache();
 
 // Copies one line; elsewhere than on x86-64 an ordinary copy. Four 16-byte stores fill the same write buffer as wider
 // ones would: memory, not the processor, is the limit.
@@ -93,8 +84,7 @@ TOLARIA_INLINE bool is_streamable(const void* target) {
 // to 0.98 times as long so on 8 MiB (24 MiB a forward), 1.20 to 1.25 times on 4 MiB; without the reader 0.84 to 0.92 and
 // 1.09 to 1.18 times (32 MiB of cache, Zen 3).
 inline bool outgrows_caches(int64_t bytes) {
-  static const int64_t half = last_level_cache() / 2;
-  return bytes > half;
+  return bytes > last_level_cache() / 2;
 }
 
 // Streamed stores are seen by other threads after this; call it before the region ends.

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -24,6 +25,16 @@ def test_report_names_what_runs():
     assert report.extension_loaded == _extension.LOADED
     assert report.ops["cpu"] == ("fused" if _extension.LOADED else "reference")
     assert report.devices[0].startswith("cpu: ")
+
+
+@pytest.mark.skipif(not _extension.LOADED, reason="the extension asks for it")
+def test_last_level_cache_is_what_a_core_sees():
+    """glibc adds up a whole AMD package's."""
+    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    if not sizes:
+        pytest.skip("the system does not tell")
+    mebibytes = int(sizes[-1].read_text().strip().removesuffix("K")) / 1024
+    assert f", {mebibytes:g} MiB of last-level cache" in doctor().devices[0]
 
 
 def test_reference_mode_shows_in_the_report():

@@ -69,6 +69,8 @@ def _devices() -> tuple[str, ...]:
     """The processor and every CUDA device."""
     instructions = torch.backends.cpu.get_cpu_capability()
     names = [f"cpu: {platform.machine()} ({instructions}), {torch.get_num_threads()} threads"]
+    if _extension.LOADED:
+        names[0] += f", {_extension.last_level_cache() / 2**20:g} MiB of last-level cache"
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         memory = facts.total_memory / 2**30

@@ -1,0 +1,39 @@
+// How much the last cache before memory holds, as the system tells.
+#include "cpu/stream.h"
+
+#include <fstream>
+#include <string>
+
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+namespace tolaria::cpu {
+namespace {
+
+constexpr int64_t kCommon = int64_t(32) << 20;
+
+// The kernel's word comes first. glibc (2.36) adds up the whole package's on AMD: 256 MiB where a core shares 32, and
+// blend on 8 MiB took 1.24 times as long.
+int64_t find_last_level_cache() {
+  for (int index = 4; index >= 0; --index) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+    int64_t size = 0;
+    char unit = 0;
+    if (file >> size >> unit && size > 0) return size * (unit == 'M' ? int64_t(1) << 20 : int64_t(1) << 10);
+  }
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return kCommon;
+}
+
+}  // namespace
+
+int64_t last_level_cache() {
+  static const int64_t size = find_last_level_cache();
+  return size;
+}
+
+}  // namespace tolaria::cpu
