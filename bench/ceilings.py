@@ -2,7 +2,9 @@
 
 A case is a list of passes over memory, each with what it reads and what it writes. A ceiling makes the same
 passes and computes next to nothing. The *warm* one writes to memory it has written before; the *cold* one to
-fresh tensors, as a function that returns new tensors must: their page faults are part of its price.
+fresh tensors, as a function that returns new tensors must: their page faults are part of its price. Where a case
+goes through autograd, a third ceiling is the warm one with a graph of one torch operator on one element in it:
+what the engine takes between two passes, with caches full of other things, is nobody's to save.
 Candidates are a loop of our own (``ceilings.cpp``; ordinary stores and such as bypass the caches) and torch's
 ``copy_``, ``add``, ``sum``; the fastest for a case is its ceiling.
 """
@@ -124,12 +126,28 @@ _LARGE = 8 << 20
 """Bytes beyond which a pass's size changes nothing."""
 
 
-def ceilings(
-    passes: Sequence[Pass], *, torch_alone: bool = False, fresh: bool = True
-) -> dict[str, tuple[str, Function]]:
-    """``{"ceiling (warm)": (candidate, function), "ceiling (cold)": ...}``.
+def _through_autograd(mix: Mix, passes: list[tuple[list[Tensor], list[Tensor]]]) -> Function:
+    first, *others = passes
+    one, other = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    grad = torch.ones(1)
 
-    Cold only where the passes write, and with ``fresh`` (what is measured makes new tensors).
+    def run() -> object:
+        mix(*first)
+        found = torch.autograd.grad(one + other, [one, other], grad)
+        for reads, writes in others:
+            mix(reads, writes)
+        return found
+
+    return run
+
+
+def ceilings(
+    passes: Sequence[Pass], *, torch_alone: bool = False, fresh: bool = True, autograd: bool = False
+) -> dict[str, tuple[str, Function]]:
+    """``{"ceiling (warm)": (candidate, function), "ceiling (cold)": ..., "ceiling (autograd)": ...}``.
+
+    Cold only where the passes write, and with ``fresh`` (what is measured makes new tensors); the last one
+    with ``autograd`` (what is measured goes forward and backward through a graph).
     """
     if not passes:
         return {}
@@ -143,6 +161,9 @@ def ceilings(
         if key not in _chosen:
             _chosen[key] = min(runs, key=lambda name: _fastest(runs[name]))
         chosen[f"ceiling ({'cold' if cold else 'warm'})"] = (_chosen[key], runs[_chosen[key]])
+    if autograd:
+        name = chosen["ceiling (warm)"][0]
+        chosen["ceiling (autograd)"] = (name, _through_autograd(candidates[name], ours))
     return chosen
 
 

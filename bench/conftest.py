@@ -174,6 +174,7 @@ def measure(record: Callable[..., None], device: str, effort: Effort) -> Callabl
         one_thread: whether torch may use only one.
         full_only: implementations that ``--quick`` goes without, since they take too long.
         fresh: whether the implementations write to new memory, and the cold ceiling is theirs.
+        autograd: whether they go forward and backward through a graph, and its ceiling is theirs.
         longer: how many times longer than others it is measured.
         info: more about the fused implementation.
     """
@@ -190,6 +191,7 @@ def measure(record: Callable[..., None], device: str, effort: Effort) -> Callabl
         one_thread: bool = False,
         full_only: Sequence[str] = ("compiled",),
         fresh: bool = True,
+        autograd: bool = False,
         longer: float = 1.0,
         info: Mapping[str, object] | None = None,
     ) -> None:
@@ -215,7 +217,8 @@ def measure(record: Callable[..., None], device: str, effort: Effort) -> Callabl
                 else:
                     functions[name] = function
                 result = None  # large outputs go before the next one comes
-            chosen = ceilings(passes, torch_alone=device == "cuda" or effort is SMOKE, fresh=fresh)
+            torch_alone = device == "cuda" or effort is SMOKE
+            chosen = ceilings(passes, torch_alone=torch_alone, fresh=fresh, autograd=autograd)
             functions |= {name: function for name, (_, function) in chosen.items()}
             counted = sum(t.nbytes for reads, writes in passes for t in (*reads, *writes))
             # The first call of something small may be slow for once; that of something large is as any.

@@ -30,7 +30,8 @@ numbers. [benchmarks.csv](benchmarks.csv) has all of them.
   order drawn anew. Times are medians; a ratio is time over that of `fused` (**above 1: `fused` is faster**)
   with the middle 95% of what resampled rounds give.
 - A *ceiling* makes the same passes over memory without the arithmetic: *cold* into fresh tensors of torch's
-  allocator, *warm* into used memory. Bars take the cold one; where `fused` beats that, the warm one."""
+  allocator, *warm* into used memory. Bars take the cold one; where `fused` beats that, the warm one. With
+  *autograd*: the warm one with a graph of one operator on one element in it, for what the engine takes."""
 
 
 def machine(session: Session) -> list[str]:
@@ -56,13 +57,13 @@ def rivals(group: Group) -> Iterator[tuple[str, Timing]]:
 
 
 def _percent(group: Group) -> str:
-    """Share of the cold and of the warm ceiling that ``fused`` reaches; of a small case it says nothing."""
+    """Share of each ceiling that ``fused`` reaches; of a small case it says nothing."""
     fused = group.timings["fused"]
     if fused.info.get("moved_bytes", 0) < LEAST_BYTES:
         return ""
     shares = [
         f"{100 * group.timings[name].median / fused.median:.0f}"
-        for name in ("ceiling (cold)", "ceiling (warm)")
+        for name in ("ceiling (cold)", "ceiling (warm)", "ceiling (autograd)")
         if name in group.timings
     ]
     return " / ".join(shares)
@@ -121,7 +122,7 @@ def ops_table(session: Session) -> list[str]:
         "detectors beside it look at one number on the host and order nothing.",
         "",
         "| case | fused, us (quartiles) | reference | torch.compile | strongest alternative | GB/s "
-        "| % of ceiling, cold / warm |",
+        "| % of ceiling, cold / warm / with autograd |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     return lines + [op_line(group) for group in session.groups.values() if _on_page(group)]

@@ -147,6 +147,7 @@ def bench_blend(case, measure, device):
         {name: directions(function, inputs, grad)[direction] for name, function in BLEND.items()},
         check=agrees(case, expected),
         passes=passes[direction],
+        autograd=direction == "both" and device == "cpu",
         one_thread=case.one_thread,
         full_only=("compiled",)
         if not is_barred(case)
@@ -188,5 +189,6 @@ def bench_seed_gate(case, measure, device):
         check=agrees(case, [sample(features if case.direction == "forward" else grad).double()]),
         longer=min(1, case.longer),
         passes=passes[case.direction],
+        autograd=case.direction == "both" and device == "cpu",
         one_thread=case.one_thread,
     )
