@@ -4,6 +4,8 @@
 // Zen 3 server under KVM).
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -13,13 +15,17 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace tolaria {
 namespace {
 
-constexpr size_t kIdleBytes = size_t(512) << 20;  // that nobody uses, at the most
-constexpr uint64_t kPatience = 256;               // allocations that an idle block waits for one that it fits
+// What may lie idle in any case. More may where the outputs of one time have been larger, see OutputPool::allowance: three
+// of 256 MiB, forward and backward of blend with grad_alpha, took 490 ms and with all of them kept 54.
+constexpr size_t kIdleBytes = size_t(512) << 20;
+constexpr size_t kMemoryShare = 8;   // and then at most this part of the machine's memory
+constexpr uint64_t kPatience = 256;  // allocations that an idle block waits for one that it fits
 
 struct Block {
   c10::DataPtr memory;
@@ -40,6 +46,14 @@ void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t 
 #endif
 }
 
+size_t machine_memory() {
+#if defined(__linux__)
+  static const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
+  if (pages > 0 && page > 0) return static_cast<size_t>(pages) * static_cast<size_t>(page);
+#endif
+  return 0;
+}
+
 // Nobody waits for anybody: who finds the pool in use goes to torch's allocator. So a process forked at a bad moment, whose
 // copy of the lock stays shut, works on without a pool.
 class OutputPool final : public c10::Allocator {
@@ -49,6 +63,9 @@ class OutputPool final : public c10::Allocator {
     if (block == nullptr) {
       block = std::make_unique<Block>(Block{c10::GetCPUAllocator()->allocate(bytes), bytes});
       ask_for_large_pages(block->memory.get(), bytes);
+    }
+    const size_t used = used_ += block->bytes;
+    for (size_t peak = peak_; used > peak && !peak_.compare_exchange_weak(peak, used);) {
     }
     void* data = block->memory.get();
     return {data, block.release(), &give_back, c10::Device(c10::kCPU)};
@@ -64,6 +81,7 @@ class OutputPool final : public c10::Allocator {
     Blocks freed;
     const std::lock_guard lock(mutex_);
     freed.swap(idle_);
+    peak_ = used_.load();
     return static_cast<int64_t>(std::exchange(idle_bytes_, 0));
   }
 
@@ -81,17 +99,29 @@ class OutputPool final : public c10::Allocator {
       if (const size_t held = (*--it)->bytes; bytes <= held && held - bytes <= bytes / 8) found = remove(it);
     }
     while (!idle_.empty() && clock_ - idle_.front()->idle_since > kPatience) freed.push_back(remove(idle_.begin()));
+    if (found == nullptr) trim(freed, used_ + bytes);
     return found;
   }
 
   void put(std::unique_ptr<Block> block) {
+    const size_t used = used_ -= block->bytes;
     Blocks freed;
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return;
     block->idle_since = clock_;
     idle_bytes_ += block->bytes;
     idle_.push_back(std::move(block));
-    while (idle_bytes_ > kIdleBytes) freed.push_back(remove(idle_.begin()));
+    trim(freed, used);
+  }
+
+  // How much may lie idle beside what is in use: with it no more than was in use at once at the peak.
+  size_t allowance(size_t used) const {
+    const size_t peak = peak_, below_peak = peak > used ? peak - used : 0;
+    return std::max(kIdleBytes, std::min(below_peak, machine_memory() / kMemoryShare));
+  }
+
+  void trim(Blocks& freed, size_t used) {
+    while (idle_bytes_ > allowance(used)) freed.push_back(remove(idle_.begin()));
   }
 
   std::unique_ptr<Block> remove(Blocks::iterator it) {
@@ -104,6 +134,7 @@ class OutputPool final : public c10::Allocator {
   std::mutex mutex_;
   Blocks idle_;  // the longest idle first
   size_t idle_bytes_ = 0;
+  std::atomic<size_t> used_ = 0, peak_ = 0;  // bytes in tensors now, and at the most since the last release
   uint64_t clock_ = 0;
 };
 
