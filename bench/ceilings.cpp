@@ -80,16 +80,17 @@ Pass choose(int reads, int writes) {
 
 }  // namespace
 
-// Arrays of n floats at addresses divisible by 32. Returns something of all it read, NaN for a mix it lacks.
-extern "C" double mix(
-    const float* const* in, int reads, float* const* out, int writes, int64_t n, int threads, int streaming) {
+// Arrays of n floats, those written at addresses divisible by 32. False for a mix it lacks. `sum` becomes something of all
+// that was read, whatever that is: compilers leave out what nobody sees.
+extern "C" bool mix(
+    const float* const* in, int reads, float* const* out, int writes, int64_t n, int threads, int streaming, double* sum) {
   const Pass run = streaming ? choose<Streaming>(reads, writes) : choose<Wide>(reads, writes);
-  if (!run) return 0. / 0.;
+  if (!run) return false;
   const int64_t steps = n / kStep, parts = std::clamp<int64_t>(n / kGrain, 1, threads);
-  if (parts == 1) return run(in, out, 0, steps * kStep);
-  double sum = 0;
-#pragma omp parallel for num_threads(parts) schedule(static) reduction(+ : sum)
+  double total = 0;
+#pragma omp parallel for num_threads(parts) schedule(static) reduction(+ : total) if (parts > 1)
   for (int64_t p = 0; p < parts; ++p)
-    sum += run(in, out, p * steps / parts * kStep, (p + 1) * steps / parts * kStep);
-  return sum;
+    total += run(in, out, p * steps / parts * kStep, (p + 1) * steps / parts * kStep);
+  *sum = total;
+  return true;
 }

@@ -2,9 +2,9 @@
 
 A case is a list of passes over memory, each with what it reads and what it writes. A ceiling makes the same
 passes and computes next to nothing. The *warm* one writes to memory it has written before; the *cold* one to
-fresh tensors, as a function that returns new tensors must: their page faults are part of its price. Where a case
-goes through autograd, a third ceiling is the warm one with a graph of one torch operator on one element in it:
-what the engine takes between two passes, with caches full of other things, is nobody's to save.
+fresh tensors, as a function that returns new tensors must: their page faults are part of its price. Where a
+case goes through autograd, a third ceiling is the warm one with a graph of one torch operator on one element
+in it: what the engine takes between two passes, with caches full of other things, is nobody's to save.
 Candidates are a loop of our own (``ceilings.cpp``; ordinary stores and such as bypass the caches) and torch's
 ``copy_``, ``add``, ``sum``; the fastest for a case is its ceiling.
 """
@@ -60,7 +60,7 @@ def mixes() -> dict[str, Mix]:
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"ceilings: torch's operators alone, ceilings.cpp did not build: {error}")
             return found
-    mix.restype = ctypes.c_double
+    mix.restype = ctypes.c_bool
     pointers = ctypes.c_void_p
     mix.argtypes = [
         pointers,
@@ -70,18 +70,19 @@ def mixes() -> dict[str, Mix]:
         ctypes.c_int64,
         ctypes.c_int,
         ctypes.c_int,
+        ctypes.POINTER(ctypes.c_double),
     ]
     for name, streaming in (("loop", 0), ("streaming loop", 1)):
         found[name] = functools.partial(_by_loop, mix, streaming)
     return found
 
 
-def _by_loop(mix: Callable[..., float], streaming: int, reads: list[Tensor], writes: list[Tensor]) -> float:
-    size, threads = reads[0].numel(), torch.get_num_threads()
-    found = mix(_addresses(reads), len(reads), _addresses(writes), len(writes), size, threads, streaming)
-    if found != found:
+def _by_loop(mix: Callable[..., bool], streaming: int, reads: list[Tensor], writes: list[Tensor]) -> float:
+    size, threads, found = reads[0].numel(), torch.get_num_threads(), ctypes.c_double()
+    arrays = _addresses(reads), len(reads), _addresses(writes), len(writes)
+    if not mix(*arrays, size, threads, streaming, ctypes.byref(found)):
         raise ValueError(f"ceilings.cpp: no pass with {len(reads)} reads and {len(writes)} writes")
-    return found
+    return found.value
 
 
 def _addresses(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

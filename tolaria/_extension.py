@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -180,7 +180,7 @@ def _older(ops: Iterable[str], calls: Iterable[str] = ()) -> TolariaError | None
     )
 
 
-def _not_loaded(*_: object) -> Any:
+def _not_loaded(*_: object) -> NoReturn:
     raise ExtensionMissingError(f"{NAME}: it is not loaded. {LOAD_ERROR}")
 
 
@@ -198,4 +198,4 @@ CUDA: bool = LOADED and INFO is not None and INFO.cuda is not None
 judge: Callable[..., bool] = sys.modules[NAME].judge if LOADED else _not_loaded
 """What :func:`tolaria.ops.governor.judge_` calls; see csrc/python.cpp."""
 last_level_cache: Callable[[], int] = sys.modules[NAME].last_level_cache if LOADED else _not_loaded
-"""Bytes of the last cache before memory; the CPU ops write past the caches where they move more than half of it."""
+"""Bytes of the last cache before memory; CPU ops that move more than half of it write past the caches."""

@@ -49,16 +49,14 @@ void call_seed_gate_backward_(at::Tensor& grad, const at::Tensor& alpha) {
   op.call(grad, alpha);
 }
 
-std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor) : std::nullopt;
-}
-
 struct BlendFunction : torch::autograd::Function<BlendFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& host, const at::Tensor& seed,
                             const at::Tensor& alpha) {
     const bool keeps_features = alpha.requires_grad();  // host and seed matter to grad_alpha alone
-    ctx->save_for_backward({alpha, keeps_features ? host : at::Tensor(), keeps_features ? seed : at::Tensor()});
-    ctx->saved_data["seed_dtype"] = static_cast<int64_t>(seed.scalar_type());
+    ctx->save_for_backward(keeps_features ? variable_list{alpha, host, seed} : variable_list{alpha});
+    if (seed.scalar_type() != host.scalar_type()) {
+      ctx->saved_data["seed_dtype"] = static_cast<int64_t>(seed.scalar_type());
+    }
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_blend(host, seed, alpha);
@@ -68,8 +66,10 @@ struct BlendFunction : torch::autograd::Function<BlendFunction> {
     if (!grads[0].defined()) return {{}, {}, {}};
     const variable_list saved = ctx->get_saved_variables();
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
-    const auto host = optional_of(saved[1]), seed = optional_of(saved[2]);
-    const auto seed_dtype = static_cast<at::ScalarType>(ctx->saved_data["seed_dtype"].toInt());
+    std::optional<at::Tensor> host, seed;
+    if (saved.size() > 1) host = saved[1], seed = saved[2];
+    auto seed_dtype = grads[0].scalar_type();
+    if (!ctx->saved_data.empty()) seed_dtype = static_cast<at::ScalarType>(ctx->saved_data["seed_dtype"].toInt());
     if (mask[0] && is_ours_alone(grads[0])) {
       at::Tensor grad = grads[0];
       auto [grad_seed, grad_alpha] = call_blend_backward_(grad, host, seed, saved[0], seed_dtype, {mask[1], mask[2]});

@@ -85,7 +85,7 @@ def test_ends_are_selected_bit_for_bit(backend, device, dtype, shape):
 @needs_extension
 @pytest.mark.parametrize("alpha_bits", [0x3E99999A, 0x3F333333, 0x7FFFFFFF], ids=["0.3", "0.7", "nan"])
 def test_every_bfloat16_is_rounded_in_a_pack_as_alone(alpha_bits):
-    """One alpha goes in packs, an alpha per element does not. A NaN with a payload must not be rounded up to a number."""
+    """One alpha goes in packs, one per element does not. A NaN must not be rounded up to a number."""
     host = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
     seed, grad = host.roll(12_345), host.roll(23_456)
     alpha = torch.tensor(alpha_bits, dtype=torch.int32).view(torch.float32)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from strategies import DTYPE_IDS, DTYPES
 from torch.library import opcheck
 
 from tolaria import _extension
@@ -38,7 +39,7 @@ def test_opcheck(order):
 
 @pytest.mark.skipif(not _extension.LOADED, reason="needs the compiled extension")
 @pytest.mark.parametrize("is_large", [False, True], ids=["small", "large"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64], ids=[*DTYPE_IDS, "int64"])
 def test_copies_have_the_bits_and_find_what_is_not_finite(dtype, is_large):
     """What moves more than half of the last cache is written past the caches."""
     size = (_extension.last_level_cache() // 4 if is_large else 1 << 12) // dtype.itemsize + 77
