@@ -55,9 +55,8 @@ def compare(name, tensors, measure, one_thread, absent):
         assert float(got[0]) == pytest.approx(expected, rel=1e-9)
         assert got[2:].tolist() == [0, -1]
 
-    flat = torch.cat(
-        [t.flatten() for t in tensors]
-    )  # memory never written would be one page of zeros, from the caches
+    # What is read has been written: untouched memory would be one page of zeros, from the caches.
+    flat = torch.cat([t.flatten() for t in tensors])
     measure(
         f"tensor_stats/{name}",
         functions,

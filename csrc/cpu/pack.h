@@ -51,8 +51,8 @@ TOLARIA_INLINE acc_t without_payload(acc_t value) {
   return value != value ? std::numeric_limits<acc_t>::quiet_NaN() : value;
 }
 
-// out[i] = f(in[i]...), computed in acc_t; what f knows beside is without_payload. Where `in` are bfloat16 and `out` is not, all even elements come first, then all
-// odd ones.
+// out[i] = f(in[i]...), computed in acc_t; what f knows beside is without_payload. Where `in` are bfloat16 and `out` is not,
+// all even elements come first, then all odd ones.
 template <typename acc_t, typename out_t, size_t n, class F, typename... in_t>
 TOLARIA_INLINE void map_pack(out_t (&out)[n], const F& f, const in_t*... in) {
   if constexpr ((std::is_same_v<in_t, c10::BFloat16> && ...)) {
