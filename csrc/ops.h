@@ -17,6 +17,9 @@ using TensorTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // Gives back to the system what the pool of large CPU outputs keeps idle; bytes.
 int64_t release_idle_outputs();
 
+// Bytes of the last cache before memory that one core sees.
+int64_t last_level_cache();
+
 // blend: host and seed of the backward are only needed for grad_alpha; a gradient not asked for is undefined.
 at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha);
 at::Tensor blend_autograd(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha);

@@ -13,7 +13,6 @@
 
 #include <optional>
 
-#include "cpu/stream.h"
 #include "math/governor_fields.h"
 #include "ops.h"
 
@@ -77,7 +76,7 @@ PyObject* judge(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // last_level_cache() -> bytes
-PyObject* last_level_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(cpu::last_level_cache()); }
+PyObject* tell_last_level_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(last_level_cache()); }
 
 }  // namespace
 }  // namespace tolaria
@@ -85,7 +84,7 @@ PyObject* last_level_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(cp
 extern "C" PyObject* PyInit__C() {
   static PyMethodDef methods[] = {
       {"judge", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&tolaria::judge)), METH_FASTCALL, nullptr},
-      {"last_level_cache", &tolaria::last_level_cache, METH_NOARGS, nullptr},
+      {"last_level_cache", &tolaria::tell_last_level_cache, METH_NOARGS, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);

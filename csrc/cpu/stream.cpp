@@ -4,6 +4,8 @@
 #include <fstream>
 #include <string>
 
+#include "ops.h"
+
 #if defined(__linux__)
 #include <unistd.h>
 #endif
@@ -37,3 +39,5 @@ int64_t last_level_cache() {
 }
 
 }  // namespace tolaria::cpu
+
+int64_t tolaria::last_level_cache() { return cpu::last_level_cache(); }
