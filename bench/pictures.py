@@ -26,6 +26,7 @@ COLORS = {
     "compiled": "tab:purple",
     "ceiling (cold)": "tab:red",
     "ceiling (warm)": "tab:orange",
+    "ceiling (autograd)": "tab:olive",
 }
 OTHERS = ("tab:blue", "tab:green", "tab:brown", "tab:cyan")
 
