@@ -17,7 +17,7 @@ using TensorTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // Gives back to the system what the pool of large CPU outputs keeps idle; bytes.
 int64_t release_idle_outputs();
 
-// Bytes of the last cache before memory that one core sees.
+// Bytes of the last cache before memory that one core sees, found once.
 int64_t last_level_cache();
 
 // blend: host and seed of the backward are only needed for grad_alpha; a gradient not asked for is undefined.

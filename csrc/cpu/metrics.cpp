@@ -1,6 +1,6 @@
 // classification_metrics_ on the CPU: each row is read from memory once; sums are added in row order.
 //
-// This file alone lets the compiler contract a * b + c into one instruction: the exponential takes two thirds of the time.
+// This file alone lets the compiler contract a * b + c into one instruction: the exponential is most of its arithmetic.
 #if defined(__clang__)
 #pragma clang fp contract(fast)
 #elif defined(__GNUC__)

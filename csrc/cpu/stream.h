@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu/isa.h"
+#include "ops.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -21,9 +22,6 @@ inline constexpr uintptr_t kStreamAlign = 16;
 // How far ahead of a streamed pass memory is asked for: 5% of a copy, 8% of blend on 64 MiB and 12% of its gradients with
 // alpha's (Zen 3; 512 as much, 2048 less).
 inline constexpr int64_t kStreamAhead = 1024;
-
-// Bytes of the last cache before memory that one core sees, found once.
-int64_t last_level_cache();
 
 // Copies one line; elsewhere than on x86-64 an ordinary copy. Four 16-byte stores fill the same write buffer as wider
 // ones would: memory, not the processor, is the limit.

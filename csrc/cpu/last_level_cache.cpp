@@ -1,6 +1,5 @@
 // How much the last cache before memory holds, as the system tells.
-#include "cpu/stream.h"
-
+#include <cstdint>
 #include <fstream>
 #include <string>
 
@@ -10,7 +9,7 @@
 #include <unistd.h>
 #endif
 
-namespace tolaria::cpu {
+namespace tolaria {
 namespace {
 
 constexpr int64_t kCommon = int64_t(32) << 20;
@@ -38,6 +37,4 @@ int64_t last_level_cache() {
   return size;
 }
 
-}  // namespace tolaria::cpu
-
-int64_t tolaria::last_level_cache() { return cpu::last_level_cache(); }
+}  // namespace tolaria
