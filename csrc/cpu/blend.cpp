@@ -158,14 +158,7 @@ struct BlendBackward {
       alignas(cpu::kLine) seed_t seed_pack[kPack];
       cpu::map_pack<acc_t>(host_pack, for_host, grad + i);
       cpu::map_pack<acc_t>(seed_pack, for_seed, grad + i);
-      if constexpr (kAlpha) {
-        acc_t terms[kPack];
-        cpu::map_pack<acc_t>(terms, for_alpha, grad + i, host + i, seed + i);
-        for (int64_t start = 0; start < kPack; start += kLanes) {
-          TOLARIA_LANES
-          for (int64_t l = 0; l < kLanes; ++l) lanes[l] += static_cast<double>(terms[start + l]);
-        }
-      }
+      if constexpr (kAlpha) cpu::add_pack<acc_t, kPack>(lanes, for_alpha, grad + i, host + i, seed + i);
       cpu::store_pack<kStreams>(to_host + i * host_stride, host_pack);
       cpu::store_pack<kStreams>(to_seed + i * seed_stride, seed_pack);
     }

@@ -51,25 +51,51 @@ TOLARIA_INLINE acc_t without_payload(acc_t value) {
   return value != value ? std::numeric_limits<acc_t>::quiet_NaN() : value;
 }
 
-// out[i] = f(in[i]...), computed in acc_t; what f knows beside is without_payload. Where `in` are bfloat16 and `out` is not,
-// all even elements come first, then all odd ones.
+// Calls use(w, low, high) with f of the elements 2w and 2w + 1 of n bfloat16 each.
+template <size_t n, class F, class Use, typename... in_t>
+TOLARIA_INLINE void for_each_pair(const F& f, const Use& use, const in_t*... in) {
+  using Pairs = BFloat16Pairs;
+  TOLARIA_LANES
+  for (size_t w = 0; w < n / 2; ++w) {
+    use(w, f(Pairs::low(Pairs::load(in + 2 * w))...), f(Pairs::high(Pairs::load(in + 2 * w))...));
+  }
+}
+
+template <typename... T>
+inline constexpr bool are_bfloat16 = (std::is_same_v<T, c10::BFloat16> && ...);
+
+// out[i] = f(in[i]...), computed in acc_t; what f knows beside is without_payload.
 template <typename acc_t, typename out_t, size_t n, class F, typename... in_t>
 TOLARIA_INLINE void map_pack(out_t (&out)[n], const F& f, const in_t*... in) {
-  if constexpr ((std::is_same_v<in_t, c10::BFloat16> && ...)) {
-    using Pairs = BFloat16Pairs;
-    TOLARIA_LANES
-    for (size_t w = 0; w < n / 2; ++w) {
-      const acc_t low = f(Pairs::low(Pairs::load(in + 2 * w))...), high = f(Pairs::high(Pairs::load(in + 2 * w))...);
-      if constexpr (std::is_same_v<out_t, c10::BFloat16>) {
-        Pairs::store(out + 2 * w, low, high);
-      } else {
-        out[w] = static_cast<out_t>(low);
-        out[n / 2 + w] = static_cast<out_t>(high);
-      }
-    }
+  if constexpr (are_bfloat16<out_t, in_t...>) {
+    const auto store = [&out](size_t w, acc_t low, acc_t high) TOLARIA_INLINE_LAMBDA {
+      BFloat16Pairs::store(out + 2 * w, low, high);
+    };
+    for_each_pair<n>(f, store, in...);
   } else {
     TOLARIA_LANES
     for (size_t l = 0; l < n; ++l) out[l] = static_cast<out_t>(f(static_cast<acc_t>(in[l])...));
+  }
+}
+
+// Adds f(in[i]...) of all n elements to the lanes of a sum: which element goes to which lane is nobody's business, and the
+// even ones of bfloat16 lie side by side already.
+template <typename acc_t, size_t n, size_t lane_count, class F, typename... in_t>
+TOLARIA_INLINE void add_pack(double (&lanes)[lane_count], const F& f, const in_t*... in) {
+  static_assert(n % lane_count == 0);
+  acc_t terms[n];
+  if constexpr (are_bfloat16<in_t...>) {
+    const auto keep = [&terms](size_t w, acc_t low, acc_t high) TOLARIA_INLINE_LAMBDA {
+      terms[w] = low;
+      terms[n / 2 + w] = high;
+    };
+    for_each_pair<n>(f, keep, in...);
+  } else {
+    map_pack<acc_t>(terms, f, in...);
+  }
+  for (size_t start = 0; start < n; start += lane_count) {
+    TOLARIA_LANES
+    for (size_t l = 0; l < lane_count; ++l) lanes[l] += static_cast<double>(terms[start + l]);
   }
 }
 
