@@ -37,3 +37,10 @@ class TrainingDivergedError(TolariaError):
 
 class ConfigError(ValueError):
     """A configuration is invalid; the message lists every bad field."""
+
+
+class UncoveredWarning(UserWarning):
+    """Something that a rollback would have to put back is not covered; the message names it.
+
+    ``warnings.simplefilter("error", UncoveredWarning)`` turns it into an error at attach.
+    """
