@@ -30,7 +30,8 @@ class Net(nn.Module):
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, **kw: Any) -> TolariaGovernor:
-    return TolariaGovernor(model, optimizer, config=GovernorConfig(snapshot_interval=1000, probation=1), **kw)
+    config = GovernorConfig(snapshot_interval=1000, probation=1, restore_rng=True)
+    return TolariaGovernor(model, optimizer, config=config, **kw)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:

@@ -72,7 +72,9 @@ class Run:
         self.governor: TolariaGovernor | None = None
 
     def attach(self, **settings: Any) -> TolariaGovernor:
-        config = GovernorConfig(**{"snapshot_interval": 10_000, "probation": 1, **settings})
+        config = GovernorConfig(
+            **{"snapshot_interval": 10_000, "probation": 1, "restore_rng": True, **settings}
+        )
         self.governor = TolariaGovernor(
             self.model, self.optimizer, config=config, schedulers=[self.scheduler], scaler=self.scaler
         )
@@ -181,11 +183,14 @@ def test_rollback_to_a_promoted_capture(scaler: bool, dtype: torch.dtype, backen
     at_capture = run.fingerprint()
     run.train(batches(J, seed=2))
     assert governor.last_good_step == K
-    for _ in range(2):  # twice from the same capture
+    for repeated in (False, True):  # twice from the same capture
         run.wreck()
         report = governor.execute_rollback()
         assert report.restored_step == K
-        assert_same(at_capture, run.fingerprint())
+        restored = run.fingerprint()
+        if repeated:  # the same draws would lead to the same end
+            assert not torch.equal(restored.pop("rng"), at_capture.pop("rng"))
+        assert_same(at_capture, restored)
         run.train(batches(3, seed=4))
     assert governor.rollback_count == 2
 

@@ -72,10 +72,22 @@ class GovernorConfig:
     """So many rollbacks inside ``rollback_window`` raise TrainingDivergedError (>= 1)."""
     rollback_window: int = 1000
     """Steps over which rollbacks are counted (>= 1)."""
-    restore_rng: bool = True
-    """Whether a rollback puts the random generators back, so that a replay draws the same numbers."""
+    max_restores_of_one_capture: int = 5
+    """So many restores of one capture in a row without progress raise TrainingDivergedError (>= 1): each was
+    followed by fewer than ``min_history`` healthy steps, or all by the same number. Manual ones do not
+    count."""
+    restore_rng: bool = False
+    """Whether a rollback puts the random generators back. False: the run goes on with new draws, so a loop
+    that draws its batches from them does not meet the same bad batch again. True: the first restore of a
+    capture replays its draws bit for bit, a repeated one draws other numbers, reproducibly; the generators
+    are those of the whole process (torch's of the CPU and of the device, ``random``, NumPy's) and those in
+    ``generators=``."""
     skip_anomalous_steps: bool = False
     """Leave out the optimizer step of an unhealthy loss: judge before it, ``step(verdict)`` after it."""
+    skips_before_rollback: int = None  # type: ignore[assignment]  # None is replaced in __post_init__
+    """So many bad steps in a row, a NaN too, are let pass while parameters, buffers and optimizer state are
+    finite; then a rollback (>= 0). None: 3 with ``skip_anomalous_steps``, which leaves them out, else 0, with
+    which a NaN rolls back at once. On CUDA the state is searched at every step unless this is 0."""
     seed_check_interval: int = 20
     """Steps between searches for non-finite values in incubating seeds (>= 1; 0: never)."""
     storage: Literal["pinned", "device"] = "pinned"
@@ -84,9 +96,14 @@ class GovernorConfig:
     """Events that can wait for ``poll()`` on a CUDA device before the oldest are dropped (>= 1)."""
 
     def __post_init__(self) -> None:
+        if self.skips_before_rollback is None:
+            object.__setattr__(self, "skips_before_rollback", self._default_skips())
         problems = [f"{name}: expected {wanted}, got {got!r}" for name, wanted, got in self._problems()]
         if problems:
             raise ConfigError("GovernorConfig: " + "; ".join(problems))
+
+    def _default_skips(self) -> int:
+        return 3 if self.skip_anomalous_steps is True else 0
 
     def _problems(self) -> list[tuple[str, str, object]]:
         counts: dict[str, tuple[int, float]] = {
@@ -100,6 +117,8 @@ class GovernorConfig:
             "probation": (1, math.inf),
             "max_rollbacks": (1, math.inf),
             "rollback_window": (1, math.inf),
+            "max_restores_of_one_capture": (1, math.inf),
+            "skips_before_rollback": (0, math.inf),
             "seed_check_interval": (0, math.inf),
             "event_capacity": (1, 1 << 20),
         }
@@ -109,9 +128,11 @@ class GovernorConfig:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 limit = f" and at most {int(high)}" if math.isfinite(high) else ""
                 found.append((name, f"an integer of at least {low}{limit}", value))
-        for name in ("sensitivity", "multiplier", "lr_factor", "drift_threshold", "gradient_multiplier"):
+        for name in ("sensitivity", "multiplier", "drift_threshold", "gradient_multiplier"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 found.append((name, "a number above 0", getattr(self, name)))
+        if not (_is_number(self.lr_factor) and 0 < self.lr_factor <= 1):
+            found.append(("lr_factor", "a number above 0 and at most 1", self.lr_factor))
         for name in ("absolute_threshold", "warmup_bound"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
@@ -134,13 +155,10 @@ class GovernorConfig:
         for name in ("gradient_norm", "log_only", "restore_rng", "skip_anomalous_steps"):
             if not isinstance(getattr(self, name), bool):
                 found.append((name, "True or False", getattr(self, name)))
-        if found:
-            return found
-        if self.lr_factor > 1:
-            found.append(("lr_factor", "at most 1", self.lr_factor))
-        if self.window < self.min_history:
+        bad = {name for name, _, _ in found}
+        if not bad & {"window", "min_history"} and self.window < self.min_history:
             found.append(("window", f"at least min_history = {self.min_history}", self.window))
-        if self.snapshot_interval <= self.probation:
+        if not bad & {"snapshot_interval", "probation"} and self.snapshot_interval <= self.probation:
             found.append(
                 ("snapshot_interval", f"more than probation = {self.probation}", self.snapshot_interval)
             )
@@ -179,8 +197,13 @@ class GovernorConfig:
         return cls(**settings)
 
     def replace(self, **changes: object) -> GovernorConfig:
-        """A copy with some fields changed, checked anew."""
+        """A copy with some fields changed, checked anew.
+
+        A ``skips_before_rollback`` that is what it would be by default follows ``skip_anomalous_steps``.
+        """
         fields: dict[str, Any] = changes
+        if self.skips_before_rollback == self._default_skips():
+            fields = {"skips_before_rollback": None, **changes}
         return dataclasses.replace(self, **fields)
 
     def to_tensor(

@@ -262,8 +262,7 @@ class DeviceEngine(Engine):
         if self._structure_moved():
             yield from self.sync_structure()
         ops.snapshot_restore_(self._state_with_order(), self._column, self._settings, self.slots.table, None)
-        self._known_rollbacks -= 1  # the host-side parts once more, too
-        self.reconcile()
+        self._reconcile(again=True)  # the host-side parts once more, too
 
     def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
         """Give an order from outside the rule."""
@@ -292,9 +291,11 @@ class DeviceEngine(Engine):
     def reconcile(self) -> None:
         """Put host-side parts back if the device has rolled back since the last look. Plain loads alone."""
         count = self._reader.status(StatusField.rollback_count)
-        if count == self._known_rollbacks or torch.cuda.is_current_stream_capturing():
-            return
-        self._known_rollbacks = count
+        if count != self._known_rollbacks and not torch.cuda.is_current_stream_capturing():
+            self._known_rollbacks = count
+            self._reconcile(again=False)
+
+    def _reconcile(self, *, again: bool) -> None:
         step = self._reader.status(StatusField.restored_step)
         known = [s for s in self._host if s <= step]
         host = self._host[max(known)] if known else self._host[min(self._host)]
@@ -304,7 +305,7 @@ class DeviceEngine(Engine):
             slot = int(self._state[StateField.last_good, self._column])
             for key, tensor in self.slots.missing_live(slot, host.keys):
                 self.tracked.recreate(key, tensor)
-        host.load_into(self.tracked, keep_fresh=True)
+        host.load_into(self.tracked, keep_fresh=True, again=again)
 
     # -- seeds -----------------------------------------------------------------------------------------------
 

@@ -302,9 +302,11 @@ class HostEngine(Engine):
 
     def restore_again(self) -> Iterator[GovernorEvent]:
         """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
-        yield from self._put_back(self._state_with_order(), None)
+        yield from self._put_back(self._state_with_order(), None, again=True)
 
-    def _put_back(self, state: Tensor, mailbox: Tensor | None) -> Iterator[GovernorEvent]:
+    def _put_back(
+        self, state: Tensor, mailbox: Tensor | None, *, again: bool = False
+    ) -> Iterator[GovernorEvent]:
         yield from self.sync_structure()
         slot = int(self._view[StateField.last_good])
         host = self._host[slot]
@@ -312,7 +314,7 @@ class HostEngine(Engine):
         for key, tensor in self.slots.missing_live(slot, host.keys):
             self.tracked.recreate(key, tensor)
         ops.snapshot_restore_(state, self._column, self._settings, self.slots.table, mailbox)
-        host.load_into(self.tracked)
+        host.load_into(self.tracked, again=again)
 
     def adopt_current_state(self) -> None:
         """Capture the state as it is and make it the last known good one at once.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria.errors import SnapshotError
 from tolaria.governor.fresh_state import fresh_value
+from tolaria.governor.rng import load_rng_state, rng_state
 
 if TYPE_CHECKING:
     from tolaria.governor.tracked import TrackedState
@@ -52,6 +51,8 @@ class HostState:
     """How many rollbacks had lowered the learning rates by then."""
     keys: frozenset[Hashable] = field(default_factory=frozenset)
     """The places in the slots that the capture filled."""
+    restores: int = 0
+    """How often :meth:`load_into` has put it back: a repeated one draws other random numbers."""
 
     @classmethod
     def of(cls, tracked: TrackedState) -> HostState:
@@ -80,17 +81,18 @@ class HostState:
                 if not isinstance(extra, nn.Module)
             },
             modules={name: module.rollback_state() for name, module in walk.participants},
-            rng=_rng_state(tracked),
+            rng=rng_state(tracked),
             rates_lowered=tracked.rates_lowered,
         )
 
-    def load_into(self, tracked: TrackedState, *, keep_fresh: bool = False) -> None:
+    def load_into(self, tracked: TrackedState, *, keep_fresh: bool = False, again: bool = False) -> None:
         """Put every host-side part back; what came into being after the capture is removed.
 
         Args:
             tracked: what the capture was of; its tensors are restored already.
             keep_fresh: leave optimizer state that was put back to its value before the first step where it
                 is, so that addresses stay what they were.
+            again: the same restore once more, so with the same random numbers.
 
         Raises:
             SnapshotError: a scheduler or an extra refused its state; everything else is back.
@@ -116,7 +118,8 @@ class HostState:
                 for name, state in self.extras.items()
             ),
         ]
-        _load_rng(tracked, self.rng)
+        self.restores += not again
+        load_rng_state(tracked, self.rng, max(0, self.restores - 1))
         for error in filter(None, refused):
             raise error
 
@@ -208,29 +211,3 @@ def _scaler_host(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
     """Its numbers; its tensors only where there were none yet, which is a value as well."""
     values = {name: getattr(scaler, name, None) for name in _SCALER_VALUES}
     return values | {name: None for name in SCALER_TENSORS if getattr(scaler, name, None) is None}
-
-
-def _rng_state(tracked: TrackedState) -> dict[str, Any]:
-    if not tracked.restore_rng:
-        return {}
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "generators": [g.get_state() for g in tracked.generators],
-    }
-    if tracked.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(tracked.device)
-    return state
-
-
-def _load_rng(tracked: TrackedState, rng: dict[str, Any]) -> None:
-    if not rng:
-        return
-    torch.set_rng_state(rng["torch"])
-    random.setstate(rng["python"])
-    np.random.set_state(rng["numpy"])
-    for generator, state in zip(tracked.generators, rng["generators"], strict=True):
-        generator.set_state(state)
-    if "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"], tracked.device)

@@ -147,7 +147,7 @@ class TrackedState:
         scaler: torch.amp.GradScaler | None = None,
         extras: Mapping[str, Stateful] | None = None,
         generators: Sequence[torch.Generator] = (),
-        restore_rng: bool = True,
+        restore_rng: bool = False,
         device: torch.device,
     ) -> None:
         self.model = model
