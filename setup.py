@@ -19,6 +19,7 @@ from cuda_home import BuildError  # noqa: E402
 
 BUILD_COMMANDS = {"bdist", "bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 CXX_FLAGS = [
+    "-std=c++20",  # torch adds the standard of its own headers where none is named: C++17 up to 2.11
     "-O3",
     "-g0",
     "-ffp-contract=off",  # one arithmetic for every instruction set and for CUDA

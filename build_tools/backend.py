@@ -41,7 +41,7 @@ prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_edit
 
 
 def torch_requirement() -> str:
-    """The runtime dependency on torch, as pyproject.toml states it (``torch>=2.13``)."""
+    """The runtime dependency on torch, as pyproject.toml states it (``torch>=2.9``)."""
     found = re.search(r'^dependencies = \[.*?"(torch[^"]*)"', PYPROJECT.read_text(), re.MULTILINE)
     if found is None:
         raise RuntimeError(f"{PYPROJECT}: expected a dependency on torch in one line, found none")

@@ -17,7 +17,7 @@ from pathlib import Path
 WANTED_ARCHS = ((8, 0), (9, 0))
 """Compute capabilities built by default; the newest also as PTX, which newer devices compile themselves."""
 
-NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off", "-Xptxas=-warn-spills"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off", "-Xptxas=-warn-spills"]
 """No contraction, so that CUDA and CPU agree bit for bit; a register that does not fit is a warning."""
 
 Arch = tuple[int, int]

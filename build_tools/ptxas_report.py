@@ -47,7 +47,7 @@ def compile_source(nvcc: Path, source: Path, archs: list[str], folder: Path) -> 
     from torch.utils.cpp_extension import include_paths
 
     numbers = [arch.replace(".", "") for arch in archs]
-    command = [str(nvcc), *cuda_home.NVCC_FLAGS, "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v"]
+    command = [str(nvcc), *cuda_home.NVCC_FLAGS, "--expt-relaxed-constexpr", "-Xptxas=-v"]
     command += [f"-isystem={path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     command += [f"-I{ROOT / 'csrc'}", "-DTOLARIA_WITH_CUDA", str(source)]
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]

@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 #include <array>
 #include <optional>
+#include <string>
 
 namespace tolaria {
 
@@ -14,7 +15,8 @@ inline bool is_supported_float(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
 
-inline std::string_view dtype_name(at::ScalarType type) { return c10::getDtypeNames(type).first; }
+// A string of its own: before torch 2.13 the names are returned by value, and a view of them would dangle.
+inline std::string dtype_name(at::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
 
 inline void check_floating(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "tolaria.", op, ": ", name, ": expected a strided tensor, got ",

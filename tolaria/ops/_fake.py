@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
+from torch._prims_common import _is_non_overlapping_and_dense_or_false
 
 from tolaria.reference import _checks, stats
 
@@ -20,6 +20,11 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 def _fake(name: str) -> Callable[[_Function], _Function]:
     register: Callable[[_Function], _Function] = torch.library.register_fake(f"tolaria::{name}")
     return register
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether some order of its dimensions is contiguous; no guard where the sizes are unknown."""
+    return bool(_is_non_overlapping_and_dense_or_false(tensor.shape, tensor.stride()))
 
 
 @_fake("blend")
@@ -41,8 +46,8 @@ def _blend_backward(
     _checks.check_floating("blend_backward", "grad", grad)
     _checks.check_alpha("blend_backward", alpha, "grad", grad)
     order = grad
-    if not is_non_overlapping_and_dense_or_false(grad):
-        is_host_dense = host is not None and is_non_overlapping_and_dense_or_false(host)
+    if not _is_dense(grad):
+        is_host_dense = host is not None and _is_dense(host)
         order = host if host is not None and is_host_dense else torch.empty_like(grad)
     return (
         torch.empty_like(order) if output_mask[0] else None,

@@ -12,10 +12,13 @@ from tolaria.reference import _checks
 
 
 def _like(result: Tensor, model: Tensor) -> Tensor:
-    """``result`` in ``model``'s dtype and memory layout."""
-    result = result.to(model.dtype)
+    """``result`` in ``model``'s memory layout, never as an operation that may hand back its own operand.
+
+    Where the forward of a Function ends in one (``copy_``, a cast to the same dtype, ``contiguous``),
+    ``torch.compile`` of torch 2.11 gives zero gradients and says nothing.
+    """
     wanted = torch.empty_like(model)
-    return result if result.stride() == wanted.stride() else wanted.copy_(result)
+    return result if result.stride() == wanted.stride() else wanted.copy_(result).clone()
 
 
 def blend_values(host: Tensor, seed: Tensor, alpha: Tensor) -> Tensor:
