@@ -6,6 +6,7 @@
 
 #include <optional>
 
+#include "common/checks.h"
 #include "math/governor.h"
 #include "math/stats.h"
 
@@ -15,7 +16,7 @@ inline int governor_window(const at::Tensor& state) {
   TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble && state.dim() == 2 &&
                         (state.stride(1) == 1 || state.size(1) == 1) && state.stride(0) >= state.size(1),
                     "state: expected a float64 matrix (fields, governors) whose rows are contiguous, got ",
-                    state.scalar_type(), " of shape ", state.sizes(), " and strides ", state.strides());
+                    dtype_name(state.scalar_type()), " of shape ", state.sizes(), " and strides ", state.strides());
   const int64_t memories = state.size(0) - math::field::count;
   const int64_t windows = memories / 3 - math::memory::count, window = windows / 2;
   TORCH_CHECK_VALUE(memories % 3 == 0 && windows % 2 == 0 && window >= 1 && window <= math::kMaxWindow,
@@ -26,8 +27,8 @@ inline int governor_window(const at::Tensor& state) {
 inline void check_governor_config(const at::Tensor& state, const at::Tensor& config) {
   TORCH_CHECK_VALUE(config.scalar_type() == at::kDouble && config.dim() == 1 && config.is_contiguous() &&
                         config.numel() == math::config::count,
-                    "config: expected ", int(math::config::count), " float64 values, got ", config.scalar_type(),
-                    " of shape ", config.sizes());
+                    "config: expected ", int(math::config::count), " float64 values, got ",
+                    dtype_name(config.scalar_type()), " of shape ", config.sizes());
   TORCH_CHECK_VALUE(config.device() == state.device(), "config: expected on ", state.device(), " like state, got ",
                     config.device());
 }
@@ -38,8 +39,8 @@ inline int64_t check_mailbox(const at::Tensor& state, const std::optional<at::Te
                         mailbox->size(0) == state.size(1) && mailbox->size(1) >= math::status::count &&
                         (mailbox->size(1) - math::status::count) % math::record::count == 0,
                     "mailbox: expected a contiguous float64 matrix (governors, ", int(math::status::count), " + k * ",
-                    int(math::record::count), ") for ", state.size(1), " governors, got ", mailbox->scalar_type(),
-                    " of shape ", mailbox->sizes());
+                    int(math::record::count), ") for ", state.size(1), " governors, got ",
+                    dtype_name(mailbox->scalar_type()), " of shape ", mailbox->sizes());
   TORCH_CHECK_VALUE(mailbox->is_cpu() && (state.is_cpu() || mailbox->is_pinned()),
                     "mailbox: expected in ", state.is_cpu() ? "CPU memory" : "page-locked CPU memory", ", got on ",
                     mailbox->device());
@@ -57,7 +58,7 @@ inline at::Tensor check_per_governor(const at::Tensor& state, const at::Tensor& 
 
 inline at::Tensor check_loss(const at::Tensor& state, const at::Tensor& loss) {
   TORCH_CHECK_TYPE(at::isFloatingType(loss.scalar_type()) && loss.element_size() >= 2,
-                   "loss: expected float64, float32, float16 or bfloat16, got ", loss.scalar_type());
+                   "loss: expected float64, float32, float16 or bfloat16, got ", dtype_name(loss.scalar_type()));
   return check_per_governor(state, loss, "loss");
 }
 
@@ -66,7 +67,7 @@ inline std::optional<at::Tensor> check_flag(const at::Tensor& state, const std::
   if (!flag.has_value()) return std::nullopt;
   const auto dtype = flag->scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kBool || (at::isFloatingType(dtype) && flag->element_size() >= 2), name,
-                   ": expected bool (or a floating found_inf), got ", dtype);
+                   ": expected bool (or a floating found_inf), got ", dtype_name(dtype));
   return check_per_governor(state, *flag, name);
 }
 
@@ -74,7 +75,8 @@ inline std::optional<at::Tensor> check_flag(const at::Tensor& state, const std::
 inline std::optional<at::Tensor> check_gradient(const at::Tensor& state, const std::optional<at::Tensor>& gradient) {
   if (!gradient.has_value()) return std::nullopt;
   TORCH_CHECK_TYPE(at::isFloatingType(gradient->scalar_type()) && gradient->element_size() >= 2,
-                   "gradient: expected float64, float32, float16 or bfloat16, got ", gradient->scalar_type());
+                   "gradient: expected float64, float32, float16 or bfloat16, got ",
+                   dtype_name(gradient->scalar_type()));
   if (gradient->scalar_type() != at::kDouble || gradient->numel() != state.size(1) * math::kStatsFields) {
     return check_per_governor(state, *gradient, "gradient");
   }
@@ -88,6 +90,12 @@ inline void check_column(const at::Tensor& state, int64_t column) {
                     column);
 }
 
+inline void check_order(int64_t order, int64_t reason) {
+  TORCH_CHECK_VALUE(order >= 0 && order < math::kOrders, "order: expected 0 to ", math::kOrders - 1, ", got ", order);
+  TORCH_CHECK_VALUE(reason >= 0 && reason < math::kReasons, "reason: expected 0 to ", math::kReasons - 1, ", got ",
+                    reason);
+}
+
 // Element i of a tensor of any dtype that the checks above let through, as float64.
 C10_HOST_DEVICE inline double load_as_double(const void* data, at::ScalarType dtype, int64_t i) {
   switch (dtype) {
@@ -95,7 +103,7 @@ C10_HOST_DEVICE inline double load_as_double(const void* data, at::ScalarType dt
     case at::kFloat: return static_cast<const float*>(data)[i];
     case at::kHalf: return static_cast<float>(static_cast<const at::Half*>(data)[i]);
     case at::kBFloat16: return static_cast<float>(static_cast<const at::BFloat16*>(data)[i]);
-    default: return static_cast<const bool*>(data)[i] ? 1.0 : 0.0;
+    default: return static_cast<const uint8_t*>(data)[i] != 0 ? 1.0 : 0.0;  // a bool of any byte
   }
 }
 

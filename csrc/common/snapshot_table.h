@@ -44,16 +44,24 @@ enum CheckKind : int64_t {
   kZeroed = 5
 };
 
+// Whatever the header says, no row outside the matrix is read. What the rows say (addresses, bytes) nobody can check.
 struct SnapshotTable {
   const SnapshotHeader* header;
   const SnapshotRow* rows;
-  C10_HOST_DEVICE int64_t begin(int part) const { return part == 0 ? 0 : header->part0_rows; }
-  C10_HOST_DEVICE int64_t end(int part) const { return part == 0 ? header->part0_rows : header->rows; }
+  int64_t capacity;
+  C10_HOST_DEVICE int64_t begin(int part) const { return part == 0 ? 0 : bounded(header->part0_rows, end(1)); }
+  C10_HOST_DEVICE int64_t end(int part) const { return part == 0 ? begin(1) : bounded(header->rows, capacity); }
+
+ private:
+  C10_HOST_DEVICE static int64_t bounded(int64_t rows, int64_t most) {
+    return rows < 0 ? 0 : rows < most ? rows : most;
+  }
 };
 
 inline SnapshotTable snapshot_table(const at::Tensor& table) {
   const int64_t* data = table.const_data_ptr<int64_t>();
-  return {reinterpret_cast<const SnapshotHeader*>(data), reinterpret_cast<const SnapshotRow*>(data + kTableColumns)};
+  return {reinterpret_cast<const SnapshotHeader*>(data), reinterpret_cast<const SnapshotRow*>(data + kTableColumns),
+          table.size(0) - 1};
 }
 
 inline void check_snapshot_table(const at::Tensor& state, const at::Tensor& table) {

@@ -146,6 +146,7 @@ void governor_order_cpu(at::Tensor& state, const at::Tensor& config, int64_t col
                         int64_t tensor_index, const std::optional<at::Tensor>& mailbox) {
   const GovernorBatch batch = governor_batch(state, mailbox);
   check_governor_config(state, config);
+  check_order(order, reason);
   check_column(state, column);
   math::give_order(batch[column], config.const_data_ptr<double>(), static_cast<math::Order>(order),
                    static_cast<math::Reason>(reason), static_cast<double>(tensor_index));

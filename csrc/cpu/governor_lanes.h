@@ -93,10 +93,10 @@ struct JudgeLanes {
       sizes[v] = g[v].live(size_field);
     }
     for (int i = 0; i < g[0].window; ++i) {
-      const Real before = math::spread<Real>(i), count = math::spread<Real>(i + 1.0);
+      const Real count = math::spread<Real>(i + 1.0);
       for (int v = 0; v < kVectors; ++v) {
         const Moments next = math::welford<Real>(m[v], g[v].live(first + i), count);
-        const auto inside = before < sizes[v];
+        const auto inside = count <= sizes[v];
         m[v] = {math::select(inside, next.mean, m[v].mean), math::select(inside, next.m2, m[v].m2)};
       }
     }

@@ -88,9 +88,9 @@ struct Copier {
 
 SnapshotTable checked_table(const at::Tensor& table) {
   const SnapshotTable view = snapshot_table(table);
-  const int64_t first = view.end(0), rows = view.end(1);
-  TORCH_CHECK_VALUE(0 <= first && first <= rows && rows < table.size(0), "table: header says ", rows,
-                    " rows, the matrix holds ", table.size(0) - 1);
+  const int64_t first = view.header->part0_rows, rows = view.header->rows;
+  TORCH_CHECK_VALUE(0 <= first && first <= rows && rows <= view.capacity, "table: header says ", first, " and ", rows,
+                    " rows, the matrix holds ", view.capacity);
   return view;
 }
 
@@ -131,8 +131,8 @@ void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& t
   check_snapshot_table(state, table);
   TORCH_CHECK_VALUE(part >= 0 && part < math::kCaptureParts, "part: expected 0 or 1, got ", part);
   const double order = g[math::field::capture_order_0 + static_cast<int>(part)];
-  if (order < 0.0) return;
-  const int slot = static_cast<int>(order);
+  if (!(order >= 0.0)) return;  // -1, or NaN
+  const int slot = math::slot_index(order);
   const SnapshotTable t = checked_table(table);
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> first_bad{kNone};
@@ -158,7 +158,7 @@ void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& c
   check_governor_config(state, config);
   check_snapshot_table(state, table);
   if (g[math::field::restore_order] == 0.0) return;
-  const int slot = static_cast<int>(g[math::field::last_good]);
+  const int slot = math::slot_index(g[math::field::last_good]);
   const SnapshotTable t = checked_table(table);
   const Copier copier(t.rows, 0, t.end(1));
   for_each_piece(t.rows, 0, t.end(1), [&](const SnapshotRow& row, int64_t offset, int64_t bytes) {

@@ -27,10 +27,10 @@ __global__ void governor_order_kernel(math::Governor g, const double* config, ma
 void governor_step_cuda(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
                         const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
                         const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient) {
-  const c10::cuda::CUDAGuard guard(state.device());
   const GovernorBatch batch = governor_batch(state, mailbox);
   check_governor_config(state, config);
   const GovernorArguments arguments(state, loss, nonfinite, active, gradient);
+  const c10::cuda::CUDAGuard guard(state.device());  // after the checks: a state on the CPU is their business
   // One thread a governor: for the usual single one a warp is the smallest block there is.
   const int block = batch.n <= 32 ? 32 : 128;
   TOLARIA_LAUNCH(governor_step_kernel, static_cast<unsigned>((batch.n + block - 1) / block), block, batch,
@@ -39,9 +39,10 @@ void governor_step_cuda(at::Tensor& state, const at::Tensor& config, const at::T
 
 void governor_order_cuda(at::Tensor& state, const at::Tensor& config, int64_t column, int64_t order, int64_t reason,
                          int64_t tensor_index, const std::optional<at::Tensor>& mailbox) {
-  const c10::cuda::CUDAGuard guard(state.device());
   const math::Governor g = governor_at(state, column, mailbox);
   check_governor_config(state, config);
+  check_order(order, reason);
+  const c10::cuda::CUDAGuard guard(state.device());
   TOLARIA_LAUNCH(governor_order_kernel, 1, 1, g, config.const_data_ptr<double>(), static_cast<math::Order>(order),
                  static_cast<math::Reason>(reason), static_cast<double>(tensor_index));
 }

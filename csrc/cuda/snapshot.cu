@@ -98,11 +98,12 @@ __device__ void zero_bytes(char* target, int64_t bytes) {
 // behind this one. One counter a part, since part 1 runs on the side stream beside others; part 0 and the restore share
 // one, being in order on the stream that judges.
 __global__ void __launch_bounds__(kCaptureThreads, kCaptureBlocksPerMultiprocessor)
-    snapshot_capture_kernel(math::Governor g, SnapshotHeader* header, const SnapshotRow* rows, int part) {
+    snapshot_capture_kernel(math::Governor g, SnapshotHeader* header, const SnapshotRow* rows, int64_t capacity,
+                            int part) {
   const double order = g[math::field::capture_order_0 + part];
-  if (order < 0.0) return;
-  const int slot = static_cast<int>(order);
-  const SnapshotTable table{header, rows};
+  if (!(order >= 0.0)) return;  // -1, or NaN
+  const int slot = math::slot_index(order);
+  const SnapshotTable table{header, rows, capacity};
   const int64_t end = table.end(part);
   for (int64_t r = table.begin(part) + blockIdx.x; r < end; r += gridDim.x) {
     // By reference: a copy in registers cannot be indexed by `slot` and would go to local memory.
@@ -126,10 +127,11 @@ __global__ void __launch_bounds__(kCaptureThreads, kCaptureBlocksPerMultiprocess
 }
 
 __global__ void __launch_bounds__(kCaptureThreads, kCaptureBlocksPerMultiprocessor)
-    snapshot_restore_kernel(math::Governor g, const double* config, SnapshotHeader* header, const SnapshotRow* rows) {
+    snapshot_restore_kernel(math::Governor g, const double* config, SnapshotHeader* header, const SnapshotRow* rows,
+                            int64_t capacity) {
   if (g[math::field::restore_order] == 0.0) return;
-  const int slot = static_cast<int>(g[math::field::last_good]);
-  const int64_t end = header->rows;
+  const int slot = math::slot_index(g[math::field::last_good]);
+  const int64_t end = SnapshotTable{header, rows, capacity}.end(1);
   for (int64_t r = blockIdx.x; r < end; r += gridDim.x) {
     const SnapshotRow& row = rows[r];
     copy_bytes(reinterpret_cast<char*>(row.live), reinterpret_cast<const char*>(row.slot[slot]), row.bytes,
@@ -161,7 +163,7 @@ void snapshot_capture_cuda(at::Tensor& state, int64_t column, const at::Tensor& 
   check_snapshot_table(state, table);
   TORCH_CHECK_VALUE(part >= 0 && part < math::kCaptureParts, "part: expected 0 or 1, got ", part);
   TOLARIA_LAUNCH(snapshot_capture_kernel, blocks_for(table, kCaptureMultiprocessorShare), kCaptureThreads, g,
-                 header_of(table), snapshot_table(table).rows, static_cast<int>(part));
+                 header_of(table), snapshot_table(table).rows, table.size(0) - 1, static_cast<int>(part));
 }
 
 void snapshot_restore_cuda(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
@@ -171,7 +173,7 @@ void snapshot_restore_cuda(at::Tensor& state, int64_t column, const at::Tensor& 
   check_governor_config(state, config);
   check_snapshot_table(state, table);
   TOLARIA_LAUNCH(snapshot_restore_kernel, blocks_for(table, 1), kCaptureThreads, g, config.const_data_ptr<double>(),
-                 header_of(table), snapshot_table(table).rows);
+                 header_of(table), snapshot_table(table).rows, table.size(0) - 1);
 }
 
 }  // namespace tolaria

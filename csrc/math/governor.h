@@ -16,6 +16,8 @@
 
 namespace tolaria::math {
 
+C10_HOST_DEVICE inline void increment(double& count) { count = one_nan(count + 1.0); }
+
 C10_HOST_DEVICE inline void cancel_candidate(const Governor& g) {
   g[field::candidate] = -1.0;
   g[field::candidate_done] = 0.0;
@@ -28,38 +30,37 @@ C10_HOST_DEVICE inline void cancel_candidate(const Governor& g) {
 // Orders a capture into the slot that is not the last known good one, which this never touches. Returns that slot's
 // memory, into which the live one is then to be copied.
 C10_HOST_DEVICE inline int order_capture(const Governor& g) {
-  const double slot = 1.0 - g[field::last_good];
+  const int slot = 1 - slot_index(g[field::last_good]);
   cancel_candidate(g);
   g[field::candidate] = slot;
   g[field::capture_order_0] = slot;
   g[field::capture_order_1] = slot;
-  g[field::capture_count] += 1.0;
-  const int s = static_cast<int>(slot);
-  g[field::slot_step_0 + s] = g[field::step];
-  g[field::slot_capture_0 + s] = g[field::capture_count];
-  return 1 + s;
+  increment(g[field::capture_count]);
+  g[field::slot_step_0 + slot] = g[field::step];
+  g[field::slot_capture_0 + slot] = g[field::capture_count];
+  return 1 + slot;
 }
 
 C10_HOST_DEVICE inline void promote_candidate(const Governor& g) {
-  const int slot = static_cast<int>(g[field::candidate]);
+  const int slot = slot_index(g[field::candidate]);
   g[field::last_good] = slot;
   g[field::anchor_step] = g[field::slot_step_0 + slot];
-  g[field::promotion_count] += 1.0;
+  increment(g[field::promotion_count]);
   cancel_candidate(g);
   emit(g, kPromotionEvent, g[field::slot_capture_0 + slot], g[field::slot_step_0 + slot]);
 }
 
 // The bookkeeping of a rollback whose tensors are back: the memory of the restored slot judges on from here.
 C10_HOST_DEVICE inline void commit_rollback(const Governor& g, const double* c) {
-  const int slot = static_cast<int>(g[field::last_good]);
-  g[field::rollback_count] += 1.0;
+  const int slot = slot_index(g[field::last_good]);
+  increment(g[field::rollback_count]);
   g[field::cooldown_left] = c[config::cooldown];
-  g[field::steps_lost] = g[field::step] - g[field::anchor_step];
+  g[field::steps_lost] = one_nan(g[field::step] - g[field::anchor_step]);
   g[field::anchor_step] = g[field::step];
   g[field::restored_capture] = g[field::slot_capture_0 + slot];
   g[field::restored_step] = g[field::slot_step_0 + slot];
   g[field::restore_order] = 0.0;
-  g[field::reward] = -c[config::death_penalty];
+  g[field::reward] = one_nan(-c[config::death_penalty]);
   copy_memory(g, 0, 1 + slot);
   cancel_candidate(g);
   emit(g, kRollbackEvent, g[field::restored_capture], g[field::restored_step]);
@@ -91,11 +92,11 @@ C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order
 // A capture part has been copied; `bad` is the index of the first tensor holding a non-finite value, or -1.
 C10_HOST_DEVICE inline void finish_capture_part(const Governor& g, int part, double bad) {
   g[field::capture_order_0 + part] = -1.0;
-  const int done = static_cast<int>(g[field::candidate_done]) | (1 << part);
+  const int done = parts_in(g[field::candidate_done]) | (1 << part);
   g[field::candidate_done] = done;
   if (bad >= 0.0 && (g[field::candidate_bad] < 0.0 || bad < g[field::candidate_bad])) g[field::candidate_bad] = bad;
   if (done == kAllPartsDone) {
-    const int slot = static_cast<int>(g[field::candidate]);
+    const int slot = slot_index(g[field::candidate]);
     emit(g, kCaptureEvent, g[field::slot_capture_0 + slot], g[field::slot_step_0 + slot]);
     write_status(g);
   }
@@ -106,7 +107,7 @@ template <class Column>
 TOLARIA_LANEWISE void shift_full(const Column& g, int size_field, int first) {
   using Real = typename Column::Real;
   const Real size = g.live(size_field);
-  const auto full = size == static_cast<double>(g.window);
+  const auto full = size >= static_cast<double>(g.window);
   if (!any(full)) return;
   Real older = g.live(first);
   for (int i = first; i < first + g.window - 1; ++i) {
@@ -118,7 +119,7 @@ TOLARIA_LANEWISE void shift_full(const Column& g, int size_field, int first) {
 
 // Appends to a window that has room, or that shift_full has made room in.
 C10_HOST_DEVICE inline void append(const Governor& g, int size_field, int first, double value) {
-  int size = static_cast<int>(g.live(size_field));
+  int size = entries_in(g.live(size_field), g.window);
   if (size == g.window) --size;
   g.live(first + size) = value;
   g.live(size_field) = size + 1.0;
@@ -140,7 +141,7 @@ TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, co
   const Moments<Real> life = welford({g[field::life_mean], g[field::life_m2]}, x, count);
   g[field::life_min] = select((count == 1.0) | (x < least), x, least);
   g[field::life_max] = select((count == 1.0) | (x > most), x, most);
-  g[field::life_count] = count;
+  g[field::life_count] = one_nan(count);
   g[field::life_mean] = one_nan(life.mean);
   g[field::life_m2] = one_nan(life.m2);
 }
@@ -153,7 +154,7 @@ C10_HOST_DEVICE inline int advance_slots(const Governor& g, const double* c, boo
     if (!healthy || g[field::candidate_done] != kAllPartsDone) {
       cancel_candidate(g);
     } else if (!paused) {
-      g[field::candidate_healthy] += 1.0;
+      increment(g[field::candidate_healthy]);
       if (g[field::candidate_healthy] >= c[config::probation]) promote_candidate(g);
     }
   }
@@ -169,15 +170,15 @@ TOLARIA_LANEWISE void write_verdict(const Column& g, const Sample<Column>& s, co
   const Real size = g.live(memory::history_size), bad = g[field::candidate_bad], steps = g[field::step];
   const Real nan = spread<Real>(std::numeric_limits<double>::quiet_NaN()), none = spread<Real>(-1.0);
   const auto is_known = size > 0.0;
-  g[field::step] = steps + 1.0;
+  g[field::step] = one_nan(steps + 1.0);
   g[field::reason] = spread<Real>(reason);
   g[field::rollback] = spread<Real>(rollback);
   g[field::loss] = one_nan(s.loss);
   g[field::mean] = select(is_known, one_nan(m.mean), nan);
   g[field::std] = select(is_known, one_nan(f.std), nan);
-  g[field::threshold_absolute] = f.thresholds.absolute;
+  g[field::threshold_absolute] = one_nan(f.thresholds.absolute);
   g[field::threshold_statistical] = select(is_known, one_nan(f.thresholds.statistical), nan);
-  g[field::threshold_multiplier] = select(is_known, f.thresholds.multiplier, nan);
+  g[field::threshold_multiplier] = select(is_known, one_nan(f.thresholds.multiplier), nan);
   g[field::gradient_norm] = select(f.judges_gradient, one_nan(s.gradient_norm), none);
   g[field::gradient_threshold] = one_nan(f.steepest);
   g[field::drift] = f.drift;
@@ -204,11 +205,11 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
     paused = true;
   } else if (f.at_chance) {
     reason = kLobotomy;
-    g.live(memory::lobotomy_pending) += 1.0;
+    increment(g.live(memory::lobotomy_pending));
     rollback = g.live(memory::lobotomy_pending) >= c[config::lobotomy_patience];
   } else if (f.exploded || f.steep) {
     reason = f.exploded ? kAnomaly : kGradientNorm;
-    g.live(memory::consecutive) += 1.0;
+    increment(g.live(memory::consecutive));
     rollback = g.live(memory::consecutive) >= c[config::min_panics_before_rollback];
   } else if (f.drifted) {
     reason = kDrift;

@@ -68,12 +68,14 @@ enum Reason : int {
   kNonFiniteState = 4,
   kManual = 5,
   kGradientNorm = 6,
-  kDrift = 7
+  kDrift = 7,
+  kReasons
 };
 enum EventKind : int { kVerdictEvent = 0, kCaptureEvent = 1, kPromotionEvent = 2, kRollbackEvent = 3 };
-enum Order : int { kOrderRollback = 0, kOrderCapture = 1, kOrderPromote = 2, kOrderForget = 3 };
+enum Order : int { kOrderRollback = 0, kOrderCapture = 1, kOrderPromote = 2, kOrderForget = 3, kOrders };
 
 constexpr int kMaxWindow = 4096;
+constexpr double kMaxCount = 9007199254740992.0;  // 2^53: above it a float64 does not count on
 constexpr double kDriftClip = 2.0;    // standard deviations that one loss adds to the drift sum at most
 constexpr int kCaptureParts = 2;      // 0: what others mutate, on the current stream; 1: parameters and optimizer state
 constexpr int kAllPartsDone = (1 << kCaptureParts) - 1;

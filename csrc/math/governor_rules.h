@@ -29,7 +29,7 @@ TOLARIA_LANEWISE Moments<Real> welford(const Moments<Real>& m, const Real& x, co
 // Moments of a window of the live memory, oldest to newest; `first` is where it begins.
 C10_HOST_DEVICE inline Moments<double> window_moments(const Governor& g, int size_field, int first) {
   Moments<double> m{0.0, 0.0};
-  const int size = static_cast<int>(g.live(size_field));
+  const int size = entries_in(g.live(size_field), g.window);
   for (int i = 0; i < size; ++i) m = welford(m, g.live(first + i), i + 1.0);
   return m;
 }
@@ -82,14 +82,14 @@ TOLARIA_LANEWISE Real gradient_threshold(const Column& g, const double* c, const
 template <class Column, class Real>
 TOLARIA_LANEWISE Real drift_with(const Column& g, const double* c, const Real& x) {
   const Real sum = g.live(memory::drift_sum);
-  if (c[config::drift_horizon] == 0.0) return sum;
+  if (c[config::drift_horizon] == 0.0) return one_nan(sum);
   const Real count = g.live(memory::drift_count), mean = g.live(memory::drift_mean);
   const Real variance = g.live(memory::drift_variance), zero = spread<Real>(0.0);
   Real z = (x - mean) / floored(c, root(variance), mean);
   z = select(z == z, z, zero);
   z = select(z > kDriftClip, spread<Real>(kDriftClip), select(z < -kDriftClip, spread<Real>(-kDriftClip), z));
   const Real next = sum + z - c[config::drift_slack];
-  return select(count < c[config::min_history], sum, select(next > 0.0, next, zero));
+  return one_nan(select(count < c[config::min_history], sum, select(next > 0.0, next, zero)));
 }
 
 // Baseline of the drift test: plain moments of the first `drift_horizon` losses, from then on exponentially forgetting.

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "math/governor_fields.h"
+#include "math/lanes.h"
 
 namespace tolaria::math {
 
@@ -31,6 +32,20 @@ struct Governor {
   C10_HOST_DEVICE int gradients() const { return memory::count + window; }
 };
 
+// Whatever bytes a state holds (it may come from a file), a governor never leaves its column and its mailbox row: what
+// indexes or counts passes through one of these four. They compare before they cast, since a cast of NaN or of a value
+// that does not fit is undefined; the reference has the same four.
+C10_HOST_DEVICE inline int slot_index(double slot) { return slot == 0.0 ? 0 : 1; }
+C10_HOST_DEVICE inline int entries_in(double size, int window) {
+  return size >= window ? window : size > 0.0 ? static_cast<int>(size) : 0;
+}
+C10_HOST_DEVICE inline int parts_in(double done) {
+  return done >= 0.0 && done <= kAllPartsDone ? static_cast<int>(done) : 0;
+}
+C10_HOST_DEVICE inline int64_t ring_place(double sequence, int64_t records) {
+  return sequence >= 0.0 && sequence <= kMaxCount ? static_cast<int64_t>(sequence) % records : 0;
+}
+
 // Makes what this thread wrote visible to the host before what it writes next. The words are aligned doubles, each one
 // store over the bus, and the fence keeps the compiler from moving them too, so nothing has to be volatile. One thread
 // writes a mailbox row at a time: judge, restore and capture of a governor are ordered by the stream or by an event.
@@ -44,7 +59,7 @@ C10_HOST_DEVICE inline void publish() {
 C10_HOST_DEVICE inline void write_status(const Governor& g) {
   if (g.mailbox == nullptr) return;
   double* s = g.mailbox;
-  const int good = static_cast<int>(g[field::last_good]);
+  const int good = slot_index(g[field::last_good]);
   s[status::step] = g[field::step];
   s[status::reason] = g[field::reason];
   s[status::rollback] = g[field::rollback];
@@ -60,9 +75,9 @@ C10_HOST_DEVICE inline void write_status(const Governor& g) {
   s[status::rollback_count] = g[field::rollback_count];
 }
 
-C10_HOST_DEVICE inline void write_record(const Governor& g, int64_t sequence, EventKind kind, double capture_id,
+C10_HOST_DEVICE inline void write_record(const Governor& g, double sequence, EventKind kind, double capture_id,
                                          double capture_step) {
-  double* r = g.mailbox + status::count + (sequence % g.ring_records) * record::count;
+  double* r = g.mailbox + status::count + ring_place(sequence, g.ring_records) * record::count;
   r[record::kind] = kind;
   r[record::step] = g[field::step];
   r[record::reason] = g[field::reason];
@@ -86,12 +101,12 @@ C10_HOST_DEVICE inline void write_record(const Governor& g, int64_t sequence, Ev
 
 // Appends one record to the ring, if there is one; the count of records is written after the record itself.
 C10_HOST_DEVICE inline void emit(const Governor& g, EventKind kind, double capture_id, double capture_step) {
-  const double sequence = g[field::events];
-  g[field::events] = sequence + 1.0;
+  const double sequence = g[field::events], following = one_nan(sequence + 1.0);
+  g[field::events] = following;
   if (g.mailbox == nullptr) return;
-  if (g.ring_records > 0) write_record(g, static_cast<int64_t>(sequence), kind, capture_id, capture_step);
+  if (g.ring_records > 0) write_record(g, sequence, kind, capture_id, capture_step);
   publish();
-  g.mailbox[status::events] = sequence + 1.0;
+  g.mailbox[status::events] = following;
 }
 
 C10_HOST_DEVICE inline void copy_memory(const Governor& g, int to, int from) {

@@ -43,11 +43,13 @@ def governor_step_(
     Raises:
         ValueError: a shape or device does not fit.
         TypeError: ``loss`` is not floating, or a flag is neither bool nor floating.
+
+    Whatever values ``state``, ``config`` and ``mailbox`` hold, nothing outside them is written: what indexes
+    is bounded, alike on every backend.
     """
     if _backend.fused(state):
         torch.ops.tolaria.governor_step_.default(state, config, loss, nonfinite, active, mailbox, gradient)
     else:
-        reference.check_step_arguments(state, config, loss, nonfinite, active, gradient)
         reference.governor_step_(state, config, loss, nonfinite, active, mailbox, gradient)
 
 
@@ -109,7 +111,7 @@ def governor_order_(
         mailbox: as for :func:`governor_step_`.
 
     Raises:
-        ValueError: ``column`` is out of range or a tensor does not fit.
+        ValueError: ``column``, ``order`` or ``reason`` is out of range, or a tensor does not fit.
     """
     if _backend.fused(state):
         torch.ops.tolaria.governor_order_.default(

@@ -104,6 +104,8 @@ class SnapshotEntry:
 class SnapshotTable:
     """Addresses of everything that a capture or a restore touches; owns the tensors it points to.
 
+    The compiled ops read no row outside ``data``, but nobody can check an address: write no rows yourself.
+
     Attributes:
         data: int64 ``(1 + capacity, 6)`` on ``device``, what the compiled ops read: a header, then the rows
             of part 0, then of part 1, then spare room on CUDA, so that recorded graphs stay valid while the

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tolaria.reference.governor_arithmetic import correctly_rounded_sqrt, welford
+from tolaria.reference.governor_checks import check_column, check_governors, check_order, check_samples
 from tolaria.reference.governor_layout import (
     ALL_PARTS_DONE,
     ConfigField,
@@ -29,7 +30,14 @@ from tolaria.reference.governor_rules import (
     thresholds,
     window_moments,
 )
-from tolaria.reference.governor_state import Governors, emit, write_status
+from tolaria.reference.governor_state import (
+    Governors,
+    emit,
+    entries_in,
+    parts_in,
+    slot_index,
+    write_status,
+)
 
 _S, _M = StateField, MemoryField
 
@@ -42,7 +50,7 @@ def _cancel_candidate(g: Governors, rows: Tensor) -> None:
 
 
 def _order_capture(g: Governors, rows: Tensor) -> None:
-    slot = 1.0 - g[_S.last_good]
+    slot = 1.0 - slot_index(g[_S.last_good])
     _cancel_candidate(g, rows)
     for field in (_S.candidate, _S.capture_order_0, _S.capture_order_1):
         g.put(field, rows, slot)
@@ -50,16 +58,16 @@ def _order_capture(g: Governors, rows: Tensor) -> None:
     live = g.block(0).clone()
     for s in (0, 1):
         mine = rows & (slot == s)
-        g.put(_S.slot_step_0 + s, mine, g[_S.step])
-        g.put(_S.slot_capture_0 + s, mine, g[_S.capture_count])
+        g.move(_S.slot_step_0 + s, mine, g[_S.step])
+        g.move(_S.slot_capture_0 + s, mine, g[_S.capture_count])
         g.block(1 + s).copy_(torch.where(mine, live, g.block(1 + s)))
 
 
 def _promote_candidate(g: Governors, rows: Tensor) -> None:
-    slot = g[_S.candidate].clone()
+    slot = slot_index(g[_S.candidate])
     capture_step = g.by_slot(slot, _S.slot_step_0)
     g.put(_S.last_good, rows, slot)
-    g.put(_S.anchor_step, rows, capture_step)
+    g.move(_S.anchor_step, rows, capture_step)
     g.put(_S.promotion_count, rows, g[_S.promotion_count] + 1.0)
     _cancel_candidate(g, rows)
     emit(g, rows, EventKind.PROMOTION, g.by_slot(slot, _S.slot_capture_0), capture_step)
@@ -67,13 +75,13 @@ def _promote_candidate(g: Governors, rows: Tensor) -> None:
 
 def commit_rollback(g: Governors, rows: Tensor) -> None:
     """The bookkeeping of a rollback whose tensors are back: the restored slot's memory judges from here."""
-    slot = g[_S.last_good]
+    slot = slot_index(g[_S.last_good])
     g.put(_S.rollback_count, rows, g[_S.rollback_count] + 1.0)
-    g.put(_S.cooldown_left, rows, g.setting(ConfigField.cooldown))
+    g.move(_S.cooldown_left, rows, g.setting(ConfigField.cooldown))
     g.put(_S.steps_lost, rows, g[_S.step] - g[_S.anchor_step])
-    g.put(_S.anchor_step, rows, g[_S.step])
-    g.put(_S.restored_capture, rows, g.by_slot(slot, _S.slot_capture_0))
-    g.put(_S.restored_step, rows, g.by_slot(slot, _S.slot_step_0))
+    g.move(_S.anchor_step, rows, g[_S.step])
+    g.move(_S.restored_capture, rows, g.by_slot(slot, _S.slot_capture_0))
+    g.move(_S.restored_step, rows, g.by_slot(slot, _S.slot_step_0))
     g.put(_S.restore_order, rows, 0.0)
     g.put(_S.reward, rows, -g.setting(ConfigField.death_penalty))
     kept = torch.where(slot == 0, g.block(1), g.block(2))
@@ -84,11 +92,11 @@ def commit_rollback(g: Governors, rows: Tensor) -> None:
 
 def _push(g: Governors, rows: Tensor, size_field: MemoryField, window: Tensor, value: Tensor) -> None:
     """Append ``value`` to ``rows`` of a window; a full one loses its oldest."""
-    size = g.live(size_field)
+    size = entries_in(g.live(size_field), g.window)
     full = rows & (size == g.window)
     window[:-1] = torch.where(full, window[1:], window[:-1])
-    size = torch.where(full, size - 1.0, size)
-    last = size.clamp(max=g.window - 1).long().unsqueeze(0)
+    size = size.clamp(max=g.window - 1)
+    last = size.long().unsqueeze(0)
     window.scatter_(0, last, torch.where(rows, value, window.gather(0, last)))
     g.put(g.memory(size_field), rows, size + 1.0)
 
@@ -138,6 +146,8 @@ def governor_step_(
     gradient: Tensor | None = None,
 ) -> None:
     """Reference of :func:`tolaria.ops.governor_step_`."""
+    check_governors(state, config, mailbox)
+    check_samples(state, loss, nonfinite, active, gradient)
     g = Governors(state, config, mailbox)
     c = g.setting
     x = loss.detach().reshape(-1).to(torch.float64)
@@ -212,7 +222,7 @@ def governor_step_(
     g.put(_S.reward, rows, 0.0)
     g.put(_S.cooldown_left, rows & (g[_S.cooldown_left] > 0), g[_S.cooldown_left] - 1.0)
     _accept(g, rows & joins, x, norm, has_norm, drift)
-    g.put(_S.panics, rows, g[consecutive])
+    g.move(_S.panics, rows, g[consecutive])
 
     acts = rollback & (c(ConfigField.log_only) == 0)
     attached = g[_S.attached] != 0
@@ -234,6 +244,9 @@ def governor_order_(
     mailbox: Tensor | None = None,
 ) -> None:
     """Reference of :func:`tolaria.ops.governor_order_`."""
+    check_governors(state, config, mailbox)
+    check_column(state, column)
+    check_order(order, reason)
     g = Governors(state, config, mailbox)
     row = torch.zeros(state.shape[1], dtype=torch.bool, device=state.device)
     row[column] = True
@@ -243,7 +256,7 @@ def governor_order_(
         g.put(_S.tensor_index, fresh, float(tensor_index))
         g.put(_S.rollback, fresh, 1.0)
         emit(g, fresh, EventKind.VERDICT, -1.0, -1.0)
-        g.put(_S.restore_order, row, g[_S.attached])
+        g.move(_S.restore_order, row, g[_S.attached])
         commit_rollback(g, row & (g[_S.attached] == 0))
     elif order == Order.CAPTURE:
         _order_capture(g, row)
@@ -262,7 +275,7 @@ def finish_capture_part(state: Tensor, column: int, part: int, bad: int, mailbox
     g = Governors(state, None, mailbox)
     mine = state[:, column]
     mine[_S.capture_order_0 + part] = -1.0
-    done = int(mine[_S.candidate_done]) | (1 << part)
+    done = parts_in(float(mine[_S.candidate_done])) | (1 << part)
     mine[_S.candidate_done] = float(done)
     known = float(mine[_S.candidate_bad])
     if bad >= 0 and (known < 0 or bad < known):
@@ -273,37 +286,3 @@ def finish_capture_part(state: Tensor, column: int, part: int, bad: int, mailbox
         slot = g[_S.candidate]
         emit(g, row, EventKind.CAPTURE, g.by_slot(slot, _S.slot_capture_0), g.by_slot(slot, _S.slot_step_0))
         write_status(g, row)
-
-
-def check_step_arguments(
-    state: Tensor,
-    config: Tensor,
-    loss: Tensor,
-    nonfinite: Tensor | None,
-    active: Tensor | None,
-    gradient: Tensor | None,
-) -> None:
-    """The argument checks of the compiled op, in the same words."""
-    n = state.shape[1]
-    if config.dtype != torch.float64 or config.shape != (len(ConfigField),):
-        raise ValueError(
-            f"config: expected {len(ConfigField)} float64 values, got {config.dtype} of shape "
-            f"{list(config.shape)}"
-        )
-    if not loss.is_floating_point() or loss.element_size() < 2:
-        raise TypeError(f"loss: expected float64, float32, float16 or bfloat16, got {loss.dtype}")
-    rows = gradient is not None and gradient.dtype == torch.float64 and gradient.numel() == 4 * n
-    given = {"loss": loss, "nonfinite": nonfinite, "active": active, "gradient": gradient}
-    for name, values in given.items():
-        if values is None:
-            continue
-        if name == "gradient" and not (values.is_floating_point() and values.element_size() >= 2):
-            raise TypeError(f"gradient: expected float64, float32, float16 or bfloat16, got {values.dtype}")
-        if values.dtype != torch.bool and not values.is_floating_point():
-            raise TypeError(f"{name}: expected bool (or a floating found_inf), got {values.dtype}")
-        if values.numel() != n and not (name == "gradient" and rows):
-            raise ValueError(
-                f"{name}: expected one value for each of the {n} governors, got shape {list(values.shape)}"
-            )
-        if values.device != state.device:
-            raise ValueError(f"{name}: expected on {state.device} like state, got {values.device}")

@@ -119,8 +119,17 @@ class Order(IntEnum):
     FORGET = 3
 
 
+MAX_WINDOW = 4096
+"""Losses in a window at most."""
+
+CAPTURE_PARTS = 2
+"""Parts in which a state is captured."""
+
 ALL_PARTS_DONE = 0b11
 """Both capture parts have been copied (bit 0: what others mutate; bit 1: parameters and optimizer state)."""
+
+MAX_COUNT = 2.0**53
+"""Above it a float64 does not count on."""
 
 
 def memory_row(which: int, window: int, field: int) -> int:
@@ -152,8 +161,8 @@ def governor_state(
     """
     if n < 1:
         raise ValueError(f"n: expected at least 1 governor, got {n}")
-    if not 1 <= window <= 4096:
-        raise ValueError(f"window: expected 1 to 4096 losses, got {window}")
+    if not 1 <= window <= MAX_WINDOW:
+        raise ValueError(f"window: expected 1 to {MAX_WINDOW} losses, got {window}")
     column = torch.zeros(memory_row(3, window, 0), 1, dtype=torch.float64)
     for field in (
         StateField.tensor_index,

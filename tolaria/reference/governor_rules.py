@@ -20,9 +20,9 @@ def window_moments(window: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of a window ``(window, n)``, oldest to newest."""
     mean = torch.zeros_like(size)
     m2 = torch.zeros_like(size)
-    for i, x in enumerate(window.unbind()):
-        inside = i < size
-        new_mean, new_m2 = welford(mean, m2, x, i + 1.0)
+    for count, x in enumerate(window.unbind(), start=1):
+        inside = count <= size
+        new_mean, new_m2 = welford(mean, m2, x, float(count))
         mean = torch.where(inside, new_mean, mean)
         m2 = torch.where(inside, new_m2, m2)
     return mean, m2
@@ -72,14 +72,15 @@ def drift_with(g: Governors, x: Tensor) -> Tensor:
     z = torch.where(z.isnan(), 0.0, z.clamp(-_DRIFT_CLIP, _DRIFT_CLIP))
     following = total + z - c(ConfigField.drift_slack)
     following = torch.where(following > 0, following, 0.0)
-    armed = g.live(_M.drift_count) >= c(ConfigField.min_history)
+    armed = ~(g.live(_M.drift_count) < c(ConfigField.min_history))
     return torch.where(armed & (c(ConfigField.drift_horizon) != 0), following, total)
 
 
 def move_baseline(g: Governors, rows: Tensor, x: Tensor) -> None:
     """Plain moments of the first ``drift_horizon`` losses, from then on exponentially forgetting ones."""
     horizon = g.setting(ConfigField.drift_horizon)
-    count = torch.minimum(g.live(_M.drift_count) + 1.0, horizon)
+    count = g.live(_M.drift_count) + 1.0
+    count = torch.where(count < horizon, count, horizon)
     delta = x - g.live(_M.drift_mean)
     mean = g.live(_M.drift_mean) + delta / count
     variance = g.live(_M.drift_variance)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tolaria.reference.governor_layout import (
+    ALL_PARTS_DONE,
+    MAX_COUNT,
     ConfigField,
     EventKind,
     MemoryField,
@@ -21,6 +23,30 @@ from tolaria.reference.governor_layout import (
 
 _S = StateField
 Value = Tensor | float
+
+
+# Whatever bytes a state holds, no write leaves its row: what indexes or counts passes through one of these
+# four, as in the C++, where a cast of NaN would be undefined.
+
+
+def slot_index(slot: Tensor) -> Tensor:
+    """Slot 0 or, for whatever is not 0, slot 1."""
+    return (slot != 0).to(slot)
+
+
+def entries_in(size: Tensor, window: int) -> Tensor:
+    """How many entries a window of that ``size`` holds: whole, from 0 to ``window``; NaN: none."""
+    return size.nan_to_num(nan=0.0).clamp(0, window).trunc()
+
+
+def parts_in(done: float) -> int:
+    """The capture parts that ``candidate_done`` says are copied, a bit each."""
+    return int(done) if 0 <= done <= ALL_PARTS_DONE else 0
+
+
+def ring_place(sequence: float, records: int) -> int:
+    """Where in a ring of ``records`` the one with that number goes."""
+    return int(sequence) % records if 0 <= sequence <= MAX_COUNT else 0
 
 
 class Governors:
@@ -39,6 +65,10 @@ class Governors:
         """Write ``value`` to ``field`` of ``rows``; the others keep their bytes. There is one NaN for all."""
         if isinstance(value, Tensor):
             value = torch.where(value.isnan(), torch.nan, value)
+        self.state[field] = torch.where(rows, value, self.state[field])
+
+    def move(self, field: int, rows: Tensor, value: Tensor) -> None:
+        """As :meth:`put`, of something stored as it is: a NaN keeps its bytes."""
         self.state[field] = torch.where(rows, value, self.state[field])
 
     def setting(self, field: ConfigField) -> Tensor:
@@ -67,13 +97,14 @@ class Governors:
 
     def by_slot(self, slot: Tensor, field: StateField) -> Tensor:
         """``field`` of slot 0 or of slot 1 (the field after it), whichever ``slot`` says."""
-        return torch.where(slot == 0, self[field], self[field + 1])
+        return torch.where(slot_index(slot) == 0, self[field], self[field + 1])
 
 
 def emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: Value, capture_step: Value) -> None:
     """Append a record for each of ``rows`` to the rings; it reads the device, so it is not sync-free."""
     sequence = g[_S.events].clone()
     g.put(_S.events, rows, sequence + 1.0)
+    following = g[_S.events]
     if g.mailbox is None or not bool(rows.any()):
         return
     records = (g.mailbox.shape[1] - len(StatusField)) // len(RecordField)
@@ -85,11 +116,10 @@ def emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: Value, capture
     columns = [filled[f] if f in filled else g[StateField[f.name]] for f in RecordField]
     table = torch.stack([column.to(sequence.device) for column in columns], dim=1).to(g.mailbox.device)
     for row in rows.nonzero().flatten().tolist():
-        count = int(sequence[row])
         if records:
-            start = len(StatusField) + (count % records) * len(RecordField)
+            start = len(StatusField) + ring_place(float(sequence[row]), records) * len(RecordField)
             g.mailbox[row, start : start + len(RecordField)] = table[row]
-        g.mailbox[row, StatusField.events] = count + 1.0
+        g.mailbox[row, StatusField.events] = following[row]
 
 
 def write_status(g: Governors, rows: Tensor) -> None:

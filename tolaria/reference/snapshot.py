@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tolaria.reference.governor import commit_rollback, finish_capture_part
+from tolaria.reference.governor_checks import check_column, check_governors, check_part
 from tolaria.reference.governor_layout import StateField
-from tolaria.reference.governor_state import Governors, write_status
+from tolaria.reference.governor_state import Governors, slot_index, write_status
 
 
 def first_nonfinite(tensors: Sequence[Tensor]) -> int:
@@ -33,9 +34,13 @@ def snapshot_capture_(
     mailbox: Tensor | None = None,
 ) -> None:
     """Reference of :func:`tolaria.ops.snapshot_capture_`; ``checked``: a report index, or -1, per tensor."""
-    slot = int(state[StateField.capture_order_0 + part, column])
-    if slot < 0:
+    check_governors(state, None, mailbox)
+    check_column(state, column)
+    check_part(part)
+    order = state[StateField.capture_order_0 + part, column]
+    if not bool(order >= 0):  # -1, or NaN
         return
+    slot = int(slot_index(order))
     if live:
         torch._foreach_copy_([pair[slot] for pair in slots], list(live))
     watched = [(index, pair[slot]) for index, pair in zip(checked, slots, strict=True) if index >= 0]
@@ -52,9 +57,11 @@ def snapshot_restore_(
     mailbox: Tensor | None = None,
 ) -> None:
     """Reference of :func:`tolaria.ops.snapshot_restore_`."""
+    check_governors(state, config, mailbox)
+    check_column(state, column)
     if not bool(state[StateField.restore_order, column]):
         return
-    slot = int(state[StateField.last_good, column])
+    slot = int(slot_index(state[StateField.last_good, column]))
     if live:
         torch._foreach_copy_(list(live), [pair[slot] for pair in slots])
     g = Governors(state, config, mailbox)
