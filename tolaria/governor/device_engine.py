@@ -136,7 +136,7 @@ class DeviceEngine(Engine):
             self._flight.recorded = None
             return
         if self._structure_moved():
-            yield from self.sync_structure()
+            yield from self.sync_structure(leave_out=True)
         self._launch_restore()
         due = self._judged - self._reader.status(StatusField.anchor_step) >= self._config.snapshot_interval
         if due and not self._config.log_only:
@@ -166,6 +166,7 @@ class DeviceEngine(Engine):
         flight.launched()
 
     def _capture_aside(self) -> None:
+        self.slots.check_whole()
         host = HostState.of(self.tracked)  # first: what cannot say its state must not leave half a capture
         self._fork(self._flight)
         self._keep_host_state(host, self._judged)
@@ -208,7 +209,7 @@ class DeviceEngine(Engine):
         moved, self._moved[:] = bool(self._moved), []
         return moved or self._watch.has_moved()
 
-    def sync_structure(self) -> Iterator[GovernorEvent]:
+    def sync_structure(self, *, leave_out: bool = False) -> Iterator[GovernorEvent]:
         """As the base class; the device is done with the old table before it is changed."""
         if torch.cuda.is_current_stream_capturing():
             raise self._not_recordable("its structure changed since the last eager step")
@@ -216,7 +217,7 @@ class DeviceEngine(Engine):
         restorable = frozenset[Hashable]().union(*(host.keys for host in self._host.values()))
         before = [place.live for place in self.slots.places.values()] + [self.slots.table.data]
         self.slots.keep(restorable)
-        yield from super().sync_structure()
+        yield from super().sync_structure(leave_out=leave_out)
         # What is let go may be used by launches on streams that its allocator knows nothing of.
         for tensor in [*before, self.slots.table.data]:
             for stream in (self._flight.stream, torch.cuda.current_stream(self.tracked.device)):
@@ -253,14 +254,15 @@ class DeviceEngine(Engine):
         """Enqueue a restore whose order was given by hand."""
         self.wait()
         if self._structure_moved():
-            yield from self.sync_structure()
+            yield from self.sync_structure(leave_out=True)
         self._launch_restore()
+        self.tell_left_out()
 
     def restore_again(self) -> Iterator[GovernorEvent]:
         """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
         self.wait()
         if self._structure_moved():
-            yield from self.sync_structure()
+            yield from self.sync_structure(leave_out=True)
         ops.snapshot_restore_(self._state_with_order(), self._column, self._settings, self.slots.table, None)
         self._reconcile(again=True)  # the host-side parts once more, too
 
@@ -306,6 +308,7 @@ class DeviceEngine(Engine):
             for key, tensor in self.slots.missing_live(slot, host.keys):
                 self.tracked.recreate(key, tensor)
         host.load_into(self.tracked, keep_fresh=True, again=again)
+        self.tell_left_out()
 
     # -- seeds -----------------------------------------------------------------------------------------------
 

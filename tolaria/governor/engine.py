@@ -7,20 +7,22 @@ memory, where the host sees the orders at once; :mod:`tolaria.governor.device_en
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria import ops
+from tolaria.errors import UncoveredWarning
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, SeedCulledEvent, StructureEvent
 from tolaria.governor.host_state import HostState, HostValues
-from tolaria.governor.slots import Slots
+from tolaria.governor.place import is_finite
+from tolaria.governor.slots import Slots, check_coverable
 from tolaria.governor.tracked import TrackedState
 from tolaria.governor.watch import StructureWatch
 from tolaria.ops import Order, PanicReason, StateField, StatusField
@@ -40,7 +42,7 @@ class Engine(ABC):
 
     Raises:
         ValueError: a parameter is not finite.
-        SnapshotError: there is no memory for the slots.
+        SnapshotError: there is no memory for the slots, or a tensor cannot be copied byte by byte.
     """
 
     def __init__(
@@ -148,7 +150,8 @@ class Engine(ABC):
     def _find_exempt(self) -> None:
         """Tensors that are non-finite from the start are copied but not searched; a parameter may not be."""
         tracked = self.tracked.tensors()
-        bad = [t for t in tracked if not bool(torch.isfinite(t.tensor).all())]  # sync: at attach only
+        check_coverable(tracked)
+        bad = [t for t in tracked if not is_finite(t.tensor)]
         broken = [t.name for t in bad if t.kind == "parameter"]
         if broken:
             raise ValueError(
@@ -156,7 +159,7 @@ class Engine(ABC):
                 + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
                 + "; a governor cannot vouch for such a state"
             )
-        self.slots.exempt = {t.key for t in bad}
+        self.slots.exempt = frozenset(t.key for t in bad)
 
     def attach_event(self) -> AttachEvent:
         """What was attached, for telemetry."""
@@ -219,27 +222,41 @@ class Engine(ABC):
             self.tracked.optimizers = [o for o in self.tracked.optimizers if o is not optimizer]
             self.slots.forget_optimizer(optimizer)
 
-    def sync_structure(self) -> Iterator[GovernorEvent]:
-        """Look for tensors that came, went or moved, and lay the slots out anew if there are any."""
+    def sync_structure(self, *, leave_out: bool = False) -> Iterator[GovernorEvent]:
+        """Look for tensors that came, went or moved, and lay the slots out anew if there are any.
+
+        Args:
+            leave_out: go without tensors that cannot be covered; see :meth:`Slots.sync`.
+
+        Raises:
+            SnapshotError: a tensor cannot be covered. The slots and their table stay as they were, and the
+                next act looks again.
+        """
         known = len(self.slots.places)
         walk = self.tracked.walk()
         tensors = self.tracked.tensors(walk)
-        keys = {place.key for place in self.slots.places.values()}
-        for t in tensors:
-            # A mask that joins later is judged by its birth value, as one present at attach.
-            fresh = known and t.kind == "buffer" and t.key not in keys
-            if fresh and not bool(torch.isfinite(t.tensor).all()):
-                self.slots.exempt.add(t.key)
-        changed = self.slots.sync(tensors)
+        self._watch.forget()  # whatever happens from here on, the next look finds a change
+        changed = self.slots.sync(tensors, leave_out=leave_out)
         self.structure = self.tracked.structure()
         self.seed_holders = walk.seed_holders
-        self._watch.mark(walk, tensors)
+        if not self.slots.left_out:
+            self._watch.mark(walk, tensors)
         if changed and known and len(self.slots.places) != known:
             yield StructureEvent(
                 step=self.step_count,
                 row=self._column,
                 tensors=len(self.slots.places),
                 state_bytes=self.slots.table.nbytes,
+            )
+
+    def tell_left_out(self) -> None:
+        """Warn of live tensors that a restore has left alone, unless an error has named them before."""
+        if new := self.slots.untold():
+            warnings.warn(
+                "governor: a rollback leaves alone what no capture can hold: "
+                + "; ".join(f"{name}: {why}" for name, why in new.items()),
+                UncoveredWarning,
+                stacklevel=2,
             )
 
 
@@ -272,10 +289,10 @@ class HostEngine(Engine):
         if self.seed_holders and self.seeds_are_due():
             yield from self.cull_poisoned_seeds()
 
-    def sync_structure(self) -> Iterator[GovernorEvent]:
+    def sync_structure(self, *, leave_out: bool = False) -> Iterator[GovernorEvent]:
         """As the base class, where something may have changed."""
         if not self.structure or self._watch.has_moved():
-            yield from super().sync_structure()
+            yield from super().sync_structure(leave_out=leave_out)
 
     def capture(self) -> Iterator[GovernorEvent]:
         """Copy the state to the ordered slot. A non-finite value on the way is a panic and rolls back."""
@@ -307,7 +324,7 @@ class HostEngine(Engine):
     def _put_back(
         self, state: Tensor, mailbox: Tensor | None, *, again: bool = False
     ) -> Iterator[GovernorEvent]:
-        yield from self.sync_structure()
+        yield from self.sync_structure(leave_out=True)
         slot = int(self._view[StateField.last_good])
         host = self._host[slot]
         assert host is not None, "the last known good slot always has its host-side parts"
@@ -315,6 +332,7 @@ class HostEngine(Engine):
             self.tracked.recreate(key, tensor)
         ops.snapshot_restore_(state, self._column, self._settings, self.slots.table, mailbox)
         host.load_into(self.tracked, again=again)
+        self.tell_left_out()
 
     def adopt_current_state(self) -> None:
         """Capture the state as it is and make it the last known good one at once.

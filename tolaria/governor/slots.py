@@ -2,58 +2,59 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.errors import SnapshotError
+from tolaria.governor.arena import Arena, Block, Segment
 from tolaria.governor.memory import allocate
+from tolaria.governor.place import (
+    MemoryMap,
+    Place,
+    PlaceKey,
+    fresh_copy,
+    is_finite,
+    place_key,
+    write_birth_value,
+)
 from tolaria.governor.tracked import TrackedTensor
-from tolaria.ops import SnapshotEntry, SnapshotTable, live_view, slot_view
+from tolaria.ops import SnapshotEntry, SnapshotTable, live_view
+from tolaria.ops.snapshot import PreparedRows
 
-_ALIGN = 256  # bytes: a tensor's copy starts at a multiple, so that the widest loads are aligned
-
-
-PlaceKey = tuple[Hashable, torch.Size, tuple[int, ...], torch.dtype]
-"""A tensor's key and its form: one that comes back in another form is another tensor."""
+_Live = dict[PlaceKey, tuple[TrackedTensor, Tensor]]
+_Signature = list[tuple[object, ...]]
 
 
-def place_key(tracked: TrackedTensor) -> PlaceKey:
-    """Where ``tracked`` belongs."""
-    tensor = tracked.tensor
-    return tracked.key, tensor.shape, tensor.stride(), tensor.dtype
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """All that the slots know, worked out beforehand and put in effect by one assignment."""
 
-
-@dataclass(slots=True)
-class Place:
-    """One tensor's place in the slots."""
-
-    key: Hashable
-    name: str
-    owner: Tensor
-    """Kept alive while the place exists, since the key may hold its id."""
-    live: Tensor
-    """Distinct elements of the tensor as it was last seen."""
-    memory: tuple[Tensor, Tensor]
-    """Its bytes in either slot."""
-    slots: tuple[Tensor, Tensor]
-    """The same, with the tensor's dtype and shape."""
-    present: list[bool]
-    """Per slot: whether the last capture into it covered the tensor (known on the CPU: the host decides)."""
-    is_live: bool = True
-    """False: the owner dropped the tensor, but a slot that may be restored still has it."""
+    arena: Arena
+    rows: PreparedRows
+    places: dict[PlaceKey, Place] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    seen: _Signature = field(default_factory=list)
+    live_keys: frozenset[PlaceKey] = frozenset()
+    held: tuple[frozenset[Hashable], frozenset[Hashable]] = (frozenset(), frozenset())
+    """Per slot: what it holds, by its last capture or by birth (known on the CPU: the host decides)."""
+    exempt: frozenset[Hashable] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 class Slots:
     """Two copies of the covered state.
 
     Memory is taken once; growth adds to it, so that what a slot holds stays where it is, and a tensor that
-    goes away leaves its room to the next of the same size. A tensor that appears later gets its value at that
-    moment in both slots (its birth value), optimizer state what it was before the first step.
+    goes away leaves its room to the next ones. A tensor that appears later gets its value at that moment in
+    both slots (its birth value), optimizer state what it was before the first step.
+
+    Whatever raises inside :meth:`sync`, an interruption too, leaves places, table and slots as they were, and
+    the tensors that the table points to alive.
 
     Args:
         device: where the live tensors are.
@@ -63,144 +64,232 @@ class Slots:
     def __init__(self, device: torch.device, storage: str = "pinned") -> None:
         self.device = device
         self._storage = storage
-        self.places: dict[PlaceKey, Place] = {}
-        self.exempt: set[Hashable] = set()
-        self.names: list[str] = []
         self.table = SnapshotTable(device=device)
-        self.segments: list[Tensor] = []
-        self._free: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self._seen: list[tuple[object, ...]] = []
-        self._live_keys: frozenset[Hashable] = frozenset()
+        # On CUDA work may be under way that was enqueued with addresses of long ago.
+        self._layout = _Layout(Arena(keeps=device.type == "cuda"), self.table.prepare(()))
+        self._forgotten: frozenset[PlaceKey] = frozenset()
+        self._told: set[str] = set()
+
+    @property
+    def places(self) -> Mapping[PlaceKey, Place]:
+        """Every tensor that is live or that a slot may hold."""
+        return self._layout.places
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name by report index, which a place keeps while it exists."""
+        return self._layout.names
 
     @property
     def nbytes(self) -> int:
         """Bytes of both slots."""
-        return sum(segment.numel() for segment in self.segments)
+        return self._layout.arena.nbytes
+
+    @property
+    def segments(self) -> list[Tensor]:
+        """The memory of both slots, as it was taken."""
+        return [memory for segment in self._layout.arena.segments for memory in segment.memory]
+
+    @property
+    def exempt(self) -> frozenset[Hashable]:
+        """Keys of the tensors that are copied but not searched."""
+        return self._layout.exempt
+
+    @exempt.setter
+    def exempt(self, keys: Iterable[Hashable]) -> None:
+        self._layout = replace(self._layout, exempt=frozenset(keys))
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Live tensors that the last :meth:`sync` had to leave out, by name, and why."""
+        return self._layout.left_out
+
+    def check_whole(self) -> None:
+        """Refuse a capture that would not cover everything.
+
+        Raises:
+            SnapshotError: the last :meth:`sync` left a tensor out.
+        """
+        self._told |= self.left_out.keys()
+        _refuse(self.left_out)
+
+    def untold(self) -> dict[str, str]:
+        """Those of :attr:`left_out` that neither an error nor this method has named before."""
+        new = {name: why for name, why in self.left_out.items() if name not in self._told}
+        self._told |= new.keys()
+        return new
 
     def is_current(self, tensors: Sequence[TrackedTensor]) -> bool:
         """Whether these are the tensors that the table points to."""
-        return self._signature(tensors) == self._seen
+        live, refused = _views(tensors)
+        return not refused and self._points_to(live)
 
-    @staticmethod
-    def _signature(tensors: Sequence[TrackedTensor]) -> list[tuple[object, ...]]:
-        return [(t.tensor.data_ptr(), place_key(t), t.watched, t.zeroed, t.part) for t in tensors]
+    def _points_to(self, live: _Live) -> bool:
+        whole = self.table.holds(self._layout.rows) and not self._forgotten
+        return whole and _signature(live) == self._layout.seen
 
-    def sync(self, tensors: Sequence[TrackedTensor]) -> bool:
+    def sync(self, tensors: Sequence[TrackedTensor], *, leave_out: bool = False) -> bool:
         """Bring the places in line with ``tensors``; True when something had changed.
 
+        Args:
+            tensors: everything that is to be covered.
+            leave_out: go without those that cannot be, for a restore, which knows nothing of them anyway;
+                see :attr:`left_out`.
+
         Raises:
-            SnapshotError: a tensor cannot be copied byte by byte (sparse, quantized), or memory ran out.
-                Nothing has changed then.
+            SnapshotError: a tensor cannot be copied byte by byte, or memory ran out; nothing has changed
+                then.
         """
-        for tracked in tensors:
-            if tracked.tensor.layout != torch.strided or tracked.tensor.is_quantized:
-                raise SnapshotError(
-                    f"{tracked.name}: expected a dense tensor, got layout {tracked.tensor.layout}; "
-                    "a snapshot copies bytes"
-                )
-        signature = self._signature(tensors)
-        if signature == self._seen:
+        live, refused = _views(tensors)
+        if not leave_out:
+            self._told |= refused.keys()
+            _refuse(refused)
+        if self._points_to(live):
+            self._layout = replace(self._layout, left_out=refused)
             return False
-        live = {place_key(t): (t, live_view(t.tensor)) for t in tensors}
-        born = {key: found for key, found in live.items() if key not in self.places}
-        room = self._room_for([view for _, view in born.values()])
-        self._drop(key for key, place in self.places.items() if key not in live and not any(place.present))
-        for (key, (tracked, view)), memory in zip(born.items(), room, strict=True):
-            self.places[key] = self._born(tracked, view, memory)
-        for key, place in self.places.items():
-            place.is_live = key in live
-            if place.is_live:
-                place.live = live[key][1]
-        self._seen = signature
-        self._live_keys = frozenset(key for key, place in self.places.items() if place.is_live)
-        self._build_table(live)
+        layout = self._planned(live, refused)
+        self.table.adopt(layout.rows)
+        self._layout = layout
+        self._forgotten = frozenset()
         return True
 
-    def _room_for(self, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Room in both slots for each view: what is free, and one new segment for the rest."""
-        sizes = [-(-view.numel() * view.element_size() // _ALIGN) * _ALIGN for view in views]
-        free = {size: list(pairs) for size, pairs in self._free.items()}
-        found = [free[size].pop() if free.get(size) else None for size in sizes]
-        missing = sum(size for size, pair in zip(sizes, found, strict=True) if pair is None)
-        segments = [allocate(missing, self.device, self._storage) for _ in (0, 1)] if missing else []
-        self._free = defaultdict(list, free)
-        self.segments += segments
-        room, offset = [], 0
-        for size, pair in zip(sizes, found, strict=True):
-            if pair is None:
-                empty = torch.empty(0, dtype=torch.uint8)
-                pair = (
-                    (segments[0][offset : offset + size], segments[1][offset : offset + size])
-                    if size
-                    else (empty, empty)
-                )
-                offset += size
-            room.append(pair)
-        return room
+    def _planned(self, live: _Live, refused: Mapping[str, str]) -> _Layout:
+        """The layout for these tensors; writes to no memory that the present one gives a meaning to."""
+        former = self._layout
+        held = [keys - self._forgotten for keys in former.held]
+        kept: dict[PlaceKey, Place] = {}
+        idle: list[Block] = []
+        dropped: list[Block] = []
+        for key, place in former.places.items():
+            if key not in self._forgotten and (key in live or key in held[0] or key in held[1]):
+                view = live[key][1] if key in live else place.live
+                kept[key] = replace(place, live=view, is_live=key in live)
+            else:  # the table still points to those that were live
+                (dropped if key in former.live_keys else idle).append(place.block)
+        born = [key for key in live if key not in kept]
+        sizes = [live[key][1].numel() * live[key][1].element_size() for key in born]
+        arena, blocks = former.arena.give(idle).take(sizes, self._new_segment)
+        numbers = _free_numbers(kept.values())
+        places = kept | {
+            key: Place.of(*live[key], block, next(numbers)) for key, block in zip(born, blocks, strict=True)
+        }
+        self._give_birth(live, places, held)
+        exempt = former.exempt | self._exempt_from_birth(live)
+        return _Layout(
+            arena.give(dropped),
+            self.table.prepare([_entry(places[key], live[key][0], exempt) for key in live]),
+            places,
+            _names(places.values()),
+            _signature(live),
+            frozenset(live),
+            (frozenset(held[0]), frozenset(held[1])),
+            exempt,
+            dict(refused),
+        )
 
-    def _drop(self, keys: Iterable[PlaceKey]) -> None:
-        for key in list(keys):
-            place = self.places.pop(key)
-            self._free[place.memory[0].numel()].append(place.memory)
+    def _new_segment(self, nbytes: int) -> Segment:
+        first, second = (allocate(nbytes, self.device, self._storage) for _ in (0, 1))
+        return Segment((first, second))
 
-    @staticmethod
-    def _born(tracked: TrackedTensor, view: Tensor, memory: tuple[Tensor, Tensor]) -> Place:
-        slots = (slot_view(memory[0], 0, view), slot_view(memory[1], 0, view))
-        value = view
-        if tracked.zeroed or tracked.kind == "optimizer":
-            fresh = None if tracked.zeroed else tracked.fresh_value
-            value = torch.zeros_like(view)
-            if fresh is not None:
-                value.copy_(fresh) if isinstance(fresh, Tensor) else value.fill_(fresh)
-        for slot in slots:
-            slot.copy_(value, non_blocking=True)
-        # Model tensors born later belong to both slots with their birth value; other state does not.
-        present = [tracked.kind in ("parameter", "buffer")] * 2
-        return Place(tracked.key, tracked.name, tracked.owner, view, memory, slots, present)
+    def _give_birth(
+        self, live: _Live, places: Mapping[PlaceKey, Place], held: list[frozenset[Hashable]]
+    ) -> None:
+        """Fill the slots of what was not there before, or comes back after captures that went without it.
 
-    def _build_table(self, live: dict[PlaceKey, tuple[TrackedTensor, Tensor]]) -> None:
-        self.names = [place.name for place in self.places.values()]
-        entries = []
-        for index, (key, place) in enumerate(self.places.items()):
-            if key not in live:
+        Model tensors born later belong to both slots from then on; other state does not.
+        """
+        former = self._layout
+        memory: MemoryMap | None = None
+        for key in (key for key in live if key not in former.live_keys or key in self._forgotten):
+            tracked, slots = live[key][0], [slot for slot in (0, 1) if key not in held[slot]]
+            if not slots:
                 continue
-            tracked = live[key][0]
-            searched = tracked.watched and place.key not in self.exempt
-            entries.append(
-                SnapshotEntry(
-                    place.live, place.slots, tracked.part, index if searched else -1, tracked.zeroed
-                )
-            )
-        self.table.update(entries)
+            write_birth_value(tracked, places[key], slots)
+            if tracked.kind != "optimizer" and not tracked.zeroed:
+                memory = memory or MemoryMap(former.places[k] for k in former.live_keys)
+                memory.inherit(places[key], slots)
+        joining = frozenset(key for key in live if live[key][0].kind in ("parameter", "buffer"))
+        held[:] = [keys | (joining - former.live_keys) for keys in held]
 
-    def mark_captured(self, slot: int) -> frozenset[Hashable]:
+    def _exempt_from_birth(self, live: _Live) -> frozenset[Hashable]:
+        """Masks that join later are judged by their birth value, as those present at attach."""
+        if not self.places:
+            return frozenset()
+        known = {place.key for place in self.places.values()}
+        joining = [t for t, _ in live.values() if t.kind == "buffer" and t.key not in known]
+        return frozenset(t.key for t in joining if not is_finite(t.tensor))
+
+    def mark_captured(self, slot: int) -> frozenset[PlaceKey]:
         """Note that slot now holds exactly the live tensors; returns their keys."""
-        for place in self.places.values():
-            place.present[slot] = place.is_live
-        return self.live_keys()
+        keys, (first, second) = self._layout.live_keys, self._layout.held
+        self._layout = replace(self._layout, held=(first, keys) if slot else (keys, second))
+        return keys
 
     def keep(self, keys: frozenset[Hashable]) -> None:
         """Note that either slot may hold the tensors of ``keys``, and of no others that are gone."""
-        for key, place in self.places.items():
-            place.present = [key in keys] * 2
+        self._layout = replace(self._layout, held=(keys, keys))
 
-    def live_keys(self) -> frozenset[Hashable]:
+    def live_keys(self) -> frozenset[PlaceKey]:
         """Keys of the tensors that a capture covers now."""
-        return self._live_keys
+        return self._layout.live_keys
 
     def missing_live(self, slot: int, keys: frozenset[Hashable]) -> list[tuple[Hashable, Tensor]]:
         """Tensors of ``keys`` that ``slot`` holds but their owner dropped: fresh copies on their device."""
-        found: list[tuple[Hashable, Tensor]] = []
-        for key, place in self.places.items():
-            if not place.is_live and key in keys:
-                _, shape, stride, dtype = key
-                copy = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
-                live_view(copy).copy_(place.slots[slot])
-                found.append((place.key, copy))
-        return found
+        gone = [(key, place) for key, place in self.places.items() if not place.is_live and key in keys]
+        return [(place.key, fresh_copy(key, place, slot)) for key, place in gone]
 
     def forget_optimizer(self, optimizer: Optimizer) -> None:
-        """Drop the places of its state and its hyper-parameters."""
+        """Drop the places of its state and its hyper-parameters, with the next :meth:`sync`."""
         theirs = ("state", id(optimizer)), ("group", id(optimizer))
-        self._drop(k for k, p in self.places.items() if isinstance(p.key, tuple) and p.key[:2] in theirs)
-        self._seen = []
+        self._forgotten |= {
+            key for key, p in self.places.items() if isinstance(p.key, tuple) and p.key[:2] in theirs
+        }
+
+
+def check_coverable(tensors: Sequence[TrackedTensor]) -> None:
+    """Refuse what cannot be copied byte by byte.
+
+    Raises:
+        SnapshotError: it names the tensor.
+    """
+    _refuse(_views(tensors)[1])
+
+
+def _refuse(refused: Mapping[str, str]) -> None:
+    for name, why in refused.items():
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise SnapshotError(f"{name}{more}: {why}")
+
+
+def _views(tensors: Sequence[TrackedTensor]) -> tuple[_Live, dict[str, str]]:
+    """What can be covered, by its place, and the names of what cannot, with the reason."""
+    live: _Live = {}
+    refused: dict[str, str] = {}
+    for tracked in tensors:
+        try:
+            view = live_view(tracked.tensor)
+        except SnapshotError as error:
+            refused[tracked.name] = str(error)
+        else:
+            live[place_key(tracked)] = tracked, view
+    return live, refused
+
+
+def _signature(live: _Live) -> _Signature:
+    return [(view.data_ptr(), key, t.watched, t.zeroed, t.part) for key, (t, view) in live.items()]
+
+
+def _entry(place: Place, tracked: TrackedTensor, exempt: frozenset[Hashable]) -> SnapshotEntry:
+    index = place.number if tracked.watched and tracked.key not in exempt else -1
+    return SnapshotEntry(place.live, place.slots, tracked.part, index, tracked.zeroed)
+
+
+def _free_numbers(places: Iterable[Place]) -> Iterator[int]:
+    """Report indices that none of ``places`` has, smallest first."""
+    taken = {place.number for place in places}
+    return (number for number in count() if number not in taken)
+
+
+def _names(places: Iterable[Place]) -> tuple[str, ...]:
+    by_number = {place.number: place.name for place in places}
+    return tuple(by_number.get(number, "") for number in range(max(by_number, default=-1) + 1))

@@ -5,16 +5,31 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tolaria.governor.host_state import SCALER_TENSORS
 from tolaria.governor.tracked import TrackedState, TrackedTensor, Walk
 
 _DTYPE = operator.attrgetter("dtype")
+_BYTES = torch.UntypedStorage.nbytes
 _VALUES = operator.methodcaller("values")
 _NUMBERS = (int, float, tuple)  # a tuple: betas, which a schedule may cycle
+
+
+class _Mark(NamedTuple):
+    """What there was when the structure was last looked at."""
+
+    modules: list[nn.Module]
+    staged: list[Callable[[], list[Tensor]]]
+    tensors: list[Tensor]
+    storages: list[torch.UntypedStorage]
+    signed: list[Tensor]
+    """Those that may carry a conjugate or negative bit: complex ones and parts of them."""
+    contents: list[object]
+    whereabouts: tuple[object, ...]
 
 
 class StructureWatch:
@@ -22,26 +37,36 @@ class StructureWatch:
 
     def __init__(self, tracked: TrackedState) -> None:
         self._tracked = tracked
-        self._modules: list[nn.Module] = []
-        self._staged: list[Callable[[], list[Tensor]]] = []
-        self._seen: list[object] = []
-        self._tensors: list[Tensor] = []
-        self._rest: tuple[object, ...] = ()
+        self._mark: _Mark | None = None
+
+    def forget(self) -> None:
+        """Until the next :meth:`mark`, say that something has moved."""
+        self._mark = None
 
     def mark(self, walk: Walk, tensors: Sequence[TrackedTensor]) -> None:
         """Remember what there is now: the next :meth:`has_moved` compares with it."""
-        self._modules = [module for *_, module in walk.modules]
-        self._staged = [
+        found = [t.tensor for t in tensors]
+        staged = [
             *(module.zero_alpha_tensors for _, module in walk.participants),
             *(module.incubating_tensors for _, module in walk.seed_holders),
         ]
-        self._seen = self._contents()
-        self._tensors = [t.tensor for t in tensors]
-        self._rest = self._whereabouts()
+        mark = _Mark(
+            modules=[module for *_, module in walk.modules],
+            staged=staged,
+            tensors=found,
+            storages=list(map(Tensor.untyped_storage, found)),
+            signed=[t for t in found if t.is_complex() or not t.is_contiguous()],
+            contents=[],
+            whereabouts=(),
+        )
+        self._mark = mark._replace(contents=self._contents(mark.modules), whereabouts=self._whereabouts(mark))
 
     def has_moved(self) -> bool:
         """Whether something may be different; no device call, and it may say yes too often."""
-        now, seen = self._contents(), self._seen
+        mark = self._mark
+        if mark is None:
+            return True
+        now, seen = self._contents(mark.modules), mark.contents
         # The objects seen last are kept, not their ids, which a successor could have inherited.
         if len(now) != len(seen):
             return True
@@ -50,12 +75,15 @@ class StructureWatch:
             changed = (pair for pair in zip(now, seen, strict=True) if pair[0] is not pair[1])
             if not all(isinstance(a, _NUMBERS) and isinstance(b, _NUMBERS) for a, b in changed):
                 return True
-        return self._whereabouts() != self._rest
+        try:
+            return self._whereabouts(mark) != mark.whereabouts
+        except RuntimeError:  # a tensor became one that has no address, by swap_tensors
+            return True
 
-    def _contents(self) -> list[object]:
+    def _contents(self, modules: list[nn.Module]) -> list[object]:
         """What the containers hold, the groups' settings and parameters, and the scaler's tensors."""
         containers: list[Mapping[Any, Any]] = []
-        for module in self._modules:
+        for module in modules:
             containers += [module._modules, module._parameters, module._buffers]
         for optimizer in self._tracked.optimizers:
             containers += [optimizer.state, *optimizer.state.values()]
@@ -67,14 +95,19 @@ class StructureWatch:
         found += [getattr(self._tracked.scaler, name, None) for name in SCALER_TENSORS]
         return found
 
-    def _whereabouts(self) -> tuple[object, ...]:
-        """Where the tensors are and in what form, how many the seeds own, and the sizes of the groups."""
-        tensors = self._tensors
+    def _whereabouts(self, mark: _Mark) -> tuple[object, ...]:
+        """Where the tensors are and in what form, how many the seeds own, and the sizes of the groups.
+
+        The sizes of the storages, too: one that was shrunk may lie at an address it had before.
+        """
+        tensors = mark.tensors
         return (
             list(map(Tensor.data_ptr, tensors)),
             list(map(Tensor.size, tensors)),
             list(map(Tensor.stride, tensors)),
             list(map(_DTYPE, tensors)),
-            [len(tensors()) for tensors in self._staged],
+            list(map(_BYTES, mark.storages)),
+            [(t.is_conj(), t.is_neg()) for t in mark.signed],
+            [len(tensors()) for tensors in mark.staged],
             self._tracked.structure(),
         )

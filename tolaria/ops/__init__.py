@@ -4,14 +4,13 @@ from tolaria import _extension
 
 if _extension.LOADED:
     from tolaria.ops import _fake as _fake  # registers the shape rules
+from tolaria.ops._layout import live_view, slot_view
 from tolaria.ops.blend import blend, seed_gate
 from tolaria.ops.governor import governor_order_, governor_step_
 from tolaria.ops.metrics import ClassificationMetrics, MetricsAccumulator, classification_metrics_
 from tolaria.ops.snapshot import (
     SnapshotEntry,
     SnapshotTable,
-    live_view,
-    slot_view,
     snapshot_capture_,
     snapshot_restore_,
 )

@@ -5,7 +5,6 @@ Source: csrc/cpu/snapshot.cpp · reference: tolaria.reference.snapshot · bench:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tolaria import _backend
-from tolaria.errors import SnapshotError
+from tolaria.ops._layout import runs
 from tolaria.reference import snapshot as reference
 
 _CHECK_KIND = {
@@ -27,62 +26,8 @@ _CHECK_KIND = {
 _ZEROED = 5
 _COLUMNS = 6
 _NO_TENSOR = 2**63 - 1
-_MAX_RUNS = 65536
 _BLOCK_BYTES = 1 << 16
 """Most bytes of a row on CUDA: a fair share for one block (256 16-byte words a thread group)."""
-
-
-def live_view(tensor: Tensor) -> Tensor:
-    """The distinct elements of ``tensor``, detached: dimensions expanded with stride 0 count once."""
-    view = tensor.detach()
-    for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            view = view.narrow(dim, 0, 1)
-    return view
-
-
-def _is_dense(view: Tensor) -> bool:
-    """Whether the elements fill their span of memory without gap or overlap, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(view.stride(), view.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def slot_view(arena: Tensor, offset: int, live: Tensor) -> Tensor:
-    """``live``'s place in a slot: same shape and dtype, same strides if it is dense, else contiguous."""
-    span = arena[offset : offset + live.numel() * live.element_size()].view(live.dtype)
-    if live.numel() and _is_dense(live):
-        return span.as_strided(live.shape, live.stride())
-    return span.view(live.shape)
-
-
-def _runs(live: Tensor) -> Iterator[tuple[int, int, int]]:
-    """``live`` as contiguous runs ``(address, offset in the slot, bytes)``."""
-    item = live.element_size()
-    if live.numel() == 0:
-        return
-    if live.is_contiguous() or _is_dense(live):
-        yield live.data_ptr(), 0, live.numel() * item
-        return
-    inner, run = live.dim(), 1
-    while inner > 0 and live.stride(inner - 1) in (run, 0):
-        run *= live.shape[inner - 1]
-        inner -= 1
-    outer = [
-        [i * stride for i in range(size)] for size, stride in zip(live.shape, live.stride(), strict=True)
-    ]
-    for number, offsets in enumerate(itertools.product(*outer[:inner])):
-        if number >= _MAX_RUNS:
-            raise SnapshotError(
-                f"a tensor of shape {tuple(live.shape)} with strides {live.stride()} falls into more than "
-                f"{_MAX_RUNS} contiguous pieces; make it contiguous before it is captured"
-            )
-        yield live.data_ptr() + sum(offsets) * item, number * run * item, run * item
 
 
 @dataclass(frozen=True)
@@ -101,6 +46,18 @@ class SnapshotEntry:
     """A capture writes zeros instead, so that a restore brings zeros: the alpha of a seed to be dropped."""
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedRows:
+    """What a table is to hold, worked out but not in effect; see :meth:`SnapshotTable.prepare`."""
+
+    entries: tuple[SnapshotEntry, ...]
+    """By part."""
+    matrix: Tensor
+    """int64 ``(1 + rows, 6)``: the header and the rows; page-locked if the table is on CUDA."""
+    data: Tensor
+    """The memory of the table that the matrix goes to; the matrix itself on the CPU."""
+
+
 class SnapshotTable:
     """Addresses of everything that a capture or a restore touches; owns the tensors it points to.
 
@@ -115,9 +72,24 @@ class SnapshotTable:
 
     def __init__(self, entries: Sequence[SnapshotEntry] = (), *, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.entries: tuple[SnapshotEntry, ...] = ()
-        self.data = torch.zeros(1, _COLUMNS, dtype=torch.int64, device=self.device)
+        empty = torch.zeros(1, _COLUMNS, dtype=torch.int64, device=self.device)
+        self._rows = PreparedRows((), empty, empty)
+        self._on_the_way: tuple[object, ...] = ()
         self.update(entries)
+
+    @property
+    def data(self) -> Tensor:
+        """What the compiled ops read."""
+        return self._rows.data
+
+    @property
+    def entries(self) -> tuple[SnapshotEntry, ...]:
+        """The tensors behind the rows, by part."""
+        return self._rows.entries
+
+    def holds(self, rows: PreparedRows) -> bool:
+        """Whether ``rows`` were adopted last, and wholly."""
+        return self._rows is rows and not self._on_the_way
 
     def update(self, entries: Sequence[SnapshotEntry]) -> None:
         """Replace the entries; in place, at the same address, wherever the spare room suffices.
@@ -127,18 +99,40 @@ class SnapshotTable:
         Raises:
             ValueError: a tensor lies where the table's device cannot reach it; nothing is changed then.
         """
+        self.adopt(self.prepare(entries))
+
+    def prepare(self, entries: Sequence[SnapshotEntry]) -> PreparedRows:
+        """The first half of :meth:`update`: all that can fail. The table stays what it is.
+
+        Raises:
+            ValueError: as :meth:`update`.
+        """
         self._check_devices(entries)
-        self.entries = tuple(sorted(entries, key=lambda entry: entry.part))
-        parts = [[row for e in self.entries if e.part == part for row in self._rows(e)] for part in (0, 1)]
+        by_part = tuple(sorted(entries, key=lambda entry: entry.part))
+        parts = [[row for e in by_part if e.part == part for row in self._rows_of(e)] for part in (0, 1)]
         rows = sum(map(len, parts))
         header = [len(parts[0]), rows, 0, 0, _NO_TENSOR, _NO_TENSOR]
-        matrix = torch.tensor([header, *parts[0], *parts[1]], dtype=torch.int64)
+        matrix = torch.tensor([header, *parts[0], *parts[1]], dtype=torch.int64, device="cpu")
         if self.device.type == "cpu":
-            self.data = matrix
+            return PreparedRows(by_part, matrix, matrix)
+        data = self.data
+        if len(matrix) > len(data):
+            data = torch.zeros(2 * len(matrix), _COLUMNS, dtype=torch.int64, device=self.device)
+        return PreparedRows(by_part, matrix.pin_memory(), data)
+
+    def adopt(self, rows: PreparedRows) -> None:
+        """The second half: ``rows`` take effect, in one statement on the CPU.
+
+        On CUDA an interruption beside the upload leaves it unknown which rows the device reads. All that
+        either points to is then kept until the next :meth:`adopt`, which settles it.
+        """
+        if self.device.type == "cpu":
+            self._rows = rows
             return
-        if len(matrix) > len(self.data):
-            self.data = torch.zeros(2 * len(matrix), _COLUMNS, dtype=torch.int64, device=self.device)
-        self.data[: len(matrix)].copy_(matrix.pin_memory(), non_blocking=True)
+        self._on_the_way = (rows, self._rows, self._on_the_way)
+        rows.data[: len(rows.matrix)].copy_(rows.matrix, non_blocking=True)
+        self._rows = rows
+        self._on_the_way = ()
 
     def _check_devices(self, entries: Sequence[SnapshotEntry]) -> None:
         device = self.data.device
@@ -161,11 +155,11 @@ class SnapshotTable:
         """Whether so many rows fit without a new address."""
         return rows < len(self.data)
 
-    def _rows(self, entry: SnapshotEntry) -> Iterator[list[int]]:
+    def _rows_of(self, entry: SnapshotEntry) -> Iterator[list[int]]:
         check = _CHECK_KIND.get(entry.live.dtype, 0) if entry.report_index >= 0 else 0
         check = _ZEROED if entry.zeroed else check
         first, second = (slot.data_ptr() for slot in entry.slots)
-        for address, offset, nbytes in _runs(entry.live):
+        for address, offset, nbytes in runs(entry.live):
             longest = nbytes if self.device.type == "cpu" else _BLOCK_BYTES
             for start in range(0, nbytes, longest):
                 skip, length = offset + start, min(longest, nbytes - start)

@@ -1,0 +1,139 @@
+"""One tensor's place in the slots, and what is there before any capture filled it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tolaria.governor.arena import Block
+from tolaria.governor.tracked import TrackedTensor
+from tolaria.ops import live_view, slot_view
+from tolaria.ops._layout import runs
+
+
+class PlaceKey(NamedTuple):
+    """A tensor's key and its form: one that comes back in another form is another tensor."""
+
+    key: Hashable
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    is_conj: bool
+    is_neg: bool
+
+
+def place_key(tracked: TrackedTensor) -> PlaceKey:
+    """Where ``tracked`` belongs."""
+    t = tracked.tensor
+    return PlaceKey(tracked.key, t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg())
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One tensor's place in the slots."""
+
+    key: Hashable
+    name: str
+    number: int
+    """What a capture reports when it finds a non-finite value here."""
+    owner: Tensor
+    """Kept alive while the place exists, since the key may hold its id."""
+    live: Tensor
+    """The tensor as it was last seen; see :func:`tolaria.ops.live_view`."""
+    block: Block
+    """Its bytes in either slot."""
+    slots: tuple[Tensor, Tensor]
+    """The same, with the tensor's dtype and shape."""
+    is_live: bool = True
+    """False: the owner dropped the tensor, but a slot that may be restored still has it."""
+
+    @classmethod
+    def of(cls, tracked: TrackedTensor, view: Tensor, block: Block, number: int) -> Place:
+        """The place of ``tracked``, whose :func:`tolaria.ops.live_view` is ``view``."""
+        first, second = block.memory
+        slots = slot_view(first, 0, view), slot_view(second, 0, view)
+        return cls(tracked.key, tracked.name, number, tracked.owner, view, block, slots)
+
+
+def fresh_copy(key: PlaceKey, place: Place, slot: int) -> Tensor:
+    """What ``slot`` holds of a place, as a new tensor of its form on its device."""
+    copy = torch.empty_strided(key.shape, key.stride, dtype=key.dtype, device=place.live.device)
+    live_view(copy).copy_(place.slots[slot])
+    copy = copy.conj() if key.is_conj else copy
+    return torch._neg_view(copy) if key.is_neg else copy
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; waits for the device."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    try:
+        return bool(torch.isfinite(tensor).all())  # sync: where a tensor joins
+    except NotImplementedError:  # float8 and smaller
+        pass
+    try:
+        return bool(torch.isfinite(tensor.to(torch.float32)).all())  # sync: likewise
+    except (NotImplementedError, RuntimeError):
+        return True  # nobody can look at it; it is copied
+
+
+def _birth_value(tracked: TrackedTensor, view: Tensor) -> Tensor:
+    """What a slot holds of a tensor that appeared after its capture, as stored in memory."""
+    if tracked.zeroed:
+        return torch.zeros_like(view)
+    if tracked.kind != "optimizer":
+        return view
+    value, fresh = torch.zeros_like(view), tracked.fresh_value
+    if fresh is not None:
+        value.copy_(fresh) if isinstance(fresh, Tensor) else value.fill_(fresh)
+    value = value.conj_physical() if tracked.tensor.is_conj() else value
+    return value.neg() if tracked.tensor.is_neg() else value
+
+
+def write_birth_value(tracked: TrackedTensor, place: Place, slots: Iterable[int]) -> None:
+    """Fill ``slots`` of a place that nothing points to yet; on CUDA enqueued on the current stream."""
+    value = _birth_value(tracked, place.live)
+    for slot in slots:
+        place.slots[slot].copy_(value, non_blocking=True)
+
+
+class MemoryMap:
+    """Which covered tensors lie where: a view that joins belongs to a memory that may be covered already."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        found = [
+            (start, start + nbytes, place, offset)
+            for place in places
+            for start, offset, nbytes in runs(place.live)
+        ]
+        self._runs = sorted(found, key=lambda run: run[0])
+        self._starts = [run[0] for run in self._runs]
+        self._longest = max((end - start for start, end, *_ in self._runs), default=0)
+
+    def inherit(self, place: Place, slots: Sequence[int]) -> None:
+        """Give ``slots`` of a new place what they hold of the same bytes under another name.
+
+        A view of a parameter that is registered later, say, would otherwise be restored to its birth value,
+        and the parameter with it.
+        """
+        for start, offset, nbytes in runs(place.live):
+            first = bisect_right(self._starts, start - self._longest)
+            last = bisect_right(self._starts, start + nbytes - 1)
+            for other_start, other_end, other, other_offset in self._runs[first:last]:
+                low, high = max(start, other_start), min(start + nbytes, other_end)
+                if low < high:
+                    to, at = offset + low - start, other_offset + low - other_start
+                    for slot in slots:
+                        _copy_bytes(place, to, other, at, high - low, slot)
+
+
+def _copy_bytes(target: Place, to: int, source: Place, at: int, nbytes: int, slot: int) -> None:
+    taken = source.block.memory[slot][at : at + nbytes]
+    # Through the device, if that is where it is used: copies between host memory do not wait for its stream.
+    carried = taken.to(target.live.device, non_blocking=True)
+    target.block.memory[slot][to : to + nbytes].copy_(carried, non_blocking=True)
