@@ -22,7 +22,7 @@ from tolaria.governor.attach import (
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import EventQueue, GovernorEvent, MailboxReader, RollbackEvent
+from tolaria.governor.events import EventQueue, GovernorEvent, MailboxReader
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.sinks import Sink, deliver
 from tolaria.governor.tracked import Stateful, TrackedState
@@ -202,8 +202,8 @@ class GovernorBank:
                 engine.learn(events)
                 engine.reconcile()
             for event in events:
-                if isinstance(event, RollbackEvent) and engine:
-                    self._policies[i].after_rollback(event.report, engine.tracked)
+                if engine:
+                    self._policies[i].hear(event, engine.tracked)
                 self._tell(event)
             if i in self._policies:
                 self._policies[i].check_budget()

@@ -380,7 +380,7 @@ class TolariaGovernor(Readings):
             for event in events:
                 if isinstance(event, RollbackEvent):
                     self._last_report = event.report
-                    self._policy.after_rollback(event.report, self._engine.tracked)
+                self._policy.hear(event, self._engine.tracked)
                 self._tell([event])
 
     # -- structure and saving --------------------------------------------------------------------------------

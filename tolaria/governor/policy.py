@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +11,8 @@ from torch.optim import Optimizer
 
 from tolaria.errors import TrainingDivergedError
 from tolaria.governor.config import GovernorConfig
+from tolaria.governor.events import GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
+from tolaria.governor.progress import Progress, plain_report, report_of
 from tolaria.governor.tracked import TrackedState, named_modules
 from tolaria.governor.verdict import GovernorReport
 from tolaria.ops import PanicReason
@@ -75,17 +76,34 @@ class RollbackPolicy:
         self._config = config
         self._history: deque[GovernorReport] = deque(maxlen=max(64, config.max_rollbacks))
         self._unchecked = False
+        self._progress = Progress(
+            most=config.max_restores_of_one_capture, least=config.min_history, cooldown=config.cooldown
+        )
         self.offending_steps: deque[int] = deque(maxlen=4096)
+
+    def hear(self, event: GovernorEvent, tracked: TrackedState) -> None:
+        """Take note of an event, in the order in which they happened; act on a rollback."""
+        if isinstance(event, RollbackEvent):
+            self.after_rollback(event.report, tracked)
+        elif isinstance(event, PromotionEvent):
+            self._progress.promoted()
+        elif isinstance(event, VerdictEvent):
+            self._progress.bad_step(event.step, is_skipped=not event.rollback)
+            if self._config.skips_before_rollback and not event.rollback:
+                self._offend(event.step, event.step)
 
     def after_rollback(self, report: GovernorReport, tracked: TrackedState) -> None:
         """Clear gradients, lower learning rates, note the steps that led here."""
         self._history.append(report)
         self._unchecked = True
         if report.reason is not PanicReason.MANUAL:
-            first = report.step - max(1, report.consecutive_panics) + 1
-            self.offending_steps.extend(range(first, report.step + 1))
+            self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
+            self._progress.restored(report)
         tracked.rollbacks += 1
         self.apply(tracked)
+
+    def _offend(self, first: int, last: int) -> None:
+        self.offending_steps.extend(s for s in range(first, last + 1) if s not in self.offending_steps)
 
     def apply(self, tracked: TrackedState) -> None:
         """Clear gradients and lower the learning rates that were just put back."""
@@ -98,24 +116,32 @@ class RollbackPolicy:
 
     def saved_form(self) -> dict[str, Any]:
         """Plain values for :meth:`load_saved_form`."""
-        reports = [{**asdict(report), "reason": int(report.reason)} for report in self._history]
-        return {"reports": reports, "offending_steps": list(self.offending_steps)}
+        return {
+            "reports": [plain_report(report) for report in self._history],
+            "offending_steps": list(self.offending_steps),
+            "progress": self._progress.saved_form(),
+        }
 
     def load_saved_form(self, saved: Mapping[str, Any]) -> None:
         """Take over the rollbacks of an earlier run; they count against the budget."""
-        for report in saved["reports"]:
-            self._history.append(GovernorReport(**{**report, "reason": PanicReason(report["reason"])}))
+        self._history.extend(map(report_of, saved["reports"]))
         self.offending_steps.extend(saved["offending_steps"])
+        if "progress" in saved:  # version 2 knew of none
+            self._progress.load_saved_form(saved["progress"])
 
     def check_budget(self) -> None:
-        """Raise if the rollbacks since the last check spent the budget.
+        """Raise if the rollbacks since the last check spent the budget, or led nowhere.
 
         Raises:
-            TrainingDivergedError: ``max_rollbacks`` inside ``rollback_window`` steps.
+            TrainingDivergedError: ``max_rollbacks`` inside ``rollback_window`` steps, or
+                ``max_restores_of_one_capture`` without progress.
         """
         if not self._unchecked:
             return
         self._unchecked = False
+        stuck = self._progress.take_stuck()
+        if stuck is not None:
+            raise TrainingDivergedError(stuck.message(self._config), history=stuck.reports)
         last = self._history[-1]
         recent = [r for r in self._history if r.step > last.step - self._config.rollback_window]
         if len(recent) >= self._config.max_rollbacks:
