@@ -19,6 +19,18 @@ class MissingDependencyError(TolariaError):
     """An optional package is needed for this feature and is not installed."""
 
 
+class FolderInUseError(TolariaError, ValueError):
+    """A folder was named for a run that another run writes to at this moment."""
+
+
+class ModelFileError(TolariaError):
+    """A saved model is damaged, is not one, or does not belong to the task."""
+
+
+class ModelMissingError(ModelFileError, FileNotFoundError):
+    """There is no saved model in a folder, or only one of its two files."""
+
+
 class SnapshotError(TolariaError):
     """A snapshot cannot be taken or restored."""
 

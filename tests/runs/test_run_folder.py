@@ -99,7 +99,7 @@ def test_unknown_format_is_refused(finished, tmp_path):
     _, out = finished
     (tmp_path / "model.json").write_text('{"format": 99}')
     (tmp_path / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes())
-    with pytest.raises(TolariaError, match="format 1"):
+    with pytest.raises(TolariaError, match="expected format 2, got 99"):
         load_model(tmp_path)
 
 

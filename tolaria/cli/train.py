@@ -94,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = f"break the run on purpose, repeatable: {', '.join(list_faults())}"
     governor.add_argument("--inject", action="append", default=[], metavar="KIND@STEP", help=kinds)
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="DIR", help="run folder (default: runs/<task>-<time>)")
+    output.add_argument(
+        "--out", metavar="DIR", help="run folder (default: a new one, runs/<task>-<time>-<process>)"
+    )
     output.add_argument("--overwrite", action="store_true", help="the run folder may hold an earlier run")
     output.add_argument("--no-plot", action="store_true", help="do not draw run.png")
     output.add_argument("--quiet", action="store_true", help="only the closing line")

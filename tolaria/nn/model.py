@@ -13,6 +13,7 @@ from tolaria.nn.randomness import preserve_random_state
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
 from tolaria.nn.slot import SeedFactory, SeedSlot
 from tolaria.nn.stage import SeedStage
+from tolaria.nn.structure import check_structure, seed_numel
 
 
 class MorphogeneticModel(nn.Module):
@@ -160,14 +161,33 @@ class MorphogeneticModel(nn.Module):
         """Which seeds are where, as JSON values; with the state_dict it is everything that the model is."""
         return {name: slot.structure() for name, slot in self.slots.items()}
 
+    def slot_paths(self) -> dict[str, str | None]:
+        """Every slot's submodule of the host, by the slot's name; None for a slot that is the host's own."""
+        return {name: self._paths.get(name) for name in self.slots}
+
     def load_structure(self, structure: Mapping[str, Any]) -> None:
         """Grow this model into the shape that :meth:`structure` described; then load the state_dict.
 
         Raises:
-            ValueError: a slot is unknown, or a seed cannot be rebuilt by name.
+            ValueError: a slot is unknown, a field is wrong, or a seed cannot be rebuilt by name.
         """
         for name, description in structure.items():
+            check_structure(self.slot(name).name, description)
+        for name, description in structure.items():
             self.slot(name).load_structure(description, self.features_at(name))
+
+    def structure_numel(self, structure: Mapping[str, Any]) -> int:
+        """Elements of the seeds that :meth:`load_structure` would graft; no memory is taken for them.
+
+        Raises:
+            ValueError, TypeError: as :meth:`load_structure`.
+        """
+        total = 0
+        for name, description in structure.items():
+            check_structure(self.slot(name).name, description)
+            if description["blueprint"] is not None:
+                total += seed_numel(name, description, self.features_at(name))
+        return total
 
     # ------------------------------------------------------------------ probing
 

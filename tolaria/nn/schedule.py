@@ -11,6 +11,8 @@ from torch import Tensor
 
 ScheduleKind = Literal["linear", "cosine", "sigmoid"]
 
+MOST_STEPS = 1_000_000
+"""Steps that a ramp may have: its values are a table on the device."""
 _SIGMOID_SPAN = 6.0  # the sigmoid is cut at +-6 and rescaled, so that its ends are exact
 
 
@@ -38,7 +40,7 @@ class AlphaSchedule:
 
     Args:
         alpha: 0-dim floating tensor to write, in place; set to ``start`` at once.
-        steps: number of steps from start to end, >= 1.
+        steps: number of steps from start to end, 1 to 1,000,000.
         kind: ``"linear"``, ``"cosine"`` or ``"sigmoid"``.
         start: value at position 0, in [0, 1].
         end: value from position ``steps`` on, in [0, 1].
@@ -154,6 +156,8 @@ def _check(alpha: Tensor, steps: int, kind: str, start: float, end: float) -> No
         raise ValueError(f"AlphaSchedule: alpha: expected a 0-dim tensor, got shape {tuple(alpha.shape)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"AlphaSchedule: steps: expected an integer >= 1, got {steps!r}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"AlphaSchedule: steps: expected at most {MOST_STEPS}, got {steps}")
     if kind not in get_args(ScheduleKind):
         raise ValueError(f"AlphaSchedule: kind: expected one of {get_args(ScheduleKind)}, got {kind!r}")
     for name, value in (("start", start), ("end", end)):

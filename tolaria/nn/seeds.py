@@ -1,7 +1,8 @@
-"""Seed blueprints: a registry of small modules to graft, all of them identity-like at birth.
+"""Seed blueprints: a registry of small modules to graft.
 
-A built-in seed is ``x + f(x)`` (or ``x * g(x)``) whose last layer starts at zero, so that ``seed(x) == x``
-when it is grafted. Blueprints for images read ``(B, C, H, W)``, blueprints for sequences ``(B, T, C)``.
+A built-in seed is the identity at birth: ``x + f(x)`` (or ``x * g(x)``) whose last layer starts at zero, so
+that ``seed(x) == x`` when it is grafted. One of your own is what you make it. Blueprints for images read
+``(B, C, H, W)``, blueprints for sequences ``(B, T, C)``.
 """
 
 from __future__ import annotations
@@ -114,6 +115,26 @@ def build_seed(
     is_nhwc = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
     if is_nhwc and not features.is_contiguous():
         seed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return seed
+
+
+def describe_seed(
+    blueprint: str, features: Tensor, options: Mapping[str, object], *, where: str
+) -> nn.Module:
+    """The seed that :func:`build_seed` would build, on the meta device: names, shapes and dtypes, no memory.
+
+    Raises:
+        ValueError, TypeError: as :func:`build_seed`; also for a blueprint that needs values to build a seed.
+    """
+    try:
+        with torch.device("meta"):
+            seed = _call_factory(blueprint, features.to("meta"), options, where)
+    except (ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"{where}: blueprint {blueprint!r} cannot be built with options {dict(options)}: {error}"
+        ) from error
+    if not isinstance(seed, nn.Module):
+        raise TypeError(f"{where}: expected the blueprint to build an nn.Module, got {type(seed).__name__}")
     return seed
 
 

@@ -15,6 +15,7 @@ from tolaria.nn.randomness import RandomStream, check_rng_seed, derive_seed, pre
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
 from tolaria.nn.seeds import build_seed
 from tolaria.nn.stage import IllegalTransitionError, SeedStage, check_transition
+from tolaria.nn.structure import check_structure
 
 SeedFactory = Callable[[Tensor], nn.Module]
 """Builds a seed for features like the given ones (values are meaningless; shape, dtype and device count)."""
@@ -284,6 +285,12 @@ class SeedSlot(nn.Module):
 
     # ------------------------------------------------------------------ saving
 
+    def allows_alpha(self, alpha: float) -> bool:
+        """Whether ``alpha`` is one that a slot in this stage can have."""
+        if self._stage is SeedStage.BLENDING:
+            return 0.0 <= alpha <= 1.0
+        return alpha == (1.0 if self._stage is SeedStage.FOSSILIZED else 0.0)
+
     def structure(self) -> dict[str, object]:
         """Stage, blueprint and schedule as JSON values: what a state_dict does not say."""
         return {
@@ -304,10 +311,10 @@ class SeedSlot(nn.Module):
 
         Raises:
             IllegalTransitionError: a seed is in place already.
-            ValueError: the seed came from a callable and cannot be rebuilt by name, or a value is out of
-                range.
+            ValueError: the seed came from a callable and cannot be rebuilt by name, or a field is missing, of
+                the wrong type or out of range. Nothing has changed then.
         """
-        stage = SeedStage(structure["stage"])
+        stage = check_structure(self.name, structure)
         if stage in (SeedStage.DORMANT, SeedStage.CULLED):
             if self.seed is not None:
                 raise IllegalTransitionError(
@@ -315,11 +322,6 @@ class SeedSlot(nn.Module):
                 )
             self._stage = stage
         else:
-            if structure["blueprint"] is None:
-                raise ValueError(
-                    f"slot {self.name!r}: load_structure: its seed was built by a callable; "
-                    "register a blueprint for it"
-                )
             self.germinate(
                 structure["blueprint"], features, rng_seed=structure["rng_seed"], options=structure["options"]
             )

@@ -14,8 +14,9 @@ import torch
 
 import tolaria
 from tolaria._optional import require
+from tolaria.runs.files import LOCK, FolderLock, write_whole
 from tolaria.runs.plot import plot_run
-from tolaria.runs.storage import save_model, whole_file
+from tolaria.runs.storage import MODEL_FILES, save_model
 from tolaria.train.faults import Fault
 from tolaria.train.observers import (
     GrowthObserver,
@@ -31,10 +32,16 @@ if TYPE_CHECKING:
     from tolaria.train.story import GrowthResult
 
 _FETCH_EVERY = 50  # steps between transfers of losses from the device
+_SUMMARY = "summary.json"
+_FILES = (_SUMMARY, *MODEL_FILES, "run.png", "metrics.jsonl", "events.jsonl", "config.json")
+"""What a run leaves, in the order in which a new run removes it: without a summary it is no finished run."""
 
 
 class RunFolder(GrowthObserver):
     """Writes a run into a folder while it goes on; an interrupted run leaves a complete folder, too.
+
+    While the run lasts the folder is its own: another run that is told to write there is refused. With
+    ``overwrite`` the former run's files are removed before the first of the new one is written.
 
     ``config.json`` (before the first step), ``metrics.jsonl`` (a line per step, validation and phase),
     ``events.jsonl`` (what the governor said, what happened to the seed, what was broken on purpose),
@@ -50,6 +57,7 @@ class RunFolder(GrowthObserver):
 
     Raises:
         ValueError: the folder holds files already, or is a file.
+        FolderInUseError: another run writes to it at this moment (also a ValueError).
         MissingDependencyError: matplotlib or safetensors is not installed.
     """
 
@@ -68,10 +76,11 @@ class RunFolder(GrowthObserver):
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out: expected a folder, got the file {self.path}")
-        if not overwrite and self.path.is_dir() and any(self.path.iterdir()):
-            raise ValueError(
-                f"out: expected an empty or new folder, {self.path} holds files; name another one"
-            )
+        self._lock = FolderLock(self.path)
+        self._lock.check()
+        self._overwrite = overwrite
+        if not overwrite:
+            self._check_empty()
         self._plot, self._config, self._faults = plot, dict(config or {}), list(faults)
         self._pending: list[tuple[StepRecord, torch.Tensor]] = []
         self._metrics: IO[str] | None = None
@@ -83,6 +92,11 @@ class RunFolder(GrowthObserver):
         """Create the folder and its files."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            if not self._overwrite:
+                self._check_empty()  # once more: now nobody else can change it
+            for name in _FILES:
+                (self.path / name).unlink(missing_ok=True)
             self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
             self._events = (self.path / "events.jsonl").open("w", encoding="utf-8")
         except OSError as error:
@@ -140,14 +154,29 @@ class RunFolder(GrowthObserver):
     def on_finish(self, result: GrowthResult) -> None:
         """Close the files, save the model, draw the picture."""
         self._flush()
-        for file in (self._metrics, self._events):
-            if file is not None:
-                file.close()
+        self._close_files()
         self.summary = {"out": str(self.path), **summarize(result)}
-        self._write_json("summary.json", self.summary)
+        self._write_json(_SUMMARY, self.summary)
         save_model(result.model, self.path, task=result.task)
         if self._plot:
             plot_run(self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Let others write to the folder; called at the end of :meth:`on_finish`, too."""
+        self._close_files()
+        self._lock.release()
+
+    def _close_files(self) -> None:
+        for file in (self._metrics, self._events):
+            if file is not None:
+                file.close()
+
+    def _check_empty(self) -> None:
+        if self.path.is_dir() and any(entry.name != LOCK for entry in self.path.iterdir()):
+            raise ValueError(
+                f"out: expected an empty or new folder, {self.path} holds files; name another one"
+            )
 
     def _flush(self) -> None:
         if not self._pending:
@@ -172,8 +201,7 @@ class RunFolder(GrowthObserver):
         self._events.flush()
 
     def _write_json(self, name: str, values: Mapping[str, object]) -> None:
-        with whole_file(self.path / name) as draft:
-            draft.write_text(_dump(values, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.path / name, (_dump(values, indent=2) + "\n").encode())
 
 
 def summarize(result: GrowthResult) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tolaria._optional import require
+from tolaria.runs.files import write_whole
 from tolaria.runs.record import Line, RunRecord
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; every mark also has a shape of its own.
@@ -87,7 +89,9 @@ def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
     lane.set_xlabel("optimizer step")
     lane.set_xlim(0, run.last_step)
     target = Path(out) if out is not None else Path(folder) / "run.png"
-    figure.savefig(target, bbox_inches="tight", pad_inches=0.12)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=target.suffix[1:] or "png", bbox_inches="tight", pad_inches=0.12)
+    write_whole(target, drawn.getvalue())
     return target
 
 

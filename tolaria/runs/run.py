@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -57,7 +57,7 @@ def run_task(
 
     Args:
         task: a registered name or a TaskSpec.
-        out: the run folder; ``runs/<task>-<time>`` if None, see :class:`RunFolder`.
+        out: the run folder; ``runs/<task>-<time>-<process>`` if None, see :class:`RunFolder`.
         overwrite: whether ``out`` may hold the files of an earlier run.
         plot: whether to draw ``run.png``.
         device: where to train.
@@ -81,7 +81,8 @@ def run_task(
         The network and its story; on Ctrl-C the story so far.
 
     Raises:
-        ValueError: a bad argument; nothing has been written then.
+        ValueError: a bad argument; nothing has been written then. FolderInUseError, which is one: another
+            run writes to ``out`` at this moment.
         RuntimeError: the device is not there.
         MissingDependencyError: a package of the extra ``train`` is not installed.
         TrainingDivergedError: rollbacks came too often; the folder is complete.
@@ -115,16 +116,17 @@ def run_task(
             faults=faults,
             config={"device": str(where), "rng_seed": rng_seed, "backend": current_mode(), "amp": amp},
         )
-        return grow(
-            spec, device=where, rng_seed=rng_seed, settings=chosen, data=data, use_governor=use_governor,
-            governor_config=config, sinks=sinks, observers=[folder, *observers], faults=faults,
-            amp_dtype=None if amp is None else _DTYPES[amp],
-        )  # fmt: skip
+        with closing(folder):
+            return grow(
+                spec, device=where, rng_seed=rng_seed, settings=chosen, data=data, use_governor=use_governor,
+                governor_config=config, sinks=sinks, observers=[folder, *observers], faults=faults,
+                amp_dtype=None if amp is None else _DTYPES[amp],
+            )  # fmt: skip
 
 
 def default_folder(task: str) -> Path:
-    """``runs/<task>-<time>``, with a number behind it where that exists already."""
-    base = Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """``runs/<task>-<time>-<process>``, with a number behind it where that exists already."""
+    base = Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     chosen, number = base, 1
     while chosen.exists():
         number += 1
