@@ -75,7 +75,8 @@ void classification_metrics_autograd(at::Tensor& acc, const at::Tensor& logits, 
 std::vector<std::string> governor_fields();
 void governor_step_cpu(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
                        const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
-                       const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient);
+                       const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient,
+                       const std::optional<at::Tensor>& state_bad);
 void governor_order_cpu(at::Tensor& state, const at::Tensor& config, int64_t column, int64_t order, int64_t reason,
                         int64_t tensor_index, const std::optional<at::Tensor>& mailbox);
 
@@ -88,7 +89,8 @@ void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& c
 #ifdef TOLARIA_WITH_CUDA
 void governor_step_cuda(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
                         const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
-                        const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient);
+                        const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient,
+                        const std::optional<at::Tensor>& state_bad);
 void governor_order_cuda(at::Tensor& state, const at::Tensor& config, int64_t column, int64_t order, int64_t reason,
                          int64_t tensor_index, const std::optional<at::Tensor>& mailbox);
 void snapshot_capture_cuda(at::Tensor& state, int64_t column, const at::Tensor& table, int64_t part,

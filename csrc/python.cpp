@@ -68,7 +68,7 @@ PyObject* judge(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const double told = PyFloat_AsDouble(args[6]);
   if (PyErr_Occurred()) return nullptr;
   governor_step.call(state, as_tensor(args[1], "config"), as_tensor(args[2], "loss"), as_optional(args[3], "nonfinite"),
-                     std::nullopt, as_optional(args[4], "mailbox"), as_optional(args[5], "gradient"));
+                     std::nullopt, as_optional(args[4], "mailbox"), as_optional(args[5], "gradient"), std::nullopt);
   const bool must_act = needs_host(state, told) || has_grown(args[7], args[8]);
   PyErr_Clear();  // what was odd, Python finds again and names
   return PyBool_FromLong(must_act);

@@ -28,7 +28,7 @@ TORCH_LIBRARY(tolaria, m) {
   m.def("governor_fields() -> str[]", &tolaria::governor_fields);
   m.def(
       "governor_step_(Tensor(a!) state, Tensor config, Tensor loss, Tensor? nonfinite=None, Tensor? active=None, "
-      "Tensor(b!)? mailbox=None, Tensor? gradient=None) -> ()");
+      "Tensor(b!)? mailbox=None, Tensor? gradient=None, Tensor? state_bad=None) -> ()");
   m.def(
       "governor_order_(Tensor(a!) state, Tensor config, int column, int order, int reason, int tensor_index, "
       "Tensor(b!)? mailbox=None) -> ()");

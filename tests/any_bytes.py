@@ -92,8 +92,8 @@ class Scene:
         self.config = config.to(device)
         self.column = int(torch.randint(self.n, (), generator=source))
         self._losses = any_values((self.n,), source), any_values((self.n, 4), source)
-        self._flags = torch.rand(3, self.n, generator=source) < 0.8
-        self._kinds = [self._draw([0, 1, 2]) for _ in range(4)]
+        self._flags = torch.rand(4, self.n, generator=source) < 0.8
+        self._kinds = [self._draw([0, 1, 2]) for _ in range(5)]
         self._memory = torch.randint(256, (6, 512), generator=source, dtype=torch.uint8)
 
     def _draw(self, values: list[int] | list[float] | list[bool]) -> int:  # numbers of any kind
@@ -110,6 +110,7 @@ class Scene:
             snapshot_interval=2,
             probation=1,
             log_only=bool(self._draw([0, 0, 1])),
+            skips_before_rollback=self._draw([0, 2]),
         )
         return settings.to_tensor(2.3, "cpu", gradient_may_overflow=bool(self._draw([0, 1])))
 
@@ -126,9 +127,10 @@ class Scene:
         active = [None, self._flags[1], any_flags(self._flags[1])][self._kinds[2]]
         dtype = [torch.float64, torch.float32, torch.bfloat16][self._kinds[3]]
         loss = torch.where(self._flags[2], 1.0 + losses.nan_to_num(0, 0, 0).clamp(0, 1), losses).to(dtype)
-        given = [None if t is None else t.to(self.device) for t in (loss, flags, active, norms)]
+        state_bad = [None, losses, any_flags(self._flags[3])][self._kinds[4]]
+        given = [None if t is None else t.to(self.device) for t in (loss, flags, active, norms, state_bad)]
         ops.governor_step_(
-            self.state.tensor, self.config, given[0], given[1], given[2], self.letters, given[3]
+            self.state.tensor, self.config, given[0], given[1], given[2], self.letters, given[3], given[4]
         )
 
     def order(self, order: Order) -> None:

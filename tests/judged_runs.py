@@ -16,6 +16,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "patient": {"lobotomy_patience": 3, "cooldown": 2, "min_panics_before_rollback": 3},
     "bounded": {"warmup_bound": 50.0, "lobotomy_band": (0.95, math.inf), "window": 12},
     "drift": {"drift_horizon": 12, "drift_threshold": 0.4, "min_std": 0.05, "gradient_multiplier": 3.0},
+    "skipping": {"skips_before_rollback": 3, "cooldown": 1},
     "log-only": {"log_only": True},
 }
 
@@ -51,6 +52,11 @@ def norms_like_a_run(n: int, steps: int, seed: int) -> Tensor:
     norm = torch.where((kind >= 0.05) & (kind < 0.07), 0.0, norm)
     bad = ((kind >= 0.07) & (kind < 0.09)).double()
     return torch.stack([norm * norm, norm, bad, bad - 1.0], dim=2)
+
+
+def flags_like_a_run(n: int, steps: int, seed: int, share: float = 0.3) -> Tensor:
+    """(steps, n) flags: whether the state was found not finite."""
+    return torch.rand(steps, n, generator=torch.Generator().manual_seed(seed + 1)) < share
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

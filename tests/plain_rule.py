@@ -27,6 +27,7 @@ class PlainRule:
     drift_slack: float = 0.5
     drift_threshold: float = 2.0
     gradient_multiple: float = 10.0
+    skips_allowed: int = 0
     history: list[float] = field(default_factory=list)
     last_healthy: float = 0.0
     consecutive: int = 0
@@ -38,8 +39,19 @@ class PlainRule:
     norms: list[float] = field(default_factory=list)
     baseline: tuple[float, float, float] = (0.0, 0.0, 0.0)
     drift: float = 0.0
+    left_out: int = 0
 
-    def judge(self, x: float, nonfinite: bool = False, norm: float | None = None) -> tuple[str, bool]:
+    def judge(
+        self, x: float, nonfinite: bool = False, norm: float | None = None, state_bad: bool = False
+    ) -> tuple[str, bool]:
+        reason, rollback = self.judge_at_once(x, nonfinite, norm)
+        if rollback and not state_bad and self.left_out < self.skips_allowed:
+            rollback = False
+        if reason != "HEALTHY" and not rollback:
+            self.left_out += 1
+        return reason, rollback
+
+    def judge_at_once(self, x: float, nonfinite: bool, norm: float | None) -> tuple[str, bool]:
         resting, self.resting = self.resting, max(0, self.resting - 1)
         if nonfinite or not math.isfinite(x):
             return "NON_FINITE", True
@@ -70,7 +82,7 @@ class PlainRule:
         if norm is not None:
             self.norms = [*self.norms, norm][-self.window :]
         self.history = [*self.history, x][-self.window :]
-        self.last_healthy, self.consecutive, self.pending = x, 0, 0
+        self.last_healthy, self.consecutive, self.pending, self.left_out = x, 0, 0, 0
         self.count += 1
         delta = x - self.mean
         self.mean += delta / self.count
@@ -121,6 +133,6 @@ class PlainRule:
 
     def rolled_back(self) -> None:
         """As after a restore to the attach-time state."""
-        self.history, self.last_healthy, self.consecutive, self.pending = [], 0.0, 0, 0
+        self.history, self.last_healthy, self.consecutive, self.pending, self.left_out = [], 0.0, 0, 0, 0
         self.resting = self.cooldown
         self.norms, self.baseline, self.drift = [], (0.0, 0.0, 0.0), 0.0

@@ -39,7 +39,7 @@ inline math::Governor governor_at(at::Tensor& state, int64_t column, const std::
   return governor_batch(state, mailbox)[column];
 }
 
-// What is judged: a loss for each governor, two optional flags, and the gradient's norm where that is known.
+// What is judged: a loss for each governor, three optional flags, and the gradient's norm where that is known.
 struct GovernorLosses {
   const void* loss;
   at::ScalarType loss_dtype;
@@ -50,17 +50,22 @@ struct GovernorLosses {
   const void* gradient;
   at::ScalarType gradient_dtype;
   bool gradient_is_stats;  // rows of tensor_stats instead of norms
+  const void* state_bad;
+  at::ScalarType state_bad_dtype;
 
   C10_HOST_DEVICE math::Sample<math::Governor> operator[](int64_t i) const {
-    // A NaN flag counts as raised.
-    const bool is_flagged = nonfinite != nullptr && !(load_as_double(nonfinite, nonfinite_dtype, i) == 0.0);
-    return {load_as_double(loss, loss_dtype, i), is_flagged, gradient != nullptr, gradient_norm(i)};
+    return {load_as_double(loss, loss_dtype, i), is_raised(nonfinite, nonfinite_dtype, i), gradient != nullptr,
+            gradient_norm(i), is_raised(state_bad, state_bad_dtype, i)};
   }
   C10_HOST_DEVICE bool is_active(int64_t i) const {
     return active == nullptr || load_as_double(active, active_dtype, i) != 0.0;
   }
 
  private:
+  // A NaN flag counts as raised.
+  static C10_HOST_DEVICE bool is_raised(const void* flag, at::ScalarType dtype, int64_t i) {
+    return flag != nullptr && !(load_as_double(flag, dtype, i) == 0.0);
+  }
   C10_HOST_DEVICE double gradient_norm(int64_t i) const {
     if (gradient == nullptr) return 0.0;
     if (!gradient_is_stats) return load_as_double(gradient, gradient_dtype, i);
@@ -71,11 +76,13 @@ struct GovernorLosses {
 // Keeps alive what `losses` points to (an argument that was not contiguous was copied).
 struct GovernorArguments {
   GovernorArguments(const at::Tensor& state, const at::Tensor& loss, const std::optional<at::Tensor>& nonfinite,
-                    const std::optional<at::Tensor>& active, const std::optional<at::Tensor>& gradient)
+                    const std::optional<at::Tensor>& active, const std::optional<at::Tensor>& gradient,
+                    const std::optional<at::Tensor>& state_bad)
       : loss_(check_loss(state, loss)),
         nonfinite_(check_flag(state, nonfinite, "nonfinite")),
         active_(check_flag(state, active, "active")),
         gradient_(check_gradient(state, gradient)),
+        state_bad_(check_flag(state, state_bad, "state_bad")),
         losses{loss_.const_data_ptr(),
                loss_.scalar_type(),
                nonfinite_ ? nonfinite_->const_data_ptr() : nullptr,
@@ -84,11 +91,13 @@ struct GovernorArguments {
                active_ ? active_->scalar_type() : at::kBool,
                gradient_ ? gradient_->const_data_ptr() : nullptr,
                gradient_ ? gradient_->scalar_type() : at::kDouble,
-               gradient_ && gradient_->numel() != state.size(1)} {}
+               gradient_ && gradient_->numel() != state.size(1),
+               state_bad_ ? state_bad_->const_data_ptr() : nullptr,
+               state_bad_ ? state_bad_->scalar_type() : at::kBool} {}
 
  private:
   at::Tensor loss_;
-  std::optional<at::Tensor> nonfinite_, active_, gradient_;
+  std::optional<at::Tensor> nonfinite_, active_, gradient_, state_bad_;
 
  public:
   GovernorLosses losses;

@@ -132,10 +132,11 @@ std::vector<std::string> governor_fields() {
 
 void governor_step_cpu(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
                        const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
-                       const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient) {
+                       const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient,
+                       const std::optional<at::Tensor>& state_bad) {
   const GovernorBatch batch = governor_batch(state, mailbox);
   check_governor_config(state, config);
-  const GovernorArguments arguments(state, loss, nonfinite, active, gradient);
+  const GovernorArguments arguments(state, loss, nonfinite, active, gradient, state_bad);
   const GovernorLosses& losses = arguments.losses;
   const double* c = config.const_data_ptr<double>();
   if (batch.n <= kRowGrain) return judge_range(batch, c, losses, 0, batch.n);

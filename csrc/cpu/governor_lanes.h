@@ -109,7 +109,7 @@ struct JudgeLanes {
                                          const Moments& of_gradients) {
     const Real active = lanes(block.is_active, at), flagged = lanes(block.is_flagged, at);
     const math::Sample<Column> s{lanes(block.loss, at), flagged != 0.0, block.has_gradient,
-                                 lanes(block.gradient_norm, at)};
+                                 lanes(block.gradient_norm, at), typename Column::Mask{}};
     const math::Findings<Column> f = math::find(g, c, s, m, of_gradients);
     typename Column::Mask is_clean = (active != 0.0) & f.joins();
     if (s.has_gradient) is_clean &= f.judges_gradient;

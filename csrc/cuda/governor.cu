@@ -26,10 +26,11 @@ __global__ void governor_order_kernel(math::Governor g, const double* config, ma
 
 void governor_step_cuda(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
                         const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
-                        const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient) {
+                        const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient,
+                        const std::optional<at::Tensor>& state_bad) {
   const GovernorBatch batch = governor_batch(state, mailbox);
   check_governor_config(state, config);
-  const GovernorArguments arguments(state, loss, nonfinite, active, gradient);
+  const GovernorArguments arguments(state, loss, nonfinite, active, gradient, state_bad);
   const c10::cuda::CUDAGuard guard(state.device());  // after the checks: a state on the CPU is their business
   // One thread a governor: for the usual single one a warp is the smallest block there is.
   const int block = batch.n <= 32 ? 32 : 128;

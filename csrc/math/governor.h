@@ -135,6 +135,7 @@ TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, co
   g.live(memory::last_healthy) = x;
   g.live(memory::consecutive) = spread<Real>(0.0);
   g.live(memory::lobotomy_pending) = spread<Real>(0.0);
+  g.live(memory::skips) = spread<Real>(0.0);
 
   const Real least = g[field::life_min], most = g[field::life_max], earlier = g[field::life_count];
   const Real count = earlier + 1.0;
@@ -186,6 +187,11 @@ TOLARIA_LANEWISE void write_verdict(const Column& g, const Sample<Column>& s, co
   g[field::reward] = spread<Real>(0.0);
 }
 
+// Whether an unhealthy step is to be left out instead of rolled back: so many in a row are, while the state is finite.
+C10_HOST_DEVICE inline bool may_skip(const Governor& g, const double* c, const Sample<Governor>& s) {
+  return !s.is_state_bad && g.live(memory::skips) < c[config::skips_before_rollback];
+}
+
 // Judges one sample (DESIGN 4, rules 1 to 5 and options); the moments are as for `find`.
 C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Sample<Governor>& s, Moments<double> m,
                                   Moments<double> of_gradients) {
@@ -215,6 +221,8 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
     reason = kDrift;
     rollback = true;
   }
+  if (rollback && !f.poisoned_capture && may_skip(g, c, s)) rollback = false;
+  if (reason != kHealthy && !rollback) increment(g.live(memory::skips));
 
   write_verdict(g, s, m, f, reason, rollback);
   if (g[field::cooldown_left] > 0.0) g[field::cooldown_left] -= 1.0;

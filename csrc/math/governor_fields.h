@@ -24,14 +24,14 @@ namespace tolaria::math {
 // `window` gradient norms.
 #define TOLARIA_GOVERNOR_MEMORY(X)                                                                       \
   X(history_size) X(last_healthy) X(consecutive) X(lobotomy_pending) X(gradient_size)                    \
-  X(drift_count) X(drift_mean) X(drift_variance) X(drift_sum)
+  X(drift_count) X(drift_mean) X(drift_variance) X(drift_sum) X(skips)
 
 #define TOLARIA_GOVERNOR_CONFIG(X)                                                                       \
   X(window) X(min_history) X(absolute_threshold) X(sensitivity) X(multiplier) X(rule_any) X(min_std)     \
   X(warmup_bound) X(min_panics_before_rollback) X(random_guess_loss) X(lobotomy_healthy_below)           \
   X(lobotomy_low) X(lobotomy_high) X(lobotomy_patience) X(cooldown) X(snapshot_interval) X(probation)    \
   X(log_only) X(death_penalty) X(gradient_multiplier) X(gradient_may_overflow)                           \
-  X(drift_horizon) X(drift_slack) X(drift_threshold)
+  X(drift_horizon) X(drift_slack) X(drift_threshold) X(skips_before_rollback)
 
 // A mailbox row: status words, then a ring of records. The device writes it, the host only reads.
 #define TOLARIA_GOVERNOR_STATUS(X)                                                                       \

@@ -123,6 +123,7 @@ struct Sample {
   typename Column::Mask is_flagged;  // by the caller, like a NaN loss
   bool has_gradient;
   typename Column::Real gradient_norm;
+  typename Column::Mask is_state_bad;  // a tensor of the model or of an optimizer holds a non-finite value
 };
 
 C10_HOST_DEVICE inline Moments<double> gradient_moments(const Governor& g, const Sample<Governor>& s) {

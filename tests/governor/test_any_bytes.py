@@ -48,6 +48,7 @@ def _tensors() -> dict[str, Any]:
         "active": None,
         "mailbox": ops.governor_mailbox(3),
         "gradient": None,
+        "state_bad": None,
     }
 
 
@@ -71,6 +72,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("step", {"nonfinite": torch.ones(3, dtype=torch.uint8)}),
     ("step", {"nonfinite": torch.ones(2)}),
     ("step", {"active": torch.ones(3, dtype=torch.complex64)}),
+    ("step", {"state_bad": torch.ones(3, dtype=torch.int32)}),
+    ("step", {"state_bad": torch.ones(2, dtype=torch.bool)}),
     ("step", {"gradient": torch.ones(3, 4)}),
     ("step", {"gradient": torch.ones(12, dtype=torch.int64)}),
     *[("order", {"column": column}) for column in (-1, 3, 2**40)],

@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judged_runs import SETTINGS, carry_out_captures, losses_like_a_run, norms_like_a_run, same_bits
+from judged_runs import (
+    SETTINGS,
+    carry_out_captures,
+    flags_like_a_run,
+    losses_like_a_run,
+    norms_like_a_run,
+    same_bits,
+)
 from torch import Tensor
 
 import tolaria
@@ -81,11 +88,13 @@ def test_lanes_equal_the_reference_bit_for_bit(bank: dict[str, Any]) -> None:
             rows = torch.rand(n, generator=source) < (2.0 if bank["together"] else 0.5)
             ops.governor_step_(state, tensor, loss, flag, rows, box, gradient)
     twin, twin_box = state.clone(), box.clone()
-    for loss, flag, active, gradient in steps_of(bank, 8):
+    for (loss, flag, active, gradient), state_bad in zip(
+        steps_of(bank, 8), flags_like_a_run(n, 8, bank["seed"]), strict=True
+    ):
         poisoned = torch.rand(n, generator=source) < bank["unlike"]
         for mode, mine, letters in (("fused", state, box), ("reference", twin, twin_box)):
             with tolaria.backend(mode):  # type: ignore[arg-type]
-                ops.governor_step_(mine, tensor, loss, flag, active, letters, gradient)
+                ops.governor_step_(mine, tensor, loss, flag, active, letters, gradient, state_bad)
             if bank["seed"] % 2:
                 carry_out_captures(mine, poisoned)
         assert same_bits(state, twin)

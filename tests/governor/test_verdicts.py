@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judged_runs import SETTINGS, carry_out_captures, losses_like_a_run, norms_like_a_run, same_bits
+from judged_runs import (
+    SETTINGS,
+    carry_out_captures,
+    flags_like_a_run,
+    losses_like_a_run,
+    norms_like_a_run,
+    same_bits,
+)
 from plain_rule import PlainRule
 
 import tolaria
@@ -29,14 +36,21 @@ def test_compiled_equals_reference_bit_for_bit(n: int, name: str) -> None:
     for state in states:
         state[StateField.attached] = torch.arange(n) % 2
     boxes = [ops.governor_mailbox(n, records=4) for _ in range(2)]
-    for loss, rows in zip(losses_like_a_run(n, 60, seed=n), norms_like_a_run(n, 60, seed=n), strict=True):
+    runs = zip(
+        losses_like_a_run(n, 60, seed=n),
+        norms_like_a_run(n, 60, seed=n),
+        flags_like_a_run(n, 60, seed=n),
+        strict=True,
+    )
+    for loss, rows, state_bad in runs:
         gradient = {1: None, 3: rows[:, 1].float(), 8: rows[:, 1].bfloat16()}.get(n, rows)
         active = torch.rand(n, generator=source) < 0.9
         flag = (torch.rand(n, generator=source) < 0.02).float()
         poisoned = torch.rand(n, generator=source) < 0.3
+        bad = None if n == 3 else state_bad
         for mode, state, box in zip(("fused", "reference"), states, boxes, strict=True):
             with tolaria.backend(mode):  # type: ignore[arg-type]
-                ops.governor_step_(state, settings_, loss, flag, active, box, gradient)
+                ops.governor_step_(state, settings_, loss, flag, active, box, gradient, bad)
             carry_out_captures(state, poisoned)
         assert same_bits(*states)
         assert same_bits(*boxes)
@@ -114,18 +128,25 @@ def test_verdicts_follow_the_rule_of_the_contract(name: str, mode: str) -> None:
         "drift_horizon": config.drift_horizon,
         "drift_threshold": config.drift_threshold,
         "gradient_multiple": config.gradient_multiplier,
+        "skips_allowed": config.skips_before_rollback,
     }
     rules = [PlainRule(guess=math.log(10), **plain) for _ in range(n)]
     state = ops.governor_state(n, window=config.window, attached=False)
     tensor = config.to_tensor(math.log(10), "cpu")
     with tolaria.backend(mode):  # type: ignore[arg-type]
-        for loss, rows in zip(losses_like_a_run(n, steps, 7), norms_like_a_run(n, steps, 7), strict=True):
+        runs = zip(
+            losses_like_a_run(n, steps, 7),
+            norms_like_a_run(n, steps, 7),
+            flags_like_a_run(n, steps, 7),
+            strict=True,
+        )
+        for loss, rows, state_bad in runs:
             gradient = rows if name == "drift" else None
             norms = torch.where(rows[:, 2] > 0, math.nan, rows[:, 0].sqrt()).tolist()
-            ops.governor_step_(state, tensor, loss, gradient=gradient)
+            ops.governor_step_(state, tensor, loss, gradient=gradient, state_bad=state_bad.double())
             verdicts = [
-                rule.judge(x, norm=None if gradient is None else norm)
-                for rule, x, norm in zip(rules, loss.tolist(), norms, strict=True)
+                rule.judge(x, norm=None if gradient is None else norm, state_bad=bad)
+                for rule, x, norm, bad in zip(rules, loss.tolist(), norms, state_bad.tolist(), strict=True)
             ]
             for rule, (_, rollback) in zip(rules, verdicts, strict=True):
                 if rollback:
@@ -209,10 +230,14 @@ def test_bad_arguments_are_named(mode: str) -> None:
             ops.governor_step_(state, config, torch.ones(2), torch.ones(2, dtype=torch.int32))
         with pytest.raises(ValueError, match=r"active: expected one value"):
             ops.governor_step_(state, config, torch.ones(2), None, torch.ones(1, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"state_bad: expected one value"):
+            ops.governor_step_(state, config, torch.ones(2), state_bad=torch.ones(3, dtype=torch.bool))
+        with pytest.raises(TypeError, match=r"state_bad: expected bool"):
+            ops.governor_step_(state, config, torch.ones(2), state_bad=torch.ones(2, dtype=torch.int64))
         with pytest.raises(ValueError, match=r"gradient: expected one value for each of the 2 governors"):
             ops.governor_step_(state, config, torch.ones(2), gradient=torch.ones(3))
         with pytest.raises(TypeError, match=r"gradient: expected float64"):
             ops.governor_step_(state, config, torch.ones(2), gradient=torch.ones(2, dtype=torch.bool))
-        with pytest.raises(ValueError, match=r"config: expected 24 float64"):
+        with pytest.raises(ValueError, match=r"config: expected 25 float64"):
             ops.governor_step_(state, config[:-1], torch.ones(2))
     assert same_bits(state, untouched)

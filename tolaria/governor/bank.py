@@ -23,6 +23,7 @@ from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import EventQueue, GovernorEvent, MailboxReader
+from tolaria.governor.finite_state import would_roll_back
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.sinks import Sink, deliver
 from tolaria.governor.tracked import Stateful, TrackedState
@@ -163,7 +164,10 @@ class GovernorBank:
         """
         for engine in self._engines.values():
             engine.judged()
-        ops.governor_step_(self._state, self._settings, losses, None, active, self._mailbox, gradient_norms)
+        state_bad = self._state_flags(losses, active, gradient_norms)
+        ops.governor_step_(
+            self._state, self._settings, losses, None, active, self._mailbox, gradient_norms, state_bad
+        )
         mask = None if active is None else active.reshape(-1)
         for i, engine in self._engines.items():
             # An inactive row keeps its orders; the CPU would look at them again, so it is passed over.
@@ -175,6 +179,23 @@ class GovernorBank:
             reward = torch.where(mask, reward, 0.0)
         self._drain()
         return reward
+
+    def _state_flags(
+        self, losses: Tensor, active: Tensor | None, gradient_norms: Tensor | None
+    ) -> Tensor | None:
+        """Whose state is not finite, among the attached rows; of the others the bank knows none."""
+        if not self.config.skips_before_rollback or not self._engines:
+            return None
+        rows = list(self._engines)
+        if self._state.is_cpu:
+            asked = would_roll_back(self._state, self._settings, losses, None, active, gradient_norms)
+            rows = [i for i in rows if bool(asked[i])]
+        flags = torch.zeros(len(self), dtype=torch.float64, device=self._state.device)
+        for i in rows:
+            flag = self._engines[i].state_check.flag()
+            if flag is not None:
+                flags[i : i + 1].copy_(flag)
+        return flags
 
     def poll(self) -> list[GovernorEvent]:
         """Events that arrived since the last call; never waits."""

@@ -42,6 +42,13 @@ def check_ranks(process_group: dist.ProcessGroup | None, model: nn.Module | None
             )
 
 
+def agree_on_flag(process_group: dist.ProcessGroup, state: Tensor, flag: Tensor | None) -> Tensor:
+    """``flag`` ``(1,)``, raised on every rank if it is on any; None is not raised. On ``state``'s device."""
+    shared = torch.zeros_like(state[0]) if flag is None else (flag != 0).to(state.dtype)
+    dist.all_reduce(shared, group=process_group)
+    return shared
+
+
 def agree(
     process_group: dist.ProcessGroup,
     state: Tensor,

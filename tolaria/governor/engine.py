@@ -20,6 +20,7 @@ from tolaria import ops
 from tolaria.errors import UncoveredWarning
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, SeedCulledEvent, StructureEvent
+from tolaria.governor.finite_state import StateCheck
 from tolaria.governor.host_state import HostState, HostValues
 from tolaria.governor.place import is_finite
 from tolaria.governor.slots import Slots, check_coverable
@@ -68,6 +69,7 @@ class Engine(ABC):
         self.structure = tracked.structure()
         self.seed_holders = tracked.walk().seed_holders
         self._watch = StructureWatch(tracked)
+        self.state_check = StateCheck(tracked, self.slots, self._watch)
         self._find_exempt()
 
     @property

@@ -14,9 +14,10 @@ from tolaria import ops
 from tolaria.errors import TolariaError
 from tolaria.governor import attach, statistics
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.distributed import agree, check_ranks
+from tolaria.governor.distributed import agree, agree_on_flag, check_ranks
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import EventQueue, GovernorEvent, MailboxReader, RollbackEvent
+from tolaria.governor.finite_state import would_roll_back
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.readings import Readings
 from tolaria.governor.sinks import Sink, deliver
@@ -126,7 +127,8 @@ class TolariaGovernor(Readings):
         self._reader.skip_all()
         # The loss alone is judged, by this rank alone and on the host: a clean step then takes the shortest
         # way, since between a step and the next every Python frame costs 2 to 3 us (cold caches, Zen 3).
-        self._is_plain = device.type == "cpu" and self._group is None and not self.config.gradient_norm
+        is_plain = self._group is None and not self.config.gradient_norm
+        self._is_plain = is_plain and device.type == "cpu" and not self.config.skips_before_rollback
         self._policy = RollbackPolicy(self.config)
         self._scalar = torch.zeros(1, dtype=torch.float64, device=device)
         self._latest: Verdict | None = None
@@ -255,6 +257,7 @@ class TolariaGovernor(Readings):
         engine.judged()
         if self._group is not None:
             loss, nonfinite, gradient = agree(self._group, self._state, loss, nonfinite, gradient)
+        state_bad = self._state_flag(engine, loss, nonfinite, gradient)
         self._latest = None
         return judge_(
             self._state,
@@ -266,7 +269,21 @@ class TolariaGovernor(Readings):
             self._reader.told,
             engine.tracked.optimizers,
             engine.structure,
+            state_bad,
         )
+
+    def _state_flag(
+        self, engine: Engine, loss: Tensor, nonfinite: Tensor | None, gradient: Tensor | None
+    ) -> Tensor | None:
+        """Whether the state is not finite, where that decides between letting a step pass and a rollback."""
+        if not self.config.skips_before_rollback:
+            return None
+        if self._state.is_cpu and not bool(
+            would_roll_back(self._state, self._settings, loss, nonfinite, None, gradient)
+        ):
+            return None
+        flag = engine.state_check.flag(None if self._skipper is None else self._skipper.put_back_buffers())
+        return flag if self._group is None else agree_on_flag(self._group, self._state, flag)
 
     # -- by hand ---------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import GovernorEvent, RollbackEvent, VerdictEvent
+from tolaria.governor.finite_state import PutBack
 from tolaria.governor.fresh_state import fresh_value
 from tolaria.governor.tracked import TrackedState
 from tolaria.governor.undo import HostCounters, UndoCopy
@@ -96,6 +97,10 @@ class StepSkipper:
         flag = self._flag
         return lambda *_: undone.put_back(flag)
 
+    def put_back_buffers(self) -> PutBack:
+        """What the buffers hold once a bad step has been left out."""
+        return self._buffers.as_put_back()
+
     def after_verdict(self, reason: Tensor) -> None:
         """Leave out the optimizer steps up to the next :meth:`after_step` unless ``reason`` ``(1,)`` is 0."""
         if self._on_device:
@@ -167,6 +172,11 @@ class _Buffers:
         elif memory:
             torch._foreach_copy_(self._copies, memory)
         self._memory = memory
+
+    def as_put_back(self) -> PutBack:
+        """The buffers of now that :meth:`put_back` concerns, and the values that it gives them."""
+        buffers = frozenset(id(module._buffers.get(name)) for module, name in self._homes)
+        return PutBack(buffers, self._copies if self._undo is None else self._undo.copies)
 
     def put_back(self, flag: Tensor | None) -> None:
         """Unconditionally on the CPU; on CUDA unless ``flag`` is 0."""

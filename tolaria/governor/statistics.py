@@ -13,6 +13,9 @@ from torch import Tensor
 from tolaria.governor.config import GovernorConfig
 from tolaria.ops import MemoryField, StateField, memory_row
 
+VERSION = 3
+"""Of :func:`saved_form`: 3 counts skipped steps and restores without progress; 2 is converted."""
+
 
 def healthy_losses(state: Tensor, window: int) -> list[float]:
     """The window's healthy losses, oldest first, from ``state`` ``(fields, 1)``; waits for the device."""
@@ -35,7 +38,7 @@ def saved_form(
 ) -> dict[str, Any]:
     """What a governor saves of itself: plain values and one CPU tensor."""
     return {
-        "version": 2,
+        "version": VERSION,
         "config": asdict(config),
         "random_guess_loss": random_guess_loss,
         "policy": policy,
@@ -54,15 +57,26 @@ def read_saved_form(saved: Mapping[str, Any]) -> tuple[GovernorConfig, Tensor]:
             f"state: expected a dict from TolariaGovernor.state_dict(), got {type(saved).__name__}"
         )
     missing = {"version", "config", "random_guess_loss", "state", "policy"} - set(saved)
-    if missing or saved.get("version") != 2:
+    if missing:
         raise ValueError(
             f"state: expected a dict from TolariaGovernor.state_dict(), it lacks {sorted(missing)}"
+        )
+    if saved["version"] not in (2, VERSION):
+        raise ValueError(
+            f"state: expected version 2 or {VERSION}, got {saved['version']!r}; load it with the tolaria "
+            "that saved it"
         )
     unknown = set(saved["config"]) - {f.name for f in fields(GovernorConfig)}
     if unknown:
         raise ValueError(f"state: its config has settings of another version: {sorted(unknown)}")
-    config = GovernorConfig(**saved["config"])
+    is_former = saved["version"] == 2
+    settings: dict[str, Any] = (
+        {"skips_before_rollback": 0, **saved["config"]} if is_former else saved["config"]
+    )
+    config = GovernorConfig(**settings)
     state: Tensor = saved["state"]
+    if is_former:
+        state = _without_skips(state, config.window)
     expected = (memory_row(3, config.window, 0), 1)
     if not isinstance(state, Tensor) or tuple(state.shape) != expected or state.dtype != torch.float64:
         raise ValueError(
@@ -70,6 +84,21 @@ def read_saved_form(saved: Mapping[str, Any]) -> tuple[GovernorConfig, Tensor]:
             + (f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else repr(state))
         )
     return config, state
+
+
+def _without_skips(state: Tensor, window: int) -> Tensor:
+    """Statistics of version 2, whose memories had no count of skipped steps, in the form of now."""
+    rows = len(StateField) + 3 * (len(MemoryField) - 1 + 2 * window)
+    if not isinstance(state, Tensor) or state.dim() != 2 or len(state) != rows:
+        return state  # what it is instead is said by the caller
+    fields, *memories = torch.split(state, [len(StateField)] + 3 * [len(MemoryField) - 1 + 2 * window])
+    none = torch.zeros_like(state[:1])
+    added = [
+        part
+        for memory in memories
+        for part in (memory[: MemoryField.skips], none, memory[MemoryField.skips :])
+    ]
+    return torch.cat([fields, *added])
 
 
 def take_over(state: Tensor, saved: Tensor) -> None:

@@ -35,6 +35,8 @@ class UndoCopy:
         self._settings = GovernorConfig(window=2, min_history=2).to_tensor(None, device)
         self._table = SnapshotTable(device=device)
         self._seen: list[tuple[int, torch.Size]] = []
+        self.copies: list[Tensor] = []
+        """What :meth:`put_back` gives the tensors, in their order."""
 
     def save(self, tensors: Sequence[Tensor]) -> None:
         """Copy ``tensors``.
@@ -65,6 +67,7 @@ class UndoCopy:
             offsets.append(offsets[-1] + -(-view.numel() * view.element_size() // _ALIGN) * _ALIGN)
         memory = torch.empty(offsets[-1], dtype=torch.uint8, device=self._state.device)
         places = [slot_view(memory, start, view) for start, view in zip(offsets, views, strict=False)]
+        self.copies = places
         entries = [SnapshotEntry(v, (p, p), 0, -1) for v, p in zip(views, places, strict=True)]
         self._table.update(entries)
 

@@ -23,6 +23,7 @@ def governor_step_(
     active: Tensor | None = None,
     mailbox: Tensor | None = None,
     gradient: Tensor | None = None,
+    state_bad: Tensor | None = None,
 ) -> None:
     """Judge one loss for each of ``n`` governors, in one launch and without reading anything back.
 
@@ -39,6 +40,8 @@ def governor_step_(
             written.
         gradient: ``n`` norms of the gradients that belong to the losses, any floating dtype, or the ``n``
             rows ``(n, 4)`` that :func:`tolaria.ops.tensor_stats` returned for them; None: not judged.
+        state_bad: ``n`` flags as ``nonfinite``: the state of such a row is not finite, so a bad step of it is
+            rolled back even where ``skips_before_rollback`` would let it pass; None: all are finite.
 
     Raises:
         ValueError: a shape or device does not fit.
@@ -48,9 +51,11 @@ def governor_step_(
     is bounded, alike on every backend.
     """
     if _backend.fused(state):
-        torch.ops.tolaria.governor_step_.default(state, config, loss, nonfinite, active, mailbox, gradient)
+        torch.ops.tolaria.governor_step_.default(
+            state, config, loss, nonfinite, active, mailbox, gradient, state_bad
+        )
     else:
-        reference.governor_step_(state, config, loss, nonfinite, active, mailbox, gradient)
+        reference.governor_step_(state, config, loss, nonfinite, active, mailbox, gradient, state_bad)
 
 
 def judge_(
@@ -63,6 +68,7 @@ def judge_(
     told: int,
     optimizers: list[Optimizer],
     sizes: list[int],
+    state_bad: Tensor | None = None,
 ) -> bool:
     """:func:`governor_step_` for a single governor, by the shortest way, and whether the host must act.
 
@@ -76,6 +82,7 @@ def judge_(
         told: how many of the mailbox's events the host has read.
         optimizers: those whose groups may have grown.
         sizes: how many parameters each of their groups had.
+        state_bad: a flag, or None.
 
     Returns:
         False if nothing is to be done: on the CPU, no order, no further event, no growth. Else, and wherever
@@ -84,9 +91,9 @@ def judge_(
     Raises:
         ValueError, TypeError: as :func:`governor_step_`.
     """
-    if _backend.fused_on_cpu and state.is_cpu and not is_dynamo_compiling():
+    if _backend.fused_on_cpu and state.is_cpu and state_bad is None and not is_dynamo_compiling():
         return _extension.judge(state, config, loss, nonfinite, mailbox, gradient, told, optimizers, sizes)
-    governor_step_(state, config, loss, nonfinite, None, mailbox, gradient)
+    governor_step_(state, config, loss, nonfinite, None, mailbox, gradient, state_bad)
     return True
 
 

@@ -114,6 +114,7 @@ def _accept(
     g.put(g.memory(_M.last_healthy), rows, x)
     g.put(g.memory(_M.consecutive), rows, 0.0)
     g.put(g.memory(_M.lobotomy_pending), rows, 0.0)
+    g.put(g.memory(_M.skips), rows, 0.0)
 
     count = g[_S.life_count] + 1.0
     mean, m2 = welford(g[_S.life_mean], g[_S.life_m2], x, count)
@@ -144,10 +145,11 @@ def governor_step_(
     active: Tensor | None = None,
     mailbox: Tensor | None = None,
     gradient: Tensor | None = None,
+    state_bad: Tensor | None = None,
 ) -> None:
     """Reference of :func:`tolaria.ops.governor_step_`."""
     check_governors(state, config, mailbox)
-    check_samples(state, loss, nonfinite, active, gradient)
+    check_samples(state, loss, nonfinite, active, gradient, state_bad)
     g = Governors(state, config, mailbox)
     c = g.setting
     x = loss.detach().reshape(-1).to(torch.float64)
@@ -194,6 +196,12 @@ def governor_step_(
         | (lobotomy & (g[pending] >= c(ConfigField.lobotomy_patience)))
         | (anomaly & (g[consecutive] >= c(ConfigField.min_panics_before_rollback)))
     )
+    # So many bad steps in a row are left out instead, while the state is finite.
+    skips = g.memory(_M.skips)
+    may_skip = ~poisoned & (g[skips] < c(ConfigField.skips_before_rollback))
+    if state_bad is not None:
+        may_skip = may_skip & (state_bad.reshape(-1) == 0)
+    rollback = rollback & ~may_skip
     reason = torch.zeros_like(x)
     for held, value in (
         (poisoned, PanicReason.NON_FINITE_STATE),
@@ -204,6 +212,9 @@ def governor_step_(
         (drifted, PanicReason.DRIFT),
     ):
         reason = torch.where(held, float(value), reason)
+
+    healthy = reason == PanicReason.HEALTHY
+    g.put(skips, rows & ~healthy & ~rollback, g[skips] + 1.0)
 
     known = size > 0
     g.put(_S.step, rows, g[_S.step] + 1.0)
@@ -226,7 +237,6 @@ def governor_step_(
 
     acts = rollback & (c(ConfigField.log_only) == 0)
     attached = g[_S.attached] != 0
-    healthy = reason == PanicReason.HEALTHY
     g.put(_S.restore_order, rows, (acts & attached).to(x))
     emit(g, rows & ~healthy, EventKind.VERDICT, -1.0, -1.0)
     _advance_slots(g, rows & attached, healthy, paused)

@@ -69,6 +69,7 @@ def check_samples(
     nonfinite: Tensor | None,
     active: Tensor | None,
     gradient: Tensor | None,
+    state_bad: Tensor | None = None,
 ) -> None:
     """What is judged: one value for each governor, of a floating dtype (flags may be bool).
 
@@ -81,6 +82,7 @@ def check_samples(
         raise TypeError(f"loss: expected float64, float32, float16 or bfloat16, got {dtype_name(loss.dtype)}")
     rows = gradient is not None and gradient.dtype == torch.float64 and gradient.numel() == 4 * n
     given = {"loss": loss, "nonfinite": nonfinite, "active": active, "gradient": gradient}
+    given["state_bad"] = state_bad
     for name, values in given.items():
         if values is None:
             continue

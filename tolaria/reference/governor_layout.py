@@ -38,7 +38,7 @@ MemoryField = IntEnum(
     "MemoryField",
     [
         "history_size", "last_healthy", "consecutive", "lobotomy_pending", "gradient_size",
-        "drift_count", "drift_mean", "drift_variance", "drift_sum",
+        "drift_count", "drift_mean", "drift_variance", "drift_sum", "skips",
     ],
     start=0,
 )  # fmt: skip
@@ -50,7 +50,7 @@ ConfigField = IntEnum(
         "warmup_bound", "min_panics_before_rollback", "random_guess_loss", "lobotomy_healthy_below",
         "lobotomy_low", "lobotomy_high", "lobotomy_patience", "cooldown", "snapshot_interval", "probation",
         "log_only", "death_penalty", "gradient_multiplier", "gradient_may_overflow",
-        "drift_horizon", "drift_slack", "drift_threshold",
+        "drift_horizon", "drift_slack", "drift_threshold", "skips_before_rollback",
     ],
     start=0,
 )  # fmt: skip
