@@ -12,6 +12,7 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
 
+import backend  # noqa: E402
 import build_info  # noqa: E402
 import compiler  # noqa: E402
 import cuda_home  # noqa: E402
@@ -75,7 +76,9 @@ def extension_options() -> dict[str, object]:
             visible = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
             supported = cuda_home.supported_archs(toolkit)
             os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_home.arch_list(supported, visible)
-        archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";").split(";")
+        from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+        archs = cuda_home.built_archs(_get_cuda_arch_flags())  # a list may also name architectures
     os.environ.setdefault("MAX_JOBS", str(compiler.max_jobs()))
     os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # where pip puts ninja in a venv
     print(f"tolaria: building for {'CUDA ' + ';'.join(archs) if archs else 'the CPU'}: {reason}", flush=True)
@@ -113,6 +116,8 @@ def extension_options() -> dict[str, object]:
 
 def options() -> dict[str, object]:
     """What setup() needs beyond pyproject.toml; metadata and sdist need neither torch nor a compiler."""
+    if problem := backend.setuptools_problem():
+        raise BuildError(problem)
     if switch("TOLARIA_BUILD") is False:
         return pure_options()
     if BUILD_COMMANDS.isdisjoint(sys.argv):

@@ -22,13 +22,14 @@ ALONE = ("bench_steps",)
 
 def run(name: str, paths: list[Path], out: Path, options: list[str]) -> bool:
     """Run files in one process, tell of each when it is done, and keep its figures; whether all was right."""
-    together, log = out / f"{name}.json", out / f"{name}.log"
+    together, log = (out / f"{name}.json").resolve(), out / f"{name}.log"
     command = [sys.executable, "-m", "pytest", *map(str, paths), "-q", "--no-header", *options]
     command += ["--benchmark-columns=median,iqr", f"--benchmark-json={together}", f"--rootdir={BENCH.parent}"]
+    # -m puts the current folder on sys.path; in the root, the source tree would hide the installed tolaria.
     with (
         log.open("w") as copy,
         subprocess.Popen(
-            command, cwd=BENCH.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=BENCH, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process,
     ):
         assert process.stdout is not None

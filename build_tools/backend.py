@@ -19,6 +19,7 @@ import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist, get_requires_for_build_sdist
 
@@ -38,6 +39,17 @@ Settings = Mapping[str, "str | list[str] | None"]
 
 prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
 prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+
+
+def setuptools_problem(version: str = setuptools.__version__) -> str | None:
+    """What stands against this setuptools, and the remedy; an isolated build gets one that fits."""
+    floor = re.search(r'^requires = \["setuptools>=(\d+)"\]', PYPROJECT.read_text(), re.MULTILINE)
+    if floor is None:
+        raise RuntimeError(f"{PYPROJECT}: expected a build requirement setuptools>=N, found none")
+    if int(version.split(".")[0]) >= int(floor.group(1)):
+        return None
+    remedy = f'run `pip install "setuptools>={floor.group(1)}"`'
+    return f"expected setuptools {floor.group(1)} or newer, got {version}; {remedy}"
 
 
 def torch_requirement() -> str:

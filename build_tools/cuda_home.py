@@ -184,3 +184,13 @@ def arch_list(supported: set[Arch], visible: Sequence[Arch] = ()) -> str:
             )
         archs = [min(supported)]
     return ";".join(f"{major}.{minor}" for major, minor in archs) + "+PTX"
+
+
+def built_archs(flags: Iterable[str]) -> list[str]:
+    """What nvcc's ``-gencode`` flags build, in the numbers of ``TORCH_CUDA_ARCH_LIST``, names resolved."""
+    built: dict[str, bool] = {}
+    for found in re.finditer(r"code=(sm|compute)_(\d+)(\d)([af]?)", " ".join(flags)):
+        kind, major, minor, suffix = found.groups()
+        arch = f"{major}.{minor}{suffix}"
+        built[arch] = built.get(arch, False) or kind == "compute"
+    return [arch + ("+PTX" if has_ptx else "") for arch, has_ptx in built.items()]

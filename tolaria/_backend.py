@@ -6,11 +6,13 @@ global so that ``torch.compile`` can guard on it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from types import TracebackType
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from tolaria import _extension
@@ -28,10 +30,43 @@ def _checked(mode: str, source: str) -> Mode:
 
 
 _mode: Mode = _checked(os.environ.get("TOLARIA_BACKEND", "auto"), "TOLARIA_BACKEND")
-_warned = False
+_warned = set[str]()
 
 fused_on_cpu = _extension.LOADED and _mode != "reference"
 """What :func:`fused` says of a tensor in CPU memory, without a call."""
+
+
+without_kernels: dict[int, str] = {}
+"""By index, the CUDA devices that the extension was not built for, each with what is to be said of it."""
+
+
+def _look_at_devices() -> None:
+    """Fill :data:`without_kernels`, once, as soon as torch has initialised CUDA."""
+    info = _extension.INFO
+    if not _extension.CUDA or info is None:
+        return
+    without_kernels.clear()
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not _extension.has_kernels_for(info.archs, (major, minor)):
+            without_kernels[index] = (
+                f"cuda:{index}: expected a device for which the extension has kernels "
+                f"({';'.join(info.archs)}), got {torch.cuda.get_device_name(index)} of compute capability "
+                f"{major}.{minor}; set TORCH_CUDA_ARCH_LIST={major}.{minor} and run "
+                f"{_extension.rebuild_command(_extension.FOLDER)}"
+            )
+
+
+if _extension.CUDA:
+    torch.cuda._lazy_call(_look_at_devices)  # type: ignore[no-untyped-call]
+
+
+def devices_without_kernels() -> dict[int, str]:
+    """:data:`without_kernels`, after having CUDA initialised where there is a device."""
+    if _extension.CUDA and torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # a device that does not work is torch's to tell
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+    return without_kernels
 
 
 class BackendHandle:
@@ -87,25 +122,30 @@ def fused(tensor: Tensor) -> bool:
     """Whether an op on ``tensor`` goes to the compiled extension under the mode in force."""
     if _mode == "reference":
         return False
-    if _extension.LOADED and (tensor.is_cpu or tensor.is_meta or (_extension.CUDA and tensor.is_cuda)):
+    if _extension.LOADED and (tensor.is_cpu or tensor.is_meta):
         return True
+    if (
+        _extension.CUDA
+        and tensor.is_cuda
+        and not (without_kernels and tensor.device.index in without_kernels)
+    ):
+        return True
+    unfit = without_kernels.get(tensor.device.index) if tensor.is_cuda else None
     if _mode == "fused":
-        raise ExtensionMissingError(
-            f"backend 'fused': the extension has no kernels for device {tensor.device.type!r}; "
-            "`tolaria doctor` says why"
-        )
-    if not _extension.LOADED:
-        _warn_once()
+        kind = f"the extension has no kernels for device {tensor.device.type!r}; `tolaria doctor` says why"
+        raise ExtensionMissingError(f"backend 'fused': {unfit or kind}")
+    if unfit is not None:
+        _warn_once(unfit)
+    elif not _extension.LOADED:
+        _warn_once(str(_extension.LOAD_ERROR))
     return False
 
 
-def _warn_once() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
+def _warn_once(why: str) -> None:
+    if why not in _warned:
+        _warned.add(why)
         warnings.warn(
-            f"tolaria runs in pure PyTorch. {_extension.LOAD_ERROR} "
-            "(TOLARIA_BACKEND=reference silences this warning)",
+            f"tolaria runs in pure PyTorch. {why} (TOLARIA_BACKEND=reference silences this warning)",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -133,6 +133,29 @@ def mismatch(info: BuildInfo, torch_version: str, torch_cuda: str | None, python
     return f"built for {built}, found torch {torch_version} ({f'CUDA {torch_cuda}' if torch_cuda else 'CPU'})"
 
 
+def has_kernels_for(archs: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether kernels built for ``archs`` run on a device of this compute capability.
+
+    Machine code runs on its own major version from its own minor one on, PTX on anything newer; ``9.0a`` is
+    for 9.0 alone, ``10.0f`` for its major version.
+
+    Args:
+        archs: as :attr:`BuildInfo.archs`. One that is no number is taken to fit.
+        capability: what ``torch.cuda.get_device_capability`` says.
+    """
+    for arch in archs:
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch.strip())
+        if found is None:
+            return True
+        built = (int(found[1]), int(found[2]))
+        reaches = found[4] and not found[3]
+        if capability == built or (
+            found[3] != "a" and capability > built and (reaches or capability[0] == built[0])
+        ):
+            return True
+    return False
+
+
 def _python() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 

@@ -82,13 +82,14 @@ int64_t judge_blocks(const GovernorBatch& batch, const double* c, const Governor
   typename Kernel::Block block;
   for (; begin + Kernel::kCount <= end; begin += Kernel::kCount) {
     read_samples(losses, begin, block);
+#ifdef TOLARIA_HAS_X86_VARIANTS
     // Scalar code stays out of the kernel: a call from AVX2 code to SSE code and back costs hundreds of cycles.
-    if constexpr (kBytes == 16) {
-      Kernel::run(batch, c, begin, block);
-    } else {
+    if constexpr (kBytes == 32) {
       using Block = typename Kernel::Block;
       cpu::run_avx2<Kernel, const GovernorBatch&, const double*, int64_t, Block&>(batch, c, begin, block);
-    }
+    } else
+#endif
+      Kernel::run(batch, c, begin, block);
     finish_block(batch, c, losses, begin, block);
   }
   return begin;

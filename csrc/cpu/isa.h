@@ -62,9 +62,16 @@ __attribute__((target("avx2,fma,bmi,bmi2,lzcnt,f16c"))) auto run_avx2(Args... ar
   return Kernel::run(args...);
 }
 
+// GCC vectorises with 256 bits unless it is told. clang uses 512 where it may, and ignores the whole attribute, down to
+// avx512f, if it holds a word that it does not know.
+#ifdef __clang__
+#define TOLARIA_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,lzcnt,f16c"
+#else
+#define TOLARIA_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,lzcnt,f16c,prefer-vector-width=512"
+#endif
+
 template <class Kernel, class... Args>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,lzcnt,f16c,prefer-vector-width=512"))) auto
-run_avx512(Args... args) {
+__attribute__((target(TOLARIA_AVX512))) auto run_avx512(Args... args) {
   return Kernel::run(args...);
 }
 

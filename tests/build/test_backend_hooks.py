@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import backend
@@ -78,3 +80,31 @@ def test_ninja_is_asked_for_where_there_is_none(tmp_path, monkeypatch):
 def test_pure_build_asks_for_nothing(monkeypatch):
     monkeypatch.setenv("TOLARIA_BUILD", "0")
     assert backend._requirements() == []
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("65.5.0", False), ("76.1", False), ("77.0.3", True), ("84", True)]
+)
+def test_old_setuptools_is_one_sentence_with_the_remedy(version, fits):
+    problem = backend.setuptools_problem(version)
+    assert (problem is None) is fits
+    if problem is not None:
+        wanted = f'expected setuptools 77 or newer, got {version}; run `pip install "setuptools>=77"`'
+        assert problem == wanted
+
+
+def test_setup_checks_setuptools_first(tmp_path):
+    """Without isolation it is the first of ours to run; setuptools 65 cannot read pyproject.toml."""
+    (tmp_path / "setuptools").mkdir()
+    (tmp_path / "setuptools" / "__init__.py").write_text("__version__ = '65.5.0'\nExtension = setup = None\n")
+    for path in ("build_meta.py", "command/__init__.py", "command/build_ext.py", "command/build_py.py"):
+        (tmp_path / "setuptools" / path).parent.mkdir(exist_ok=True)
+        (tmp_path / "setuptools" / path).write_text(
+            "build_ext = build_py = build_sdist = get_requires_for_build_sdist = None\n"
+            "prepare_metadata_for_build_wheel = prepare_metadata_for_build_editable = None\n"
+        )
+    command = [sys.executable, str(backend.PYPROJECT.parent / "setup.py"), "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("tolaria: expected setuptools 77 or newer, got 65.5.0; run `pip install")

@@ -173,3 +173,18 @@ def test_supported_archs_come_from_nvcc(tmp_path):
     found = search(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "cuda")).toolkit
     assert found is not None
     assert cuda_home.supported_archs(found) == {(7, 5), (8, 0), (9, 0), (10, 0)}
+
+
+@pytest.mark.parametrize(
+    ("wish", "built"),
+    [
+        ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
+        ("8.0+PTX", ["8.0+PTX"]),
+        ("Turing", ["7.5+PTX"]),
+        ("8.6 9.0a", ["8.6", "9.0a"]),
+    ],
+)
+def test_names_of_architectures_become_numbers(monkeypatch, wish, built):
+    flags = pytest.importorskip("torch.utils.cpp_extension")._get_cuda_arch_flags
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+    assert cuda_home.built_archs(flags()) == built

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 import tolaria
-from tolaria import _extension
+from tolaria import _backend, _extension
 from tolaria._extension import BuildInfo
 from tolaria.errors import BuildMismatchError, ExtensionMissingError
 
@@ -40,7 +40,7 @@ class DoctorReport:
     backend: str
     """The mode in force: auto, fused or reference."""
     ops: dict[str, str]
-    """For each device type, which implementation the ops use there."""
+    """For each device type (each device where they differ), which implementation the ops use there."""
     devices: tuple[str, ...]
     """The devices torch sees, in words."""
     extras: dict[str, tuple[str, ...]]
@@ -79,11 +79,14 @@ def _devices() -> tuple[str, ...]:
 
 
 def _ops() -> dict[str, str]:
-    """Which implementation serves each device type under the mode in force."""
+    """Which implementation serves each device type (each device where they differ) in the mode in force."""
     reference = tolaria.current_mode() == "reference"
     kernels = {"cpu": _extension.LOADED, "cuda": _extension.CUDA}
     if torch.version.cuda is None:
         del kernels["cuda"]
+    elif without := _backend.devices_without_kernels():
+        del kernels["cuda"]
+        kernels |= {f"cuda:{index}": index not in without for index in range(torch.cuda.device_count())}
     return {device: "fused" if has and not reference else "reference" for device, has in kernels.items()}
 
 
@@ -107,6 +110,8 @@ def _advice(info: BuildInfo | None, missing: dict[str, tuple[str, ...]]) -> tupl
             f"ops on CUDA tensors run in pure PyTorch, as this is a CPU build ({why}); "
             f"for CUDA kernels set TOLARIA_CUDA=1 and run {rebuild}"
         )
+    for sentence in _backend.devices_without_kernels().values():
+        advice.append(f"ops run in pure PyTorch there, 'fused' is refused: {sentence}")
     if torch.version.cuda and torch.cuda.device_count() == 0:
         advice.append(f"torch is built for CUDA {torch.version.cuda} but sees no device; check nvidia-smi")
     if missing["train"]:
