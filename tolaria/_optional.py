@@ -18,12 +18,12 @@ def require(module: str, *, feature: str, package: str, extra: str) -> ModuleTyp
         extra: tolaria's extra that brings it.
 
     Raises:
-        MissingDependencyError: the package is not installed; the message holds the command that installs it.
+        MissingDependencyError: the package is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
-            f"{feature} needs {package}, which cannot be imported ({error}); "
-            f'run pip install "tolaria[{extra}]"'
+            f"{feature} needs {package}, which cannot be imported ({error}); run "
+            f'pip install {package}, or pip install ".[{extra}]" in a checkout of tolaria'
         ) from error

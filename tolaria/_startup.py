@@ -3,6 +3,7 @@
 Imported before everything else, since torch takes seconds to load.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -24,6 +25,20 @@ def die_quietly() -> bool:
     return ours
 
 
+def open_streams() -> None:
+    """Let standard streams that the caller closed (``>&-``) lead nowhere.
+
+    Otherwise the next file that is opened would get their number, and what others print would land in it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+        if getattr(sys, name, None) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
+
+
 def raise_again() -> None:
     """From here on Ctrl-C is a KeyboardInterrupt again, where :data:`changed` says that it is not."""
     if changed:
@@ -36,5 +51,7 @@ def _is_command() -> bool:
     return name == "-m" or PurePath(name).stem == "tolaria"
 
 
+if _is_command():
+    open_streams()
 changed = _is_command() and die_quietly()
 """Whether Ctrl-C is silent while the package is imported."""

@@ -5,6 +5,8 @@
 #include <c10/util/Exception.h>
 
 #include <optional>
+#include <string>
+#include <string_view>
 
 #include "common/checks.h"
 #include "math/governor.h"
@@ -47,10 +49,17 @@ inline int64_t check_mailbox(const at::Tensor& state, const std::optional<at::Te
   return (mailbox->size(1) - math::status::count) / math::record::count;
 }
 
+// What to do with a loss for each sample, or a flag, where one governor judges one number.
+inline std::string several_values_hint(const at::Tensor& state, const at::Tensor& values, const char* name) {
+  const std::string_view argument = name;
+  if (state.size(1) != 1 || values.numel() < 2 || argument == "gradient") return "";
+  return std::string("; pass ") + name + (argument == "loss" ? ".mean()" : ".any()");
+}
+
 // A per-governor argument: one value for each governor, on state's device. Returned contiguous.
 inline at::Tensor check_per_governor(const at::Tensor& state, const at::Tensor& values, const char* name) {
   TORCH_CHECK_VALUE(values.numel() == state.size(1), name, ": expected one value for each of the ", state.size(1),
-                    " governors, got shape ", values.sizes());
+                    " governors, got shape ", values.sizes(), several_values_hint(state, values, name));
   TORCH_CHECK_VALUE(values.device() == state.device(), name, ": expected on ", state.device(), " like state, got ",
                     values.device());
   return values.contiguous();

@@ -10,6 +10,7 @@ from torch import nn
 from tolaria.chaos import (
     ChaosRun,
     InterruptedCapture,
+    Outcome,
     PoisonedCapture,
     Ramp,
     chosen_faults,
@@ -17,8 +18,10 @@ from tolaria.chaos import (
     list_chaos_faults,
     random_faults,
     run_table,
+    table,
     task_run,
 )
+from tolaria.chaos.run import checked_start
 from tolaria.cli.main import main
 from tolaria.governor import GovernorConfig
 from tolaria.tasks import get_task
@@ -121,7 +124,7 @@ def test_table_compares_with_the_undisturbed_run():
 
 
 def test_fault_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="expected a start from 1 to"):
+    with pytest.raises(ValueError, match="expected a start from 1 to 11"):
         execute(make_run(), Ramp(40), steps=50, start=30)
     with pytest.raises(ValueError, match="did you mean 'nan-buffer'"):
         chosen_faults(["nan-bufer"])
@@ -141,12 +144,21 @@ def test_command_prints_the_table(capsys, tmp_path):
     [
         (["--faults", "nan-los"], "did you mean 'nan-loss'"),
         (["--random", "0"], "random: expected an integer >= 1"),
-        (["--threads", "0"], "threads: expected an integer >= 1"),
+        (["--threads", "0"], "threads: expected an integer from 1"),
         (["--out", "no/such/folder/table.json"], "out: expected a file that can be written"),
         (["--out", "."], "out: expected a file that can be written"),
         (["--steps", "0"], "steps"),
         (["--snapshot-interval", "1"], "snapshot_interval"),
         (["digts"], "did you mean 'digits'"),
+        (["--steps", "30"], "steps: expected at least 40, since ramp lasts 40, got 30"),
+        (
+            ["--steps", "40"],
+            "expected at least 50, since poisoned-capture lasts 1 and begins at",
+        ),
+        (["--start", "0", "--faults", "ramp"], "start: expected a start from 1 to 261, since ramp lasts 40"),
+        (["--start", "299", "--faults", "nan-loss,ramp"], "start: expected a start from 1 to 261"),
+        (["--start", "251", "--faults", "interrupted-capture"], "start: expected a start from 1 to 250"),
+        (["--threads", "1000000000"], "threads: expected an integer from 1"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, sentence, capsys):
@@ -154,6 +166,57 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     error = capsys.readouterr().err
     assert sentence in error
     assert len(error.splitlines()) == 1
+
+
+def test_two_choices_of_faults_exclude_each_other(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["chaos", "--faults", "ramp", "--random", "3"])
+    assert caught.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+class FakeRun:
+    def __init__(self, interval: int) -> None:
+        self.config = GovernorConfig(snapshot_interval=interval)
+
+
+def outcome(fault: object) -> Outcome:
+    return Outcome(
+        fault="", start=1, rollbacks=0, reason=None, detected_after=None, steps_lost=0, bit_exact=None,
+        is_finite=True, score=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [40, 41, 44, 45, 60, 77, 120, 300])
+@pytest.mark.parametrize("interval", [10, 40])
+def test_every_drawn_start_fits(steps, interval):
+    for rng_seed in range(20):
+        starts: list[int] = []
+
+        def start(run, fault=None, *, steps, start=0, starts=starts):
+            if fault is not None:
+                starts.append(checked_start(fault, steps, run.config.snapshot_interval, start))
+            return outcome(fault)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(table, "execute", start)
+            faults = [f for f in chosen_faults() if f.duration + f.at_capture * (interval - 1) <= steps]
+            run_table(lambda: FakeRun(interval), faults=faults, steps=steps, rng_seed=rng_seed)
+        assert len(starts) == len(faults)
+        assert all(1 <= first <= steps - f.duration + 1 for first, f in zip(starts, faults, strict=True))
+
+
+def test_table_that_does_not_fit_runs_nothing():
+    seen: list[object] = []
+    with pytest.raises(ValueError, match="expected at least 40, since ramp lasts 40"):
+        run_table(make_run, faults=[*chosen_faults(["nan-loss"]), Ramp(40)], steps=39, on_outcome=seen.append)
+    assert not seen
+
+
+def test_short_runs_of_every_fault_end_as_promised():
+    result = run_table(make_run, steps=60)
+    assert len(result.outcomes) == len(list_chaos_faults())
+    assert result.undisturbed.rollbacks == 0
 
 
 def test_bad_option_leaves_no_table_behind(tmp_path, capsys):

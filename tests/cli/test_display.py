@@ -32,3 +32,4 @@ def test_live_display_shows_seed_and_rollback(tmp_path, monkeypatch):
     names = [name for name, _ in display.rows()]
     assert names == ["host alone, test", "at the end, test", "seed", "parameters", "governor", "steps"]
     assert "1 rollback," in dict(display.rows())["governor"]
+    assert dict(display.rows())["host alone, test"].endswith("of this run; no control)")

@@ -13,7 +13,8 @@ import torch
 
 import tolaria
 from tolaria import _extension
-from tolaria.cli.doctor import doctor, render
+from tolaria.cli import doctor as doctor_module
+from tolaria.cli.doctor import EXTRAS, doctor, render
 from tolaria.cli.main import main
 from tolaria.errors import BuildMismatchError, ExtensionMissingError
 
@@ -35,6 +36,35 @@ def test_last_level_cache_is_what_a_core_sees():
         pytest.skip("the system does not tell")
     mebibytes = int(sizes[-1].read_text().strip().removesuffix("K")) / 1024
     assert f", {mebibytes:g} MiB of last-level cache" in doctor().devices[0]
+
+
+def test_extras_are_those_of_the_project():
+    """What an extra takes in of the others' counts, too."""
+    path = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    tomllib = pytest.importorskip("tomllib")
+    said = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+
+    def packages(extra):
+        found = {}
+        for requirement in said[extra]:
+            name, _, least = requirement.partition(">=")
+            if name.startswith("tolaria["):
+                for other in name.removeprefix("tolaria[").rstrip("]").split(","):
+                    found |= packages(other)
+            else:
+                found[name] = least
+        return found
+
+    assert {extra: packages(extra) for extra in said if extra not in ("dev", "all")} == EXTRAS
+
+
+def test_missing_and_old_packages_are_named(monkeypatch):
+    installed = {"river": None, "torchmetrics": "1.0.0", "pytest": "8.1.9", "rich": "13.0rc1"}
+    monkeypatch.setattr(doctor_module, "_version", lambda name: installed.get(name, "99.0+cpu"))
+    extras = doctor().extras
+    assert extras["bench"] == ("pytest (at least 8.2, got 8.1.9)", "river")
+    assert extras["train"] == ()
+    assert "bench: missing pytest (at least 8.2, got 8.1.9), river" in render(doctor())
 
 
 def test_reference_mode_shows_in_the_report():

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +59,19 @@ def test_json_is_the_summary(tmp_path, capsys):
         (["digits", "--threads", "0"], "threads: expected an integer from 1"),
         (["digits", "--snapshot-interval", "1"], "snapshot_interval"),
         (["digits", "--rng-seed", "-1"], "rng_seed"),
+        (["digits", "--no-governor", "--strict"], "strict: expected not to come with use_governor=False"),
+        (["digits", "--no-governor", "--log-only"], "log_only: expected not to come with"),
+        (["digits", "--no-governor", "--skip-anomalous-steps"], "skip_anomalous_steps: expected not to come"),
+        (["digits", "--no-governor", "--snapshot-interval", "9"], "snapshot_interval: expected not to come"),
+        (["digits", "--data-dir", "/tmp"], "data_dir: expected None, since task 'digits' needs no files"),
+        (["text", "--data-dir", "x"], "data_dir: expected None, since task 'text' needs no files"),
+        (
+            ["digits", "--no-grow", "--blueprint", "norm"],
+            "blueprint: expected not to come with grow_seed",
+        ),
+        (["digits", "--no-grow", "--seed-lr", "1e-3"], "seed_lr: expected not to come with"),
+        (["digits", "--no-grow", "--max-germinations", "3"], "max_germinations: expected not to come with"),
+        (["cifar10", "--data-dir", "/nowhere"], "expected cifar-10-batches-py/data_batch_1 under '/nowhere'"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, capsys):
@@ -69,6 +81,28 @@ def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, capsys):
     assert sentence in error
     assert len(error.splitlines()) == 1
     assert not out.exists()
+
+
+def test_overwriting_wants_to_know_what(capsys):
+    assert main(["train", "--overwrite"]) == 2
+    assert "--overwrite: expected to come with --out" in capsys.readouterr().err
+
+
+def test_what_is_asked_for_is_not_stretched_with_the_run(tmp_path):
+    out = tmp_path / "run"
+    assert main([*QUICK, "--validate-every", "25", "--warmup-steps", "30", "--quiet", "--out", str(out)]) == 0
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    assert (settings["validate_every"], settings["warmup_steps"]) == (25, 30)
+
+
+def test_hosts_figures_are_not_sold_as_a_control(tmp_path, capsys):
+    assert main([*QUICK, "--out", str(tmp_path / "run")]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "host alone, test" in line]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    step = summary["phases"][0]["end_step"]
+    assert row.endswith(f"(at step {step} of this run; no control)")
+    assert summary["host_test_step"] == step
+    assert "no control" in summary["host_test_note"]
 
 
 def test_folder_with_files_is_refused(tmp_path, capsys):
@@ -93,25 +127,22 @@ def test_ctrl_c_leaves_a_complete_folder(tmp_path):
         **os.environ,
         "PYTHONPATH": str(Path(tolaria.__file__).parents[1]),
     }  # the package under test
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command,
         cwd=tmp_path,
         env=environment,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background job
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=120)
-    finally:
-        process.kill()
+    ) as process:
+        try:
+            told = next((line for line in process.stdout if "validation" in line), None)  # None: it has ended
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate()
+        finally:
+            process.kill()  # and waited for, whatever happened
+    assert told is not None, error
     assert process.returncode == 130, error
     assert json.loads((out / "summary.json").read_text())["interrupted"] is True
     assert (out / "run.png").stat().st_size > 10_000

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import queue
+from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -16,18 +18,31 @@ def test_ranks_roll_back_together(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     out: Queue[tuple[int, list[str]]] = context.Queue()
     ranks = [context.Process(target=worker, args=(r, str(tmp_path / "store"), out)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    stories = dict(out.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=60)
-        assert process.exitcode == 0
+    try:
+        for process in ranks:
+            process.start()
+        stories = dict(_next(out, ranks) for _ in ranks)
+        for process in ranks:
+            process.join()
+            assert process.exitcode == 0
+    finally:
+        for process in ranks:
+            process.kill()
     assert stories[0] == stories[1]
     assert stories[0][0] == "6 NON_FINITE 4"
     assert stories[0][1].split()[1] == "NON_FINITE_STATE"
     assert len(stories[0]) == 5
     assert stories[0][2] == "mean 1.5"
     assert all("one rank must never roll back alone" in text for text in stories[0][3:])
+
+
+def _next(out: Queue[tuple[int, list[str]]], ranks: list[SpawnProcess]) -> tuple[int, list[str]]:
+    """What the next rank says; an error once one of them has died, however long the others take."""
+    while True:
+        try:
+            return out.get(timeout=0.5)
+        except queue.Empty:
+            assert not any(process.exitcode for process in ranks), "a rank died"
 
 
 def test_sharded_parameters_are_refused() -> None:

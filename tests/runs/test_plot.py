@@ -99,6 +99,32 @@ def test_run_of_any_length_is_drawn(steps, tmp_path):
     assert plot_run(tmp_path).stat().st_size > 10_000
 
 
+def test_validations_that_a_rollback_took_back_are_not_drawn_as_kept():
+    run = record([1.0] * 60, rollback=[rollback(50, 30)])
+    run.validations = [{"step": s} for s in (20, 30, 31, 40, 49, 50, 60)]
+    assert run.undone_validations.tolist() == [False, False, True, True, True, False, False]
+
+
+def test_capture_that_waits_when_the_run_ends_is_not_discarded():
+    def captures(*steps):
+        return [{"kind": "capture", "step": s, "capture_step": s} for s in steps]
+
+    promoted = [{"capture_step": 10}]
+    waiting = record([1.0] * 40, capture=captures(10, 20, 30), promotion=promoted).captures()
+    assert waiting == {"known good": [10], "discarded": [20], "on probation at the end": [30]}
+    anomaly = [{"step": 35, "rollback": False}]
+    judged = record([1.0] * 40, capture=captures(10, 30), promotion=promoted, verdict=anomaly).captures()
+    assert judged["discarded"] == [30]
+    back = record([1.0] * 40, capture=captures(10, 30), promotion=promoted, rollback=[]).captures()
+    assert back["on probation at the end"] == [30]
+
+
+@pytest.mark.parametrize(("name", "head"), [("a.svg", b"<?xml"), ("b", b"\x89PNG"), ("c.pdf", b"%PDF")])
+def test_suffix_chooses_the_format(tmp_path, name, head):
+    test_run_of_any_length_is_drawn(3, tmp_path)
+    assert plot_run(tmp_path, tmp_path / name).read_bytes().startswith(head)
+
+
 @pytest.mark.parametrize(("line", "up"), [(97.0, True), (98.2, False)])
 def test_label_of_a_test_stays_clear_of_the_line(line, up):
     figure = pytest.importorskip("matplotlib.figure").Figure()

@@ -167,6 +167,7 @@ def test_absent_cuda_devices(
 def test_a_missing_package_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(
-        MissingDependencyError, match=r'digits task needs scikit-learn.*pip install "tolaria\[train\]"'
+        MissingDependencyError,
+        match=r'needs scikit-learn.*; run pip install scikit-learn, or pip install "\.\[train\]"',
     ):
         get_task("digits").load_data(batch_size=8, rng_seed=0, data_dir=None)

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 
 from tolaria.chaos.faults import CaptureInterruptedError, ChaosFault
 from tolaria.governor import CaptureEvent, GovernorConfig, RollbackEvent, TolariaGovernor, VerdictEvent
+from tolaria.nn.nest import to_device
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.tasks import TaskSpec, create_model, get_task
 from tolaria.train import validate_and_get_metrics
-from tolaria.train.batch import call_model, for_criterion, split_batch, to_device
+from tolaria.train.batch import call_model, for_criterion, split_batch
 
 
 @dataclass(slots=True)
@@ -99,11 +100,7 @@ def execute(run: ChaosRun, fault: ChaosFault | None = None, *, steps: int, start
     if steps < 1:
         raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
     if fault is not None:
-        interval = run.config.snapshot_interval
-        start = -(-start // interval) * interval if fault.at_capture else start
-        if not 1 <= start <= steps - fault.duration + 1:
-            raise ValueError(f"start: {fault.name} lasts {fault.duration} steps, expected a start from 1 to "
-                             f"{steps - fault.duration + 1}, got {start}")  # fmt: skip
+        start = checked_start(fault, steps, run.config.snapshot_interval, start)
     sinks = [] if fault is None else [fault.sink]
     governor = TolariaGovernor(
         run.model, run.optimizer, config=run.config, random_guess_loss=run.random_guess_loss, sinks=sinks
@@ -121,6 +118,38 @@ def execute(run: ChaosRun, fault: ChaosFault | None = None, *, steps: int, start
         watch.look(governor)
     governor.close()
     return watch.outcome(fault)
+
+
+def latest_start(fault: ChaosFault, steps: int, interval: int) -> int:
+    """The last step at which ``fault`` can begin in a run of ``steps`` steps, captured each ``interval``.
+
+    Raises:
+        ValueError: there is none; the message says how many steps it takes.
+    """
+    last = steps - fault.duration + 1
+    if fault.at_capture:
+        last -= last % interval
+    if last < 1:
+        least = fault.duration + (interval - 1 if fault.at_capture else 0)
+        begins = f" and begins at a capture (every {interval} steps)" if fault.at_capture else ""
+        lasts = f"{fault.name} lasts {fault.duration}{begins}"
+        raise ValueError(f"steps: expected at least {least}, since {lasts}, got {steps}")
+    return last
+
+
+def checked_start(fault: ChaosFault, steps: int, interval: int, start: int) -> int:
+    """``start``, moved to the next capture for faults that want one.
+
+    Raises:
+        ValueError: the fault does not fit into the run.
+    """
+    last = latest_start(fault, steps, interval)
+    if not 1 <= start <= last:
+        raise ValueError(
+            f"start: expected a start from 1 to {last}, since {fault.name} lasts {fault.duration} of {steps} "
+            f"steps, got {start}"
+        )
+    return -(-start // interval) * interval if fault.at_capture else start
 
 
 def _forever(batches: Iterable[object]) -> Iterator[object]:

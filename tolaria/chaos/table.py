@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from tolaria.chaos.faults import ChaosFault, chosen_faults
-from tolaria.chaos.run import ChaosRun, Outcome, execute
+from tolaria.chaos.run import ChaosRun, Outcome, checked_start, execute, latest_start
 
 _HEADER = ("fault", "at", "caught", "after", "lost", "restore", "score", "undisturbed")
 
@@ -63,7 +63,7 @@ def run_table(
         make_run: builds a fresh run, the same every time.
         faults: what goes wrong; all of :func:`chosen_faults` if None.
         steps: optimizer steps of every run.
-        start: when faults begin; None draws a step from the middle half of the run for each.
+        start: when faults begin; None draws a step for each, from the middle half of the run where it fits.
         rng_seed: seeds these steps.
         on_outcome: called with each outcome as it comes, the undisturbed run's first.
 
@@ -71,17 +71,34 @@ def run_table(
         The table.
 
     Raises:
-        ValueError: a fault does not fit into ``steps``.
+        ValueError: a fault does not fit into ``steps``; nothing has been run then.
     """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
     rng = random.Random(rng_seed)
     listed = list(faults) if faults is not None else chosen_faults()
-    starts = [start if start is not None else rng.randint(steps // 2, 3 * steps // 4) for _ in listed]
-    outcomes: list[Outcome] = []
-    for fault, first in zip([None, *listed], [0, *starts], strict=True):
+    run = make_run()
+    interval = run.config.snapshot_interval
+    starts = [_draw(rng, fault, steps, interval) if start is None else start for fault in listed]
+    for fault, first in zip(listed, starts, strict=True):
+        checked_start(fault, steps, interval, first)
+    outcomes = [execute(run, steps=steps)]
+    if on_outcome is not None:
+        on_outcome(outcomes[0])
+    for fault, first in zip(listed, starts, strict=True):
         outcomes.append(execute(make_run(), fault, steps=steps, start=first))
         if on_outcome is not None:
             on_outcome(outcomes[-1])
     return ChaosTable(outcomes[0], outcomes[1:])
+
+
+def _draw(rng: random.Random, fault: ChaosFault, steps: int, interval: int) -> int:
+    """A start in the middle half of the run, or as late as the fault's length allows."""
+    drawn, last = (
+        rng.randint(max(1, steps // 2), max(1, 3 * steps // 4)),
+        latest_start(fault, steps, interval),
+    )
+    return drawn if drawn <= last else rng.randint(max(1, last // 2), last)
 
 
 def header_line() -> str:

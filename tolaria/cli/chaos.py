@@ -8,8 +8,6 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
 from tolaria.chaos import (
     ChaosTable,
     Outcome,
@@ -22,6 +20,7 @@ from tolaria.chaos import (
 from tolaria.chaos.table import header_line, outcome_line
 from tolaria.errors import MissingDependencyError
 from tolaria.nn.device import validate_device
+from tolaria.runs import cpu_threads
 from tolaria.tasks import get_task, list_tasks
 from tolaria.train import governor_config_for
 
@@ -32,16 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "task", nargs="?", default="digits", help=f"one of {', '.join(list_tasks())} (default: digits)"
     )
-    parser.add_argument(
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
         "--faults", metavar="A,B", help=f"some of {', '.join(list_chaos_faults())} (default: all)"
     )
-    parser.add_argument(
+    chosen.add_argument(
         "--random", type=int, metavar="N", help="N times NaN or infinity in a random place instead"
     )
     parser.add_argument(
         "--steps", type=int, default=300, metavar="N", help="optimizer steps of every run (default: 300)"
     )
-    parser.add_argument("--start", type=int, metavar="N", help="first step of every fault (default: drawn)")
+    parser.add_argument(
+        "--start", type=int, metavar="N", help="first step of every fault (default: drawn for each)"
+    )
     parser.add_argument(
         "--snapshot-interval", type=int, default=50, metavar="N", help="steps between captures (50)"
     )
@@ -82,24 +84,21 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(arguments: argparse.Namespace, printer: _Printer) -> ChaosTable:
     device, spec = validate_device(arguments.device), get_task(arguments.task)
     config = governor_config_for(spec, strict=arguments.strict, snapshot_interval=arguments.snapshot_interval)
-    for name in ("random", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+    if arguments.random is not None and arguments.random < 1:
+        raise ValueError(f"random: expected an integer >= 1, got {arguments.random}")
     if arguments.random is not None:
         faults = random_faults(arguments.random, rng_seed=arguments.rng_seed)
     else:
         names = None if arguments.faults is None else [n.strip() for n in arguments.faults.split(",")]
         faults = chosen_faults(names)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    if arguments.out is not None:
-        _try_file(Path(arguments.out))
-    return run_table(
-        lambda: task_run(spec, device=device, rng_seed=arguments.rng_seed, config=config),
-        faults=faults, steps=arguments.steps, start=arguments.start, rng_seed=arguments.rng_seed,
-        on_outcome=printer,
-    )  # fmt: skip
+    with cpu_threads(arguments.threads):
+        if arguments.out is not None:
+            _try_file(Path(arguments.out))
+        return run_table(
+            lambda: task_run(spec, device=device, rng_seed=arguments.rng_seed, config=config),
+            faults=faults, steps=arguments.steps, start=arguments.start, rng_seed=arguments.rng_seed,
+            on_outcome=printer,
+        )  # fmt: skip
 
 
 class _Printer:

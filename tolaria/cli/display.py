@@ -98,7 +98,7 @@ class QuietDisplay(GrowthObserver):
         seeds = sum(p.numel() for p in result.model.seed_parameters())
         hosts = sum(p.numel() for p in result.model.host_parameters())
         rows = [
-            ("host alone, test", _metrics(result.host_test, context)),
+            ("host alone, test", _metrics(result.host_test, context) + _when(result)),
             ("at the end, test", _metrics(result.test, context)),
         ]
         rows.append(("seed", self._seed_row(result, context)))
@@ -301,6 +301,13 @@ def _metrics(metrics: Any, context: StoryContext) -> str:  # noqa: ANN401  (Metr
         return "not measured"
     text = f"loss {metrics.val_loss:.4f}, accuracy {metrics.val_accuracy:.2f}%"
     return text + (f", perplexity {metrics.perplexity:.2f}" if metrics.perplexity is not None else "")
+
+
+def _when(result: GrowthResult) -> str:
+    """That the host's figures are an earlier step of the same run, not a control that took all the steps."""
+    if result.host_test is None:
+        return ""
+    return f" (at step {result.phases[0].end_step} of this run; no control)"
 
 
 def choose_display(*, quiet: bool, stream: TextIO | None = None) -> QuietDisplay:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,13 +17,19 @@ from tolaria import _backend, _extension
 from tolaria._extension import BuildInfo
 from tolaria.errors import BuildMismatchError, ExtensionMissingError
 
-EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("rich", "matplotlib", "scikit-learn", "safetensors"),
-    "tensorboard": ("tensorboard",),
-    "test": ("pytest", "hypothesis", "expecttest"),
-    "bench": ("pytest", "pytest-benchmark"),
-}
-"""The optional extras of pyproject.toml and the packages each stands for."""
+_TRAIN = {"rich": "13", "matplotlib": "3.8", "scikit-learn": "1.4", "safetensors": "0.4"}
+_TENSORBOARD = {"tensorboard": "2.16"}
+_PYTEST = {"pytest": "8.2", "pytest-benchmark": "5"}
+EXTRAS: dict[str, dict[str, str]] = {
+    "train": _TRAIN,
+    "tensorboard": _TENSORBOARD,
+    "test": {**_TRAIN, **_TENSORBOARD, **_PYTEST, "hypothesis": "6.100", "expecttest": "0.2"},
+    "bench": {
+        **_PYTEST, "matplotlib": "3.8", "lightning-fabric": "2.4", "torchmetrics": "1", "river": "0.21",
+        "pytorch-ignite": "0.5", "trainpulse": "0.4",
+    },
+}  # fmt: skip
+"""The optional extras of pyproject.toml: the packages of each, and the oldest version that will do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +51,7 @@ class DoctorReport:
     devices: tuple[str, ...]
     """The devices torch sees, in words."""
     extras: dict[str, tuple[str, ...]]
-    """The packages missing of each extra; empty: complete."""
+    """The packages missing of each extra, or too old for it; empty: complete."""
     environment: dict[str, str]
     """The ``TOLARIA_*`` variables that are set."""
     problems: tuple[str, ...]
@@ -63,6 +70,21 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _missing(packages: dict[str, str]) -> tuple[str, ...]:
+    """Those of ``packages`` that are not installed, or older than asked for."""
+    found = {name: _version(name) for name in packages}
+    return tuple(
+        name if version is None else f"{name} (at least {least}, got {version})"
+        for (name, least), version in zip(packages.items(), found.values(), strict=True)
+        if version is None or _release(version) < _release(least)
+    )
+
+
+def _release(version: str) -> list[int]:
+    """The numbers that a version begins with."""
+    return [int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version, maxsplit=1)[0])]
 
 
 def _devices() -> tuple[str, ...]:
@@ -129,7 +151,7 @@ def doctor() -> DoctorReport:
         The facts, what is broken, and what could be better.
     """
     info = _extension.INFO
-    missing = {extra: tuple(p for p in packages if _version(p) is None) for extra, packages in EXTRAS.items()}
+    missing = {extra: _missing(packages) for extra, packages in EXTRAS.items()}
     return DoctorReport(
         versions={
             "tolaria": tolaria.__version__,

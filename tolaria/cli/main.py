@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reads the output any more. A command line that does not parse ends in ``SystemExit(2)``.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    _startup.open_streams()
     command = next((word for word in words if not word.startswith("-")), None)
     try:
         return _run(command, words)
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tolaria {command}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read our output has left; python would complain once more at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return BROKEN_PIPE
     except OSError as error:
         print(f"tolaria {command}: {error}", file=sys.stderr)
@@ -95,7 +96,28 @@ def _run(command: str | None, words: Sequence[str]) -> int:
 def shell_command() -> NoReturn:
     """The ``tolaria`` of a shell: :func:`main`, and an exit during which Ctrl-C prints nothing."""
     try:
-        status = main()
+        try:
+            status: int | str | None = main()
+        except SystemExit as ended:
+            status = ended.code
+        status = _flushed(status)
     finally:
         _startup.die_quietly()
     sys.exit(status)
+
+
+def _flushed(status: int | str | None) -> int | str | None:
+    """``status``, or another if our output could not be written; python would say so with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _give_up_stdout()
+        if isinstance(error, BrokenPipeError):
+            return BROKEN_PIPE
+        print(f"tolaria: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _give_up_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -149,6 +149,10 @@ def _train(arguments: argparse.Namespace, folder: Path, display: QuietDisplay) -
     changes = {name: given[name] for name in _SETTINGS if given[name] is not None}
     options = {name: given[name] for name in _GOVERNOR if given[name] is not None}
     options |= {name: True for name in ("log_only", "skip_anomalous_steps") if given[name]}
+    if arguments.overwrite and arguments.out is None:
+        raise ValueError(
+            "--overwrite: expected to come with --out, which names the folder of the earlier run"
+        )
     phases = [_flag(name) for name in _PHASES if name in changes]
     if phases and (arguments.steps is not None or arguments.epochs is not None):
         raise ValueError(f"{phases[0]}: expected not to come with --steps or --epochs, which set every phase")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tolaria.nn.nest import Inputs, call_with, check_inputs, to_device
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
-from tolaria.nn.slot import SeedFactory, SeedSlot
+from tolaria.nn.slot import SeedFactory, SeedSlot, features_of
 from tolaria.nn.stage import SeedStage
 from tolaria.nn.structure import check_structure, seed_numel
 
@@ -27,11 +28,13 @@ class MorphogeneticModel(nn.Module):
         slots: where seeds may go: names from ``host.injection_points``, or a mapping from a name to the path
             of a submodule of the host (``{"mid": "layer2"}``); all of ``host.injection_points`` if None.
         example_input: an input of the host, batch first, from which :meth:`germinate` learns the shape of the
-            features; its values do not matter. May also be given at each germination.
+            features; its values do not matter. A tensor, a tuple of positional or a mapping of keyword
+            arguments. May also be given at each germination.
 
     Raises:
         ValueError: a slot that the host does not have, a bad name, or none at all.
-        TypeError: ``host`` is not a module, or ``slots`` neither names nor a mapping.
+        TypeError: ``host`` is not a module, ``slots`` neither names nor a mapping, or ``example_input`` is
+            nothing that a model is called with.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class MorphogeneticModel(nn.Module):
         host: nn.Module,
         slots: Sequence[str] | Mapping[str, str] | None = None,
         *,
-        example_input: Tensor | tuple[Tensor, ...] | None = None,
+        example_input: Inputs | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(host, nn.Module):
@@ -53,6 +56,8 @@ class MorphogeneticModel(nn.Module):
             )
         self.host = host
         self._paths = paths
+        if example_input is not None:
+            check_inputs("MorphogeneticModel: example_input", example_input)
         self.example_input = example_input
         self.seed_slots = nn.ModuleDict({name: SeedSlot(name) for name in paths})
         for name, path in paths.items():
@@ -102,7 +107,7 @@ class MorphogeneticModel(nn.Module):
         slot: str,
         blueprint: str | SeedFactory,
         *,
-        example_input: Tensor | tuple[Tensor, ...] | None = None,
+        example_input: Inputs | None = None,
         rng_seed: int | None = None,
         options: Mapping[str, object] | None = None,
     ) -> SeedSlot:
@@ -191,11 +196,12 @@ class MorphogeneticModel(nn.Module):
 
     # ------------------------------------------------------------------ probing
 
-    def features_at(self, slot: str, example_input: Tensor | tuple[Tensor, ...] | None = None) -> Tensor:
+    def features_at(self, slot: str, example_input: Inputs | None = None) -> Tensor:
         """What flows through ``slot`` for an example input; model and process are left as found.
 
         Raises:
             ValueError: no example input is known, or the slot was not reached.
+            TypeError: the example is nothing that a model is called with, or what flows there is no tensor.
         """
         chosen = self.slot(slot)
         example = example_input if example_input is not None else self.example_input
@@ -205,22 +211,26 @@ class MorphogeneticModel(nn.Module):
                 "from, got None; "
                 "pass example_input= here or to MorphogeneticModel"
             )
+        check_inputs("germinate: example_input", example)
         device = chosen.alpha.device
-        inputs = tuple(t.to(device) for t in (example if isinstance(example, tuple) else (example,)))
         seen: list[Tensor] = []
 
-        def look(module: nn.Module, args: tuple[Any, ...], output: object = None) -> None:
-            value = args[0] if module is chosen else output[0] if isinstance(output, tuple) else output
-            if isinstance(value, Tensor):
-                seen.append(value.detach())
+        def look(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            seen.append(features_of(output, slot).detach())
+
+        def look_before(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = args[0] if args else next(iter(named.values()), None)
+            if not isinstance(given, Tensor):
+                raise TypeError(f"slot {slot!r}: expected features as a tensor, got {type(given).__name__}")
+            seen.append(given.detach())
 
         if slot in self._paths:
             handle = self.host.get_submodule(self._paths[slot]).register_forward_hook(look, prepend=True)
         else:
-            handle = chosen.register_forward_pre_hook(look)
+            handle = chosen.register_forward_pre_hook(look_before, with_kwargs=True)
         try:
             with _undisturbed(self), torch.autocast(device.type, enabled=False):
-                self(*inputs)
+                call_with(self, to_device(example, device))
         finally:
             handle.remove()
         if not seen:

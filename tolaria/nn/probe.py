@@ -19,6 +19,8 @@ class SeedTraits:
     """It changes its input in place, so it is given a copy."""
     streams: frozenset[StreamName] = frozenset()
     """The global random streams that its forward draws from."""
+    is_identity: bool = False
+    """At birth, in eval mode, it returned its input bit for bit."""
 
 
 def probe_seed(seed: nn.Module, features: Tensor, *, where: str) -> SeedTraits:
@@ -41,14 +43,15 @@ def probe_seed(seed: nn.Module, features: Tensor, *, where: str) -> SeedTraits:
     with preserve_random_state(), torch.no_grad():
         was_training = seed.training
         seed.eval()
-        _check_output(_try(seed, probe.clone(), where), probe, where)
+        born = _check_output(_try(seed, probe.clone(), where), probe, where)
+        is_identity = torch.equal(born, probe)
         seed.train(was_training)
         trial = copy.deepcopy(seed).train()
         given, before = probe.clone(memory_format=torch.preserve_format), random_state()
         version = given._version
         _check_output(_try(trial, given, where), probe, where)
         mutates = given._version != version or not torch.equal(given, probe)
-        return SeedTraits(mutates, streams_drawn(before))
+        return SeedTraits(mutates, streams_drawn(before), is_identity)
 
 
 def _try(seed: nn.Module, features: Tensor, where: str) -> object:
@@ -70,7 +73,7 @@ def _stand_in(features: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(values.view(like.shape))
 
 
-def _check_output(output: object, probe: Tensor, where: str) -> None:
+def _check_output(output: object, probe: Tensor, where: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"{where}: expected the seed to return a tensor, got {type(output).__name__}")
     for what, got, expected in (
@@ -82,3 +85,4 @@ def _check_output(output: object, probe: Tensor, where: str) -> None:
             raise ValueError(
                 f"{where}: expected a seed that keeps the {what} of its features, {expected}, got {got}"
             )
+    return output

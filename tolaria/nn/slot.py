@@ -88,15 +88,11 @@ class SeedSlot(nn.Module):
         """Forward hook of a host's submodule: its output (of a tuple, the first) goes through the slot."""
         if self.seed is None or self._stage is SeedStage.GERMINATED:
             return None
-        if isinstance(output, Tensor):
-            return self(output)
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            changed = (self(output[0]), *output[1:])
-            return type(output)(*changed) if hasattr(output, "_fields") else changed
-        raise TypeError(
-            f"slot {self.name!r}: expected its injection point to return a tensor or a tuple that begins "
-            f"with one, got {type(output).__name__}"
-        )
+        features = features_of(output, self.name)
+        if not isinstance(output, tuple):
+            return self(features)
+        changed = (self(features), *output[1:])
+        return type(output)(*changed) if hasattr(output, "_fields") else changed
 
     def _run(self, seed: nn.Module, features: Tensor) -> Tensor:
         if self._traits.mutates_input:
@@ -122,6 +118,11 @@ class SeedSlot(nn.Module):
     def stage(self) -> SeedStage:
         """Where the seed stands."""
         return self._stage
+
+    @property
+    def born_as_identity(self) -> bool:
+        """Whether the seed gave example features back bit for bit when it was grafted."""
+        return self._traits.is_identity
 
     @property
     def is_active(self) -> bool:
@@ -356,6 +357,24 @@ class SeedSlot(nn.Module):
     def extra_repr(self) -> str:
         """Name, stage and blueprint."""
         return f"{self.name!r}, stage={self._stage.name}, blueprint={self.blueprint!r}"
+
+
+def features_of(output: object, slot: str) -> Tensor:
+    """The features in what an injection point returned: a tensor, or a tuple that begins with one.
+
+    Raises:
+        TypeError: anything else.
+    """
+    first = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(first, Tensor):
+        return first
+    got = type(output).__name__
+    if isinstance(output, tuple):
+        got += f" that begins with {type(first).__name__}" if output else " that is empty"
+    raise TypeError(
+        f"slot {slot!r}: expected its injection point to return a tensor or a tuple that begins with one, "
+        f"got {got}; name a submodule that returns a tensor"
+    )
 
 
 def _with_strides_of(features: Tensor, beside: Tensor) -> Tensor:

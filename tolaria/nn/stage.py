@@ -11,7 +11,7 @@ class SeedStage(Enum):
     DORMANT = "dormant"
     """No seed yet; the slot passes its features through untouched."""
     GERMINATED = "germinated"
-    """A seed is in place, shape-checked and identity-like; it is not read yet."""
+    """A seed is in place, shape-checked; it is not read yet."""
     TRAINING = "training"
     """Incubating: the seed learns from detached features, the host does not notice."""
     BLENDING = "blending"

@@ -97,6 +97,7 @@ def check_samples(
         if values.numel() != n and not (name == "gradient" and rows):
             raise ValueError(
                 f"{name}: expected one value for each of the {n} governors, got shape {list(values.shape)}"
+                f"{_several_values_hint(n, name, values.numel())}"
             )
         _check_device(state, values, name)
 

@@ -3,7 +3,16 @@
 from tolaria.runs.folder import RunFolder
 from tolaria.runs.plot import plot_run
 from tolaria.runs.record import read_lines
-from tolaria.runs.run import default_folder, run_task
+from tolaria.runs.run import cpu_threads, default_folder, run_task
 from tolaria.runs.storage import load_model, save_model
 
-__all__ = ["RunFolder", "default_folder", "load_model", "plot_run", "read_lines", "run_task", "save_model"]
+__all__ = [
+    "RunFolder",
+    "cpu_threads",
+    "default_folder",
+    "load_model",
+    "plot_run",
+    "read_lines",
+    "run_task",
+    "save_model",
+]

@@ -219,6 +219,8 @@ def summarize(result: GrowthResult) -> dict[str, Any]:
         "host_parameters": sum(n for key, n in parameters.items() if key not in seeds),
         "seed_parameters": sum(n for key, n in parameters.items() if key in seeds),
         "host_test": None if result.host_test is None else result.host_test._asdict(),
+        "host_test_step": None if result.host_test is None else result.phases[0].end_step,
+        "host_test_note": "at an earlier step of this run, before a seed; no control that took all the steps",
         "test": None if result.test is None else result.test._asdict(),
         "phases": [asdict(phase) for phase in result.phases],
         "seed": [{**asdict(seed), "stage": seed.stage.name} for seed in result.seeds],

@@ -12,7 +12,7 @@ import numpy as np
 
 from tolaria._optional import require
 from tolaria.runs.files import write_whole
-from tolaria.runs.record import Line, RunRecord
+from tolaria.runs.record import Floats, Line, RunRecord
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; every mark also has a shape of its own.
 _TRAINING, _VALIDATION, _FAULT, _ROLLBACK, _GOOD = "#0072B2", "#222222", "#E69F00", "#D55E00", "#009E73"
@@ -184,15 +184,13 @@ def _draw_loss(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
     kept = np.where(good & ~run.undone, run.losses, np.nan)
     lost = np.where(good & run.undone, run.losses, np.nan)
     smooth = run.smoothed()
-    where = [line["step"] for line in run.validations]
     validation = np.array([line["val_loss"] for line in run.validations], dtype=np.float64)
     guess = float(run.config["random_guess_loss"])
     axis.plot(run.steps, kept, color=_TRAINING, linewidth=0.6, alpha=0.35)
     axis.plot(run.steps, lost, color=_ROLLBACK, linewidth=0.6, alpha=0.3)
     axis.plot(run.steps, np.where(run.undone, np.nan, smooth), color=_TRAINING, linewidth=1.8,
               label="training loss")  # fmt: skip
-    axis.plot(where, validation, color=_VALIDATION, linewidth=0.9, marker="o", markersize=2.6,
-              label="validation loss")  # fmt: skip
+    _draw_validations(axis, run, validation, label="validation loss")
     if run.undone.any():
         axis.plot(run.steps, np.where(run.undone, smooth, np.nan), color=_ROLLBACK, linewidth=1.4, alpha=0.6,
                   label="taken back by a rollback")  # fmt: skip
@@ -219,16 +217,26 @@ def _draw_loss(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
                   label="loss not finite")  # fmt: skip
 
 
+def _draw_validations(axis: Any, run: RunRecord, values: Floats, label: str | None = None) -> None:  # noqa: ANN401
+    """Points on a line; those that a rollback took back are hollow and off it, in the rollback's colour."""
+    where = np.array([line["step"] for line in run.validations], dtype=np.float64)
+    gone = run.undone_validations
+    axis.plot(where[~gone], values[~gone], color=_VALIDATION, linewidth=0.9, marker="o", markersize=2.6,
+              label=label)  # fmt: skip
+    axis.plot(where[gone], values[gone], color=_ROLLBACK, linestyle="none", marker="o", markersize=2.6,
+              mfc="none", markeredgewidth=0.7, alpha=0.8)  # fmt: skip
+
+
 def _draw_accuracy(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
     where = [line["step"] for line in run.validations]
     values = [float(line["val_accuracy"]) for line in run.validations]
-    axis.plot(where, values, color=_VALIDATION, linewidth=0.9, marker="o", markersize=2.6)
+    _draw_validations(axis, run, np.array(values, dtype=np.float64))
     ends = [phase["end_step"] for phase in run.summary["phases"]]
     tests: list[tuple[float, float, str]] = []
-    for key, last, text in (("host_test", ends[:1], "host alone"), ("test", ends[-1:], "at the end")):
+    for key, last, text in (("host_test", ends[:1], "at step {}"), ("test", ends[-1:], "at the end")):
         figures = run.summary.get(key)
         if figures is not None and last:
-            tests.append((float(last[0]), float(figures["val_accuracy"]), f"test, {text}"))
+            tests.append((float(last[0]), float(figures["val_accuracy"]), f"test, {text.format(last[0])}"))
     finite = sorted(v for v in [*values, *(value for _, value, _ in tests)] if math.isfinite(v))
     if finite:
         middle, best = finite[len(finite) // 4], finite[-1]
@@ -291,14 +299,23 @@ def _draw_lane(axis: Any, run: RunRecord, incidents: list[Incident], rows: int) 
         axis.text(
             0.5 * run.last_step, 0, "nobody watched over this run", fontsize=8, ha="center", va="center"
         )
-    good = {event["capture_step"] for event in run.events.get("promotion", ())}
-    captured = {event["capture_step"] for event in run.events.get("capture", ())}
-    size = max(2.0, min(5.0, 500.0 / (len(captured) + 1)))
-    for steps, face in ((sorted(captured - good), "white"), (sorted(good), _GOOD)):
-        axis.plot(steps, [0] * len(steps), marker="o", linestyle="none", markersize=size, mfc=face, mec=_GOOD,
-                  clip_on=False)  # fmt: skip
-    if captured:
-        said = "\N{BLACK CIRCLE} known good" + ("   \N{WHITE CIRCLE} discarded" if captured - good else "")
+    captures = run.captures()
+    size = max(2.0, min(5.0, 500.0 / (sum(map(len, captures.values())) + 1)))
+    marks = {
+        "known good": ("o", _GOOD),
+        "discarded": ("o", "white"),
+        "on probation at the end": ("D", "white"),
+    }
+    for name, steps in captures.items():
+        marker, face = marks[name]
+        axis.plot(steps, [0] * len(steps), marker=marker, linestyle="none", markersize=size, mfc=face,
+                  mec=_GOOD, clip_on=False)  # fmt: skip
+    signs = {
+        "known good": "\N{BLACK CIRCLE}", "discarded": "\N{WHITE CIRCLE}",
+        "on probation at the end": "\N{WHITE DIAMOND}",
+    }  # fmt: skip
+    said = "   ".join(f"{signs[name]} {name}" for name, steps in captures.items() if steps)
+    if said:
         axis.annotate(said, (1, 0), xycoords="axes fraction", xytext=(0, -23), textcoords="offset points",
                       fontsize=8.5, color=_GOOD, va="top", ha="right", annotation_clip=False,
                       in_layout=False)  # fmt: skip
@@ -368,8 +385,10 @@ def _subtitle(run: RunRecord) -> str:
     said = [f"{summary['steps']} steps in {summary['seconds']:.0f} s"]
     host, end = summary.get("host_test"), summary.get("test")
     if end is not None:
-        accuracies = [f"{float(m['val_accuracy']):.2f}%" for m in (host, end) if m is not None]
-        said.append("test accuracy " + " \N{RIGHTWARDS ARROW} ".join(accuracies))
+        accuracy = f"test accuracy {float(end['val_accuracy']):.2f}%"
+        if host is not None and summary["phases"]:
+            accuracy += f" (at step {summary['phases'][0]['end_step']}: {float(host['val_accuracy']):.2f}%)"
+        said.append(accuracy)
     seeds, hosts = summary["seed_parameters"], summary["host_parameters"]
     said.append(f"{hosts:,} parameters" + (f" + {seeds:,} in the seed" if seeds else ""))
     said.append(f"{run.config.get('device', 'cpu')}, rng seed {run.config.get('rng_seed', '?')}")

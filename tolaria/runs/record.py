@@ -97,6 +97,31 @@ class RunRecord:
             out |= (self.steps > report["restored_step"]) & (self.steps <= report["step"])
         return out
 
+    @property
+    def undone_validations(self) -> npt.NDArray[np.bool_]:
+        """For each validation, whether a later rollback took back the state that it looked at.
+
+        One at the step of a rollback looked at the state that was put back.
+        """
+        where = np.array([line["step"] for line in self.validations], dtype=np.float64)
+        out = np.zeros(len(where), dtype=np.bool_)
+        for report in self.rollbacks:
+            out |= (where > report["restored_step"]) & (where < report["step"])
+        return out
+
+    def captures(self) -> dict[str, list[float]]:
+        """Steps of the captures by what became of them: promoted, discarded, or neither yet at the end."""
+        promoted = {float(event["capture_step"]) for event in self.events.get("promotion", ())}
+        others = {float(event["capture_step"]) for event in self.events.get("capture", ())} - promoted
+        last = max((float(event["capture_step"]) for event in self.events.get("capture", ())), default=0.0)
+        judged = [float(line["step"]) for line in (*self.anomalies, *self.rollbacks)]
+        waiting = {step for step in others if step == last and not any(each > step for each in judged)}
+        return {
+            "known good": sorted(promoted),
+            "discarded": sorted(others - waiting),
+            "on probation at the end": sorted(waiting),
+        }
+
     def bands(self) -> list[tuple[str, float, float]]:
         """Runs of steps in one stage: (stage, first, last)."""
         found: list[tuple[str, float, float]] = []

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 Precision = Literal["float16", "bfloat16"]
 _DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_OF_SEEDS = (
+    "seed_lr", "seed_max_grad_norm", "slot", "blueprint", "blueprint_options", "alpha_kind", "min_gain",
+    "max_germinations",
+)  # fmt: skip
 _PARTS = ("host_steps", "incubate_steps", "blend_steps", "finish_steps")
 
 
@@ -65,7 +69,7 @@ def run_task(
         backend: ``"auto"``, ``"fused"`` or ``"reference"`` while the run lasts; the mode in force if None.
         threads: CPU threads of torch while the run lasts; as they are if None.
         amp: train under autocast with this dtype.
-        data_dir: where a task that needs files finds them.
+        data_dir: where a task that needs files finds them; an error for one that needs none.
         steps: optimizer steps in all; the phases keep their shares.
         epochs: passes over the training data in all, instead of ``steps``.
         grow_seed: False leaves the host alone for all the steps.
@@ -94,6 +98,10 @@ def run_task(
     if amp is not None and amp not in _DTYPES:
         raise ValueError(f"amp: expected one of {', '.join(_DTYPES)} or None, got {amp!r}")
     faults = [parse_fault(fault) if isinstance(fault, str) else fault for fault in inject]
+    spec.check_data_dir(data_dir)
+    _check_in_use(settings, grow_seed=grow_seed)
+    if not use_governor:
+        _check_unguarded(strict=strict, governor_options=governor_options, sinks=sinks)
     config = governor_config_for(spec, strict=strict, **dict(governor_options or {}))
     chosen = spec.defaults.replace(**settings)
     if isinstance(rng_seed, bool) or not isinstance(rng_seed, int) or not 0 <= rng_seed < 2**31:
@@ -101,14 +109,14 @@ def run_task(
     data = spec.load_data(
         batch_size=chosen.batch_size, rng_seed=rng_seed, data_dir=None if data_dir is None else Path(data_dir)
     )
-    chosen = _with_length(chosen, data, steps, epochs, grow_seed=grow_seed)
+    chosen = _with_length(chosen, data, steps, epochs, grow_seed=grow_seed, given=settings)
     named = [fault for fault in faults if isinstance(fault, InjectedFault)]
     late = [f"step {fault.step}" for fault in named if fault.step > chosen.total_steps]
     if late:
         raise ValueError(
             f"inject: expected steps up to {chosen.total_steps}, the last of this run, got {', '.join(late)}"
         )
-    with use_backend(backend) if backend is not None else nullcontext(), _threads(threads):
+    with use_backend(backend) if backend is not None else nullcontext(), cpu_threads(threads):
         folder = RunFolder(
             out if out is not None else default_folder(spec.name),
             overwrite=overwrite,
@@ -124,6 +132,25 @@ def run_task(
             )  # fmt: skip
 
 
+def _check_in_use(settings: Mapping[str, object], *, grow_seed: bool) -> None:
+    """Refuse what a run without a seed would ignore."""
+    useless = [name for name in _OF_SEEDS if name in settings and not grow_seed]
+    if useless:
+        raise ValueError(
+            f"{useless[0]}: expected not to come with grow_seed=False (--no-grow), which grafts no seed"
+        )
+
+
+def _check_unguarded(**given: object) -> None:
+    """Refuse what a run without a governor would ignore."""
+    for name, value in given.items():
+        if value:
+            names = ", ".join(value) if isinstance(value, Mapping) else name
+            raise ValueError(
+                f"{names}: expected not to come with use_governor=False (--no-governor): nobody judges"
+            )
+
+
 def default_folder(task: str) -> Path:
     """``runs/<task>-<time>-<process>``, with a number behind it where that exists already."""
     base = Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -135,7 +162,13 @@ def default_folder(task: str) -> Path:
 
 
 def _with_length(
-    settings: TrainSettings, data: TaskData, steps: int | None, epochs: float | None, *, grow_seed: bool
+    settings: TrainSettings,
+    data: TaskData,
+    steps: int | None,
+    epochs: float | None,
+    *,
+    grow_seed: bool,
+    given: Mapping[str, object],
 ) -> TrainSettings:
     """The settings stretched to ``steps`` or ``epochs`` in all."""
     if steps is not None and epochs is not None:
@@ -145,7 +178,11 @@ def _with_length(
             raise ValueError(f"epochs: expected a number above 0, got {epochs!r}")
         steps = max(1, round(epochs * len(data.train) / settings.accumulation_steps))
     if steps is not None:
-        settings = _stretched(settings, steps)
+        stretched = _stretched(settings, steps)
+        asked = {
+            name: getattr(settings, name) for name in ("warmup_steps", "validate_every") if name in given
+        }
+        settings = replace(stretched, **asked)
     return settings if grow_seed else replace(settings, max_germinations=0)
 
 
@@ -167,8 +204,12 @@ def _stretched(settings: TrainSettings, steps: int) -> TrainSettings:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """``count`` CPU threads inside."""
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """``count`` CPU threads of torch inside; as many as there are if None.
+
+    Raises:
+        ValueError: below 1, or more than four for each core.
+    """
     if count is None:
         yield
         return

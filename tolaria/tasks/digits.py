@@ -59,6 +59,7 @@ def make_spec() -> TaskSpec:
         model_factory=_host,
         load_data=load_digits,
         example_input=_example,
+        needs_files=False,
         defaults=TrainSettings(
             batch_size=64,
             host_steps=600,

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tolaria.errors import ConfigError
 from tolaria.nn.device import validate_device
 from tolaria.nn.model import MorphogeneticModel
+from tolaria.nn.nest import Inputs
 from tolaria.nn.randomness import check_rng_seed, preserve_random_state
 from tolaria.nn.schedule import ScheduleKind
 from tolaria.tasks.data import TaskData
@@ -156,8 +157,8 @@ class TaskSpec:
     """Builds an ungrown host."""
     load_data: LoadData
     """Loads the data."""
-    example_input: Callable[[], Tensor]
-    """A small input of the host; its values do not matter."""
+    example_input: Callable[[], Inputs]
+    """A small input of the host: a tensor, a tuple of arguments or a mapping; values do not matter."""
     slots: Sequence[str] | Mapping[str, str] | None = None
     """Injection points, as :class:`MorphogeneticModel` takes them; all that the host lists if None."""
     criterion: Callable[[], nn.Module] = nn.CrossEntropyLoss
@@ -166,6 +167,8 @@ class TaskSpec:
     """Loss of a model that knows nothing; ln(num_classes) if None."""
     defaults: TrainSettings = field(default_factory=TrainSettings)
     """How it is trained when nobody says otherwise."""
+    needs_files: bool = True
+    """Whether ``load_data`` looks at ``data_dir``; if not, naming one is an error."""
 
     def __post_init__(self) -> None:
         bad = []
@@ -183,6 +186,13 @@ class TaskSpec:
             bad.append(f"random_guess_loss: expected a finite number > 0 or None, got {guess!r}")
         if bad:
             raise ConfigError("TaskSpec: " + "; ".join(bad))
+
+    def check_data_dir(self, data_dir: object) -> None:
+        """Raise ValueError if a ``data_dir`` is given to a task that would not look at it."""
+        if data_dir is not None and not self.needs_files:
+            raise ValueError(
+                f"data_dir: expected None, since task {self.name!r} needs no files, got {str(data_dir)!r}"
+            )
 
     @property
     def guess_loss(self) -> float:

@@ -122,6 +122,7 @@ def make_spec() -> TaskSpec:
         model_factory=_host,
         load_data=load_text,
         example_input=_example,
+        needs_files=False,
         random_guess_loss=corpus.unigram_entropy(),
         defaults=TrainSettings(
             batch_size=32,

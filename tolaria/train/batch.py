@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from tolaria.nn.nest import call_with
 from tolaria.tasks.spec import TaskType
 
 _INPUT_NAMES = ("inputs", "input_ids", "x", "pixel_values")
@@ -40,30 +40,13 @@ def split_batch(batch: object) -> tuple[Any, Tensor]:
     )
 
 
-def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401  (any nest of tensors)
-    """Move every tensor in a nest of tuples, lists and mappings; does not wait where memory is pinned."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {name: to_device(each, device) for name, each in value.items()}
-    if isinstance(value, tuple | list):
-        moved = [to_device(each, device) for each in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
-    return value
-
-
 def call_model(model: nn.Module, inputs: Any) -> Tensor:  # noqa: ANN401
     """The model's logits: its output, ``logits`` of an output object or mapping, or the first of a tuple.
 
     Raises:
         TypeError: no tensor is found there.
     """
-    if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    elif isinstance(inputs, tuple | list):
-        output = model(*inputs)
-    else:
-        output = model(inputs)
+    output = call_with(model, inputs)
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
         logits = logits[0]

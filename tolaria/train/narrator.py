@@ -266,7 +266,8 @@ class Narrator:
             self.governor.add_optimizer(self.seed_optimizer)
             self.governor.add_scheduler(self.seed_scheduler)
             self.governor.notify_structure_changed()
-        self._tell_seed("grafted, identity-like")
+        birth = "the identity" if self.slot.born_as_identity else "not the identity"
+        self._tell_seed(f"grafted, {birth} at birth")
 
     def _is_dropped(self) -> bool:
         """Whether the phase began with a seed that a rollback has taken since."""

@@ -130,7 +130,8 @@ class GrowthResult:
     seeds: list[SeedRecord] = field(default_factory=list)
     """What happened to the seeds."""
     host_test: Metrics | None = None
-    """On the test data, when the host had trained alone."""
+    """On the test data, when the host had trained alone: an earlier step of this run (the end of the first
+    phase), no control that took all the steps."""
     test: Metrics | None = None
     """On the test data, at the end."""
 

@@ -14,9 +14,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tolaria.nn.nest import to_device
 from tolaria.nn.schedule import AlphaSchedule
 from tolaria.tasks.spec import TaskType
-from tolaria.train.batch import batch_rows, call_model, for_criterion, split_batch, to_device
+from tolaria.train.batch import batch_rows, call_model, for_criterion, split_batch
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 

@@ -53,7 +53,7 @@ def grow(
         settings: how to train; the task's defaults if None.
         model: the network to grow; a new one if None.
         data: what to train on; the task's own if None.
-        data_dir: where a task that needs files finds them.
+        data_dir: where a task that needs files finds them; an error for one that needs none.
         use_governor: whether a governor watches over the run.
         governor_config: its settings; its defaults if None.
         sinks: called with each of its events.
@@ -75,6 +75,7 @@ def grow(
     spec = task if isinstance(task, TaskSpec) else get_task(task)
     chosen = (settings if settings is not None else spec.defaults).replace(**changes)
     where = validate_device(device)
+    spec.check_data_dir(data_dir)
     with preserve_random_state():
         torch.manual_seed(rng_seed)
         network = model.to(where) if model is not None else create_model(spec, where)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from tolaria import ops
 from tolaria.nn.device import validate_device
+from tolaria.nn.nest import to_device
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.ops import MetricsField
 from tolaria.tasks.spec import TaskType
 from tolaria.train import arguments
-from tolaria.train.batch import call_model, for_criterion, split_batch, to_device
+from tolaria.train.batch import call_model, for_criterion, split_batch
 from tolaria.train.step import Criterion
 
 _IGNORE = -100
