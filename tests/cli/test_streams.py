@@ -19,6 +19,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "PYTHONPATH": str(Path(tolaria.__file__).parents[1]),
     }
+    environment.pop("PYTHONUNBUFFERED", None)  # with it argparse swallows the error
     command = command.replace("tolaria ", f"'{sys.executable}' -m tolaria ")
     return subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
