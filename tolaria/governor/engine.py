@@ -253,7 +253,7 @@ class Engine(ABC):
 
     def tell_left_out(self) -> None:
         """Warn of live tensors that a restore has left alone, unless an error has named them before."""
-        if new := self.slots.untold():
+        if self.slots.left_out and (new := self.slots.untold(self.tracked.tensors())):
             warnings.warn(
                 "governor: a rollback leaves alone what no capture can hold: "
                 + "; ".join(f"{name}: {why}" for name, why in new.items()),

@@ -131,14 +131,15 @@ class HostState:
         held = {id(p) for o in tracked.optimizers for group in o.param_groups for p in group["params"]}
         moved: set[int] = set()
         for module, name, parameter in self.parameters:
-            current = module._parameters.get(name, parameter)
+            has_place = name in module._parameters  # a ScriptModule's mapping has no get()
+            current = module._parameters[name] if has_place else parameter
             if id(parameter) not in held or (id(current) in held and current is not parameter):
                 continue
             if current is not None and id(parameter) not in moved:  # of tied ones the first was restored
                 moved.add(id(parameter))
                 if current is not parameter:
                     parameter.data = current.data
-            if name in module._parameters:
+            if has_place:
                 module._parameters[name] = parameter
 
     def _load_scaler(self, scaler: torch.amp.GradScaler | None) -> None:

@@ -113,9 +113,9 @@ class Slots:
         self._told |= self.left_out.keys()
         _refuse(self.left_out)
 
-    def untold(self) -> dict[str, str]:
-        """Those of :attr:`left_out` that neither an error nor this method has named before."""
-        new = {name: why for name, why in self.left_out.items() if name not in self._told}
+    def untold(self, tensors: Sequence[TrackedTensor]) -> dict[str, str]:
+        """Those of ``tensors`` that cannot be covered and that nobody has named before, and why."""
+        new = {name: why for name, why in _views(tensors)[1].items() if name not in self._told}
         self._told |= new.keys()
         return new
 

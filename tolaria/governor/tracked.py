@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -289,11 +289,27 @@ class TrackedState:
             if found is None:  # it left the model, and its tensors with it
                 return
             module = found
-        live = module._parameters if leaf in module._parameters else module._buffers
-        tensor = live.get(leaf)
-        if tensor is not None:
-            tensor.data = value
-        elif leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value)
-        elif leaf in module._buffers:
-            module._buffers[leaf] = value
+        for live, kind in ((module._parameters, nn.Parameter), (module._buffers, Tensor.detach)):
+            if leaf in live:
+                _put(live, leaf, value, kind)
+                return
+
+
+def _put(live: dict[str, Any], leaf: str, value: Tensor, kind: Callable[[Tensor], Tensor]) -> None:
+    """Make ``value`` the tensor at ``leaf``: in the object that is there, if it can hold it."""
+    tensor = live[leaf]
+    if tensor is None or not become(tensor, value):
+        live[leaf] = kind(value)
+
+
+def become(tensor: Tensor, value: Tensor) -> bool:
+    """Give the object ``tensor`` the memory and form of ``value``; whether that could be done."""
+    try:
+        tensor.data = value
+    except RuntimeError:  # it has become another kind of tensor: sparse, a wrapper
+        try:
+            plain = nn.Parameter(value, value.requires_grad) if isinstance(tensor, nn.Parameter) else value
+            torch.utils.swap_tensors(tensor, plain)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return False
+    return tensor.data_ptr() == value.data_ptr()

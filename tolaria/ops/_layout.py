@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -72,11 +73,7 @@ def _check_has_bytes(tensor: Tensor) -> None:
         raise _refusal(f"a quantized one ({tensor.dtype})")
     if tensor.numel() == 0:
         return
-    try:
-        # Mutable access: it also gives a lazy clone (copy on write) memory of its own, which may be written.
-        address, held = tensor.data_ptr(), tensor.untyped_storage().nbytes()
-    except RuntimeError:  # torch's word for a tensor that only stands for others
-        address, held = 0, 1
+    address, held = _memory_of(tensor)
     if (address == 0 and held) or torch._is_functional_tensor(tensor):
         kind = "ZeroTensor" if tensor._is_zerotensor() else type(tensor).__name__
         raise _refusal(f"a {kind} on {tensor.device} that has none")
@@ -87,6 +84,19 @@ def _check_has_bytes(tensor: Tensor) -> None:
             f"expected a storage of at least {needed} bytes for shape {tuple(tensor.shape)}, got {held}: it "
             "was shrunk by untyped_storage().resize_(); give it its size back, or assign a new tensor"
         )
+
+
+def _memory_of(tensor: Tensor) -> tuple[int, int]:
+    """Address of the first element, and bytes of the storage; ``(0, 1)`` if it only stands for others."""
+    try:
+        # Mutable access: it also gives a lazy clone (copy on write) memory of its own, which may be written.
+        if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+            return tensor.data_ptr(), tensor.untyped_storage().nbytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fake tensor warns of the question
+            return tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    except RuntimeError:
+        return 0, 1
 
 
 def _without_overlap(view: Tensor) -> Tensor:

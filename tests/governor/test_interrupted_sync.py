@@ -1,0 +1,142 @@
+"""A structure change interrupted at any line: slots and table are the old ones or the new ones, whole."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tolaria.errors import SnapshotError
+from tolaria.governor import GovernorConfig, TolariaGovernor
+from tolaria.governor import slots as slots_module
+
+FILES = ("slots", "place", "arena", "engine", "watch")
+LAYING_OUT = (*(f"governor/{name}.py" for name in FILES), "ops/snapshot.py", "ops/_layout.py")
+PUBLISHING = {"sync", "adopt", "sync_structure", "mark", "mark_captured"}
+"""Where the marks are set: interrupted at every bytecode, elsewhere at every line."""
+
+
+class Trace:
+    """Passes through what lays the slots out, and raises at one place of it, if told to.
+
+    A place is a line, or a bytecode where marks are set, when it is reached for the first time.
+    """
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.places: dict[tuple[CodeType, int], None] = {}
+        self.happened = False
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        if not code.co_filename.endswith(LAYING_OUT):
+            return None
+        in_detail = frame.f_trace_opcodes = code.co_name in PUBLISHING
+        if event == ("opcode" if in_detail else "line") and not self.happened:
+            place = code, frame.f_lasti if in_detail else frame.f_lineno
+            is_new = place not in self.places
+            self.places[place] = None
+            if is_new and len(self.places) - 1 == self.at:
+                self.happened = True
+                raise KeyboardInterrupt
+        return self
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
+class Run:
+    """A governed model whose weights were captured, and then changed in every way."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        config = GovernorConfig(snapshot_interval=1000, probation=1)
+        self.governor = TolariaGovernor(self.model, self.optimizer, config=config)
+        self.kept = self.values()
+        self.old = self.model[0].weight.data
+        self.model[0].weight.data = torch.full((4, 4), 2.0)
+        self.model.append(nn.Linear(3, 3))
+        self.model[1].running_mean = torch.full((4,), 3.0)
+        self.model[1].register_buffer("view", self.model[1].running_var[1:])
+
+    def values(self) -> list[Tensor]:
+        first, norm = self.model[0], self.model[1]
+        return [t.detach().clone() for t in (first.weight, first.bias, norm.running_mean, norm.running_var)]
+
+    def revert(self) -> None:
+        """Undo what changed since the attach, and put other bytes where the layout may have been."""
+        self.model[0].weight.data = self.old
+        del self.model[2]
+        del self.model[1].view
+
+    def check_table(self) -> None:
+        """The rows are those of the entries, which keep alive what the rows point to."""
+        table = self.governor._engine.slots.table
+        assert torch.equal(table.prepare(table.entries).matrix, table.data)
+
+    def check_rollback(self) -> None:
+        strangers = [torch.zeros(4, 4) for _ in range(16)]
+        with torch.no_grad():
+            for tensor in (self.model[0].bias, self.model[1].running_var):
+                tensor.fill_(7.0)
+        self.governor.execute_rollback()
+        for live, kept in zip(self.values(), self.kept, strict=True):
+            assert torch.equal(live, kept)
+        assert not any(bool(stranger.any()) for stranger in strangers)
+        self.check_table()
+        self.governor.snapshot()
+        self.governor.step(1.0)
+        self.governor.execute_rollback()
+        assert all(torch.equal(a, b) for a, b in zip(self.values(), self.kept, strict=True))
+
+
+@pytest.mark.parametrize("then", ["goes_on", "reverts"])
+def test_interrupted_at_any_line(then: str) -> None:
+    run, whole = Run(), Trace()
+    with whole.on():
+        run.governor.notify_structure_changed()
+    assert len(whole.places) > 200, "the trace sees less than it did: have the files moved?"
+    for at, (code, _) in enumerate(whole.places):
+        if then == "reverts" and code.co_name not in PUBLISHING:
+            continue
+        run, trace = Run(), Trace(at)
+        with trace.on(), pytest.raises(KeyboardInterrupt):
+            run.governor.notify_structure_changed()
+        run.check_table()
+        if then == "reverts":
+            run.revert()
+        run.check_rollback()
+
+
+def test_no_memory_at_any_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = slots_module.allocate
+    for allowed in (0, 1):
+        run, calls = Run(), 0
+
+        def limited(*arguments: Any, most: int = allowed) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls > most:
+                raise SnapshotError("no memory left")
+            return real(*arguments)
+
+        monkeypatch.setattr(slots_module, "allocate", limited)
+        with pytest.raises(SnapshotError, match="no memory left"):
+            run.governor.notify_structure_changed()
+        run.check_table()
+        monkeypatch.setattr(slots_module, "allocate", real)
+        run.check_rollback()
