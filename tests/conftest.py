@@ -18,11 +18,16 @@ from tolaria import _extension
 
 REQUIRE_CUDA = os.environ.get("TOLARIA_REQUIRE_CUDA", "0") == "1"
 
-settings.register_profile("tolaria", deadline=None, derandomize="CI" in os.environ, print_blob=True)
-settings.load_profile("tolaria")
-
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Have hypothesis draw the same examples every time in CI, unless a seed is given."""
+    is_fixed = "CI" in os.environ and config.getoption("--hypothesis-seed", None) is None
+    settings.register_profile("tolaria", deadline=None, derandomize=is_fixed, print_blob=True)
+    settings.load_profile("tolaria")
+    _refuse_a_tree_without_extension(config)
+
+
+def _refuse_a_tree_without_extension(config: pytest.Config) -> None:
     """Refuse to test a source tree without an extension where a built tolaria is installed beside it."""
     here = Path(tolaria.__file__).resolve().parent
     if _extension.LOADED or here.parent != config.rootpath.resolve():
