@@ -5,6 +5,7 @@ The reader is ``tolaria/_extension.py``; the keys are those of its ``BuildInfo``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -39,6 +40,14 @@ def git_revision(root: Path) -> str | None:
     if commit is None or top is None or Path(top).resolve() != root.resolve():
         return None
     return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def source_digest(csrc: Path) -> str:
+    """A digest of all sources of the extension, by which a source tree knows one that is its own."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def write(folder: Path, info: Info) -> None:

@@ -4,11 +4,17 @@ The build info is compared before the extension is opened, because a build for a
 undefined symbol at best. Whatever goes wrong becomes one sentence in :data:`LOAD_ERROR`, which ends with the
 remedy; nothing is raised here, so that the reference and ``tolaria doctor`` work without an extension. One
 built in place that is older than its sources is loaded with a warning.
+
+A source tree without an extension hides an installed tolaria where it is the current folder (``python -m``, a
+prompt, a notebook). It then takes the installed extension, if that was built from the very same sources.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.machinery
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -76,6 +82,8 @@ class BuildInfo:
     """Our flags for the C++ compiler."""
     nvcc_flags: tuple[str, ...] = ()
     """Our flags for nvcc."""
+    sources: str | None = None
+    """The digest of ``csrc``; see :func:`source_digest`."""
 
 
 def read_build_info(folder: Path) -> BuildInfo | None:
@@ -89,9 +97,22 @@ def read_build_info(folder: Path) -> BuildInfo | None:
         return None
 
 
+def source_digest(csrc: Path) -> str:
+    """A digest of all sources of the extension; that of ``build_tools/build_info.py`` is the same."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def is_checkout(folder: Path) -> bool:
+    """Whether a package folder is that of a source tree, where an extension can be built in place."""
+    return (folder.parent / "setup.py").is_file() and (folder.parent / "csrc").is_dir()
+
+
 def rebuild_command(folder: Path) -> str:
     """How to build the extension anew: in place in a checkout, else by a new installation."""
-    if (folder.parent / "setup.py").is_file() and (folder.parent / "csrc").is_dir():
+    if is_checkout(folder):
         return "`python setup.py build_ext --inplace`"
     return "`pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of tolaria"
 
@@ -174,22 +195,62 @@ def _check(folder: Path, info: BuildInfo | None, present: bool) -> TolariaError 
     return BuildMismatchError(f"{NAME}: {difference}; {remedy}") if difference else None
 
 
-def _load() -> tuple[BuildInfo | None, TolariaError | None]:
-    """Load the extension if it fits; the build info found, and what went wrong."""
-    info = read_build_info(FOLDER)
-    error = _check(FOLDER, info, importlib.util.find_spec(NAME) is not None)
+def _installed() -> Path | None:
+    """The folder of an installed tolaria with an extension, other than this package."""
+    for distribution in importlib.metadata.distributions(name="tolaria"):
+        folder = Path(str(distribution.locate_file("tolaria"))).resolve()
+        if folder != FOLDER and any(folder.glob("_C.*")):
+            return folder
+    return None
+
+
+def _choose() -> tuple[Path, TolariaError | None]:
+    """The folder to take the extension from, or what stands against taking the installed one."""
+    here = importlib.machinery.PathFinder.find_spec(NAME, [str(FOLDER)])
+    installed = _installed() if here is None and is_checkout(FOLDER) else None
+    if installed is None:
+        return FOLDER, None
+    info = read_build_info(installed)
+    if info is not None and info.sources == source_digest(FOLDER.parent / "csrc"):
+        return installed, None
+    return FOLDER, ExtensionMissingError(
+        f"{NAME}: the source tree {FOLDER.parent} has no extension and hides the tolaria installed in "
+        f"{installed.parent}, whose extension was built from other sources; run {rebuild_command(FOLDER)}, "
+        "or start Python in another folder"
+    )
+
+
+def _import(folder: Path) -> None:
+    """Import the extension from a folder, which need not be that of the package."""
+    if folder == FOLDER:
+        importlib.import_module(NAME)
+        return
+    spec = importlib.machinery.PathFinder.find_spec(NAME, [str(folder)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"there is no extension in {folder}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[NAME] = module
+
+
+def _load() -> tuple[BuildInfo | None, Path, TolariaError | None]:
+    """Load the extension if it fits; the build info found, the folder it is from, and what went wrong."""
+    folder, error = _choose()
+    info = read_build_info(folder)
+    present = importlib.machinery.PathFinder.find_spec(NAME, [str(folder)]) is not None
+    error = error or _check(folder, info, present)
     if error is None:
         try:
-            importlib.import_module(NAME)
+            _import(folder)
         except ImportError as failure:
             reason = str(failure).strip().split("\n")[0]
-            error = BuildMismatchError(f"{NAME}: cannot be loaded ({reason}); run {rebuild_command(FOLDER)}")
+            error = BuildMismatchError(f"{NAME}: cannot be loaded ({reason}); run {rebuild_command(folder)}")
         else:
             error = _older(OPS, CALLS)
             outdated = outdated_sentence(FOLDER)
             if error is None and outdated is not None:
                 warnings.warn(f"{NAME}: {outdated}", RuntimeWarning, stacklevel=1)
-    return info, error
+    return info, folder, error
 
 
 def _older(ops: Iterable[str], calls: Iterable[str] = ()) -> TolariaError | None:
@@ -209,9 +270,11 @@ def _not_loaded(*_: object) -> NoReturn:
 
 INFO: BuildInfo | None
 """What the extension was built of and for; None without any record of a build."""
+PLACE: Path
+"""The folder with the extension: :data:`FOLDER`, or that of the installed tolaria, which this tree hides."""
 LOAD_ERROR: TolariaError | None
 """Why the extension could not be loaded, with the remedy; None when it is loaded."""
-INFO, LOAD_ERROR = _load()
+INFO, PLACE, LOAD_ERROR = _load()
 
 LOADED: bool = LOAD_ERROR is None
 """True when the extension is loaded and its ops are registered."""

@@ -126,6 +126,11 @@ def _advice(info: BuildInfo | None, missing: dict[str, tuple[str, ...]]) -> tupl
     rebuild = _extension.rebuild_command(_extension.FOLDER)
     if isinstance(_extension.LOAD_ERROR, ExtensionMissingError):
         advice.append(f"every op runs in pure PyTorch: {_extension.LOAD_ERROR}")
+    if _extension.LOADED and _extension.PLACE != _extension.FOLDER:
+        advice.append(
+            f"this is the source tree {_extension.FOLDER.parent} with the extension installed in "
+            f"{_extension.PLACE}; both are of the same csrc"
+        )
     if torch.version.cuda and _extension.LOADED and not _extension.CUDA:
         why = info.reason if info else "no build info"
         advice.append(
