@@ -105,7 +105,7 @@ def extension_options() -> dict[str, object]:
         toolkit=".".join(map(str, toolkit.version)) if toolkit else None,
         archs=archs,
         compiler=compiler.describe(cxx),
-        sources=build_info.source_digest(ROOT / "csrc"),
+        sources=build_info.source_digest(ROOT),
         cxx_flags=CXX_FLAGS + openmp,
         nvcc_flags=cuda_home.NVCC_FLAGS if toolkit else [],
     )

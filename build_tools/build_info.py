@@ -5,8 +5,8 @@ The reader is ``tolaria/_extension.py``; the keys are those of its ``BuildInfo``
 
 from __future__ import annotations
 
-import hashlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,12 +42,10 @@ def git_revision(root: Path) -> str | None:
     return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def source_digest(csrc: Path) -> str:
-    """A digest of all sources of the extension, by which a source tree knows one that is its own."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
-        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+def source_digest(root: Path) -> str:
+    """The digest of ``csrc``, as the package computes it."""
+    run = runpy.run_path(str(root / "tolaria" / "_sources.py"))
+    return str(run["source_digest"](root / "csrc"))
 
 
 def write(folder: Path, info: Info) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"errors", "_optional"}
+BASE = {"errors", "_optional", "_sources"}
 BACKEND = {"_extension", "_backend", *BASE}
 ALLOWED = {
     "errors": set(),

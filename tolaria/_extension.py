@@ -11,7 +11,6 @@ prompt, a notebook). It then takes the installed extension, if that was built fr
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -27,6 +26,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from tolaria._sources import source_digest
 from tolaria.errors import BuildMismatchError, ExtensionMissingError, TolariaError
 
 FOLDER = Path(__file__).resolve().parent
@@ -83,7 +83,7 @@ class BuildInfo:
     nvcc_flags: tuple[str, ...] = ()
     """Our flags for nvcc."""
     sources: str | None = None
-    """The digest of ``csrc``; see :func:`source_digest`."""
+    """The digest of ``csrc``; see :func:`tolaria._sources.source_digest`."""
 
 
 def read_build_info(folder: Path) -> BuildInfo | None:
@@ -95,14 +95,6 @@ def read_build_info(folder: Path) -> BuildInfo | None:
         return BuildInfo(**{name: record[name] for name in known} | lists)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-
-
-def source_digest(csrc: Path) -> str:
-    """A digest of all sources of the extension; that of ``build_tools/build_info.py`` is the same."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
-        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def is_checkout(folder: Path) -> bool:

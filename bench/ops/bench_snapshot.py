@@ -68,7 +68,7 @@ class Copies:
 
 def allocations(function):
     """How often torch took memory for tensors of 4 KiB or more during one call."""
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         function()
     events = profile.profiler.kineto_results.events()
     return sum(e.name() == "[memory]" and e.nbytes() >= 4096 for e in events)

@@ -13,6 +13,7 @@ import build_info
 import pytest
 
 from tolaria import _extension
+from tolaria._sources import source_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -21,6 +22,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, tolaria
     from tolaria import _extension
+from tolaria._sources import source_digest
     out = tolaria.ops.blend(torch.zeros(3), torch.ones(3), torch.tensor(0.5))
 print(json.dumps({
     "tree": str(_extension.FOLDER), "place": str(_extension.PLACE), "loaded": _extension.LOADED,
@@ -50,7 +52,7 @@ def site(tmp_path):
     for path in [*_extension.PLACE.glob("_C.*"), _extension.PLACE / "_build_info.json"]:
         shutil.copy(path, folder / "tolaria")
     info = json.loads((folder / "tolaria" / "_build_info.json").read_text())
-    info["sources"] = build_info.source_digest(ROOT / "csrc")
+    info["sources"] = build_info.source_digest(ROOT)
     (folder / "tolaria" / "_build_info.json").write_text(json.dumps(info))
     facts = folder / "tolaria-0.1.0.dist-info"
     facts.mkdir()
@@ -94,9 +96,12 @@ def test_elsewhere_the_installed_package_is_found_alone(tmp_path, site):
     assert found["loaded"]
 
 
-def test_both_digests_of_the_sources_are_the_same(tmp_path):
-    assert build_info.source_digest(ROOT / "csrc") == _extension.source_digest(ROOT / "csrc")
-    (tmp_path / "a.h").write_text("x")
-    first = _extension.source_digest(tmp_path)
-    (tmp_path / "a.h").rename(tmp_path / "b.h")
-    assert _extension.source_digest(tmp_path) != first
+def test_digest_knows_names_and_contents(tmp_path):
+    assert build_info.source_digest(ROOT) == source_digest(ROOT / "csrc")
+    seen = set()
+    for name, text in ("a.h", "x"), ("b.h", "x"), ("a.h", "y"), ("a/b.h", "x"):
+        folder = tmp_path / str(len(seen))
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+        seen.add(source_digest(folder))
+    assert len(seen) == 4
