@@ -19,6 +19,8 @@ int64_t release_idle_outputs();
 
 // Bytes of the last cache before memory that one core sees, found once.
 int64_t last_level_cache();
+// Sets it instead, so that small tensors take the way of large ones in a test; returns the former.
+int64_t assume_last_level_cache(int64_t bytes);
 
 // blend: host and seed of the backward are only needed for grad_alpha; a gradient not asked for is undefined.
 at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha);

@@ -78,6 +78,12 @@ PyObject* judge(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // last_level_cache() -> bytes
 PyObject* tell_last_level_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(last_level_cache()); }
 
+// assume_last_level_cache(bytes) -> bytes
+PyObject* set_last_level_cache(PyObject*, PyObject* bytes) {
+  const int64_t size = PyLong_AsLongLong(bytes);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(assume_last_level_cache(size));
+}
+
 }  // namespace
 }  // namespace tolaria
 
@@ -85,6 +91,7 @@ extern "C" PyObject* PyInit__C() {
   static PyMethodDef methods[] = {
       {"judge", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&tolaria::judge)), METH_FASTCALL, nullptr},
       {"last_level_cache", &tolaria::tell_last_level_cache, METH_NOARGS, nullptr},
+      {"assume_last_level_cache", &tolaria::set_last_level_cache, METH_O, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);

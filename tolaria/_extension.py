@@ -52,7 +52,7 @@ OPS = (
 )
 """What an extension of these sources registers; one that lacks an op was built from older ones."""
 
-CALLS = ("judge", "last_level_cache")
+CALLS = ("assume_last_level_cache", "judge", "last_level_cache")
 """What its module itself offers, beside torch's dispatcher."""
 
 
@@ -277,3 +277,7 @@ judge: Callable[..., bool] = sys.modules[NAME].judge if LOADED else _not_loaded
 """What :func:`tolaria.ops.governor.judge_` calls; see csrc/python.cpp."""
 last_level_cache: Callable[[], int] = sys.modules[NAME].last_level_cache if LOADED else _not_loaded
 """Bytes of the last cache before memory; CPU ops that move more than half of it write past the caches."""
+assume_last_level_cache: Callable[[int], int] = (
+    sys.modules[NAME].assume_last_level_cache if LOADED else _not_loaded
+)
+"""For tests: sets what :data:`last_level_cache` says, returns the former; 0 makes every pass a large one."""

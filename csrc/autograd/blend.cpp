@@ -64,6 +64,7 @@ struct BlendFunction : torch::autograd::Function<BlendFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return {{}, {}, {}};
+    if (grads[0].layout() != at::kStrided) return backward(ctx, {grads[0].to_dense()});
     const variable_list saved = ctx->get_saved_variables();
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     std::optional<at::Tensor> host, seed;
@@ -90,6 +91,7 @@ struct SeedGateFunction : torch::autograd::Function<SeedGateFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined() || !ctx->needs_input_grad(0)) return {{}, {}};
+    if (grads[0].layout() != at::kStrided) return backward(ctx, {grads[0].to_dense()});
     if (is_ours_alone(grads[0])) {
       at::Tensor grad = grads[0];
       call_seed_gate_backward_(grad, ctx->get_saved_variables()[0]);
@@ -113,21 +115,22 @@ struct SeedGateBackwardFunction : torch::autograd::Function<SeedGateBackwardFunc
   }
 };
 
-// blend_backward in differentiable steps. What a selection leaves out is also masked before the products, so that a NaN
-// there reaches no second derivative either.
+// blend_backward in differentiable steps. What a selection leaves out, an infinite alpha too, is also masked before the
+// products, so that no 0 * inf and no NaN from there reaches a first or second derivative.
 TensorTriple differentiable_blend_backward(const at::Tensor& grad, const std::optional<at::Tensor>& host,
                                            const std::optional<at::Tensor>& seed, const at::Tensor& alpha,
                                            at::ScalarType seed_dtype, std::array<bool, 3> output_mask) {
   const auto type = acc_type_of(grad.scalar_type(), seed_dtype);
   const at::Tensor g = grad.to(type), a = alpha.to(type);
   const at::Tensor is_host = a <= 0, is_seed = a >= 1, is_live = (a >= 0).logical_and(a <= 1);
-  const at::Tensor between = at::where(is_host.logical_or(is_seed), 0, g);
+  const at::Tensor is_end = is_host.logical_or(is_seed);
+  const at::Tensor between = at::where(is_end, 0, g), weight = at::where(is_end, 0, a);
   at::Tensor grad_host, grad_seed, grad_alpha;
   if (output_mask[0]) {
-    grad_host = at::where(is_host, g, between * (1 - a)).to(grad.scalar_type());
+    grad_host = at::where(is_host, g, between * (1 - weight)).to(grad.scalar_type());
   }
   if (output_mask[1]) {
-    grad_seed = at::where(is_seed, g, between * a).to(seed_dtype);
+    grad_seed = at::where(is_seed, g, between * weight).to(seed_dtype);
   }
   if (output_mask[2]) {
     const at::Tensor step = at::where(is_live, seed->to(type), 0) - at::where(is_live, host->to(type), 0);

@@ -1,6 +1,7 @@
 // Argument checks, shared by the CPU and CUDA wrappers; tolaria/reference/_checks.py says the same words in Python.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
@@ -18,11 +19,25 @@ inline bool is_supported_float(at::ScalarType type) {
 // A string of its own: before torch 2.13 the names are returned by value, and a view of them would dangle.
 inline std::string dtype_name(at::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
 
+// A storage may have been shrunk under its tensor (untyped_storage().resize_), which torch lets one read beyond its end.
+inline bool has_memory(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  const auto bytes = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(),
+                                                      tensor.storage_offset());
+  return tensor.has_storage() && tensor.storage().nbytes() >= bytes;
+}
+
+inline void check_memory(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(has_memory(tensor), "tolaria.", op, ": ", name, ": expected memory for its ", tensor.numel(),
+                    " elements, got a storage that was resized to less");
+}
+
 inline void check_floating(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "tolaria.", op, ": ", name, ": expected a strided tensor, got ",
                    tensor.layout());
   TORCH_CHECK_TYPE(is_supported_float(tensor.scalar_type()), "tolaria.", op, ": ", name,
                    ": expected dtype float32, float64, float16 or bfloat16, got ", dtype_name(tensor.scalar_type()));
+  check_memory(op, name, tensor);
 }
 
 inline void check_same_device(const char* op, const char* name, const at::Tensor& tensor, const char* owner,

@@ -24,6 +24,7 @@ inline void check_metrics(const at::Tensor& acc, const at::Tensor& logits, const
                     at::IntArrayRef(expected), " for logits of shape ", logits.sizes(),
                     " (classes along dimension ", class_dim, "), got ", labels.sizes());
   check_same_device(op, "labels", labels, "logits", logits);
+  check_memory(op, "labels", labels);
   TORCH_CHECK_TYPE(acc.scalar_type() == at::kDouble, "tolaria.", op, ": acc: expected dtype float64, got ",
                    dtype_name(acc.scalar_type()));
   const int64_t fields = math::kMetricsFields;
@@ -31,6 +32,7 @@ inline void check_metrics(const at::Tensor& acc, const at::Tensor& logits, const
                     "tolaria.", op, ": acc: expected a contiguous vector of ", fields, " or, with per-class counts, ",
                     fields + 2 * classes, " values for ", classes, " classes, got shape ", acc.sizes());
   check_same_device(op, "acc", acc, "logits", logits);
+  check_memory(op, "acc", acc);
   TORCH_CHECK_VALUE(topk >= 1, "tolaria.", op, ": topk: expected at least 1, got ", topk);
 }
 

@@ -34,6 +34,9 @@ void for_each_checked(const OptionalTensorList& tensors, const Body& body) {
     TORCH_CHECK_VALUE(tensor->device() == first.device(), "tolaria.tensor_stats: tensors[", i, "]: expected tensors[",
                       first_index, "]'s device ", first.device(), ", got ", tensor->device(),
                       "; call it once for each device");
+    if (tensor->_is_zerotensor()) continue;  // zeros without memory; torch makes them real in lists of tensors, not here
+    TORCH_CHECK_VALUE(has_memory(*tensor), "tolaria.tensor_stats: tensors[", i, "]: expected memory for its ",
+                      tensor->numel(), " elements, got a storage that was resized to less");
     body(i, *tensor);
   }
 }

@@ -1,4 +1,5 @@
 // How much the last cache before memory holds, as the system tells.
+#include <atomic>
 #include <cstdint>
 #include <fstream>
 #include <string>
@@ -30,11 +31,15 @@ int64_t find_last_level_cache() {
   return kCommon;
 }
 
+std::atomic<int64_t>& size() {
+  static std::atomic<int64_t> value = find_last_level_cache();
+  return value;
+}
+
 }  // namespace
 
-int64_t last_level_cache() {
-  static const int64_t size = find_last_level_cache();
-  return size;
-}
+int64_t last_level_cache() { return size().load(std::memory_order_relaxed); }
+
+int64_t assume_last_level_cache(int64_t bytes) { return size().exchange(bytes); }
 
 }  // namespace tolaria

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "common/fresh.h"
@@ -15,6 +17,10 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#define TOLARIA_HAS_FORK 1
+#include <pthread.h>
 #include <unistd.h>
 #endif
 
@@ -27,12 +33,21 @@ constexpr size_t kIdleBytes = size_t(512) << 20;
 constexpr size_t kMemoryShare = 8;   // and then at most this part of the machine's memory
 constexpr uint64_t kPatience = 256;  // allocations that an idle block waits for one that it fits
 
+// The address of a block's bytes is all that a tensor's storage knows of it, as with torch's own allocator: a lazy copy asks
+// for that. What the pool knows lies before them, on a page of its own: an offset of less would put the output's lines
+// beside other lines of the inputs' than fresh memory does.
+constexpr size_t kHeader = 4096;
+
 struct Block {
   c10::DataPtr memory;
   size_t bytes;
   uint64_t idle_since = 0;
+
+  char* data() const { return static_cast<char*>(memory.get()) + kHeader; }
 };
 using Blocks = std::vector<std::unique_ptr<Block>>;
+
+Block*& block_before(void* data) { return *reinterpret_cast<Block**>(static_cast<char*>(data) - kHeader); }
 
 // Asks for large pages behind memory that nobody has written yet: the system then hands out 2 MiB at a fault rather than
 // 4 KiB. Whole large pages inside the block alone, so that no byte more is taken. A wish: refused, nothing is lost.
@@ -54,22 +69,24 @@ size_t machine_memory() {
   return 0;
 }
 
-// Nobody waits for anybody: who finds the pool in use goes to torch's allocator. So a process forked at a bad moment, whose
-// copy of the lock stays shut, works on without a pool.
+// Nobody waits for anybody: who finds the pool in use goes to torch's allocator.
 class OutputPool final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     std::unique_ptr<Block> block = take(bytes);
     if (block == nullptr) {
-      block = std::make_unique<Block>(Block{c10::GetCPUAllocator()->allocate(bytes), bytes});
-      ask_for_large_pages(block->memory.get(), bytes);
+      block = std::make_unique<Block>(Block{fresh(kHeader + bytes), bytes});
+      ask_for_large_pages(block->data(), bytes);
     }
     const size_t used = used_ += block->bytes;
     for (size_t peak = peak_; used > peak && !peak_.compare_exchange_weak(peak, used);) {
     }
-    void* data = block->memory.get();
-    return {data, block.release(), &give_back, c10::Device(c10::kCPU)};
+    void* data = block->data();
+    block_before(data) = block.release();
+    return {data, data, &give_back, c10::Device(c10::kCPU)};
   }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
 
   void copy_data(void* target, const void* source, size_t bytes) const override {
     default_copy_data(target, source, bytes);
@@ -85,8 +102,28 @@ class OutputPool final : public c10::Allocator {
     return static_cast<int64_t>(std::exchange(idle_bytes_, 0));
   }
 
+#ifdef TOLARIA_HAS_FORK
+  // A fork waits for whoever is at the pool, so that the child finds it whole and open.
+  void stay_open_across_forks() {
+    (void)pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                         [] { instance().mutex_.unlock(); });
+  }
+#endif
+
+  static OutputPool& instance();
+
  private:
-  static void give_back(void* block);
+  static void give_back(void* data);
+
+  // New memory; where there is none, what lies idle goes back to the system first.
+  c10::DataPtr fresh(size_t bytes) {
+    try {
+      return c10::GetCPUAllocator()->allocate(bytes);
+    } catch (const c10::Error&) {
+      if (release() == 0) throw;
+    }
+    return c10::GetCPUAllocator()->allocate(bytes);
+  }
 
   // The block given back last that is large enough and at most an eighth too large: it is likely still in the caches.
   std::unique_ptr<Block> take(size_t bytes) {
@@ -103,15 +140,18 @@ class OutputPool final : public c10::Allocator {
     return found;
   }
 
-  void put(std::unique_ptr<Block> block) {
-    const size_t used = used_ -= block->bytes;
+  void put(std::unique_ptr<Block> block) noexcept {
+    const size_t bytes = block->bytes, used = used_ -= bytes;
     Blocks freed;
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return;
     block->idle_since = clock_;
-    idle_bytes_ += block->bytes;
-    idle_.push_back(std::move(block));
-    trim(freed, used);
+    try {
+      idle_.push_back(std::move(block));
+      idle_bytes_ += bytes;
+      trim(freed, used);
+    } catch (const std::bad_alloc&) {  // no room for the lists themselves: the block at hand is freed
+    }
   }
 
   // How much may lie idle beside what is in use: with it no more than was in use at once at the peak.
@@ -138,19 +178,26 @@ class OutputPool final : public c10::Allocator {
   uint64_t clock_ = 0;
 };
 
-OutputPool& pool() {
-  static auto* const instance = new OutputPool;  // never destroyed: tensors may outlive every static object
-  return *instance;
+// Never destroyed: tensors may outlive every static object.
+OutputPool& OutputPool::instance() {
+  static auto* const pool = [] {
+    auto* const made = new OutputPool;
+#ifdef TOLARIA_HAS_FORK
+    made->stay_open_across_forks();
+#endif
+    return made;
+  }();
+  return *pool;
 }
 
-void OutputPool::give_back(void* block) { pool().put(std::unique_ptr<Block>(static_cast<Block*>(block))); }
+void OutputPool::give_back(void* data) { instance().put(std::unique_ptr<Block>(block_before(data))); }
 
 }  // namespace
 
-c10::Allocator* output_pool() { return &pool(); }
+c10::Allocator* output_pool() { return &OutputPool::instance(); }
 
 bool is_pooled(const c10::DataPtr& memory) { return OutputPool::owns(memory); }
 
-int64_t release_idle_outputs() { return pool().release(); }
+int64_t release_idle_outputs() { return OutputPool::instance().release(); }
 
 }  // namespace tolaria

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import _is_non_overlapping_and_dense_or_false
 
-from tolaria.reference import _checks, stats
+from tolaria.reference import _checks, blend, stats
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -29,8 +29,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 @_fake("blend")
 def _blend(host: Tensor, seed: Tensor, alpha: Tensor) -> Tensor:
-    _checks.check_pair("blend", host, seed)
-    _checks.check_alpha("blend", alpha, "host", host)
+    blend.check_arguments(host, seed, alpha)
     return torch.empty_like(host)
 
 
@@ -70,8 +69,7 @@ def _blend_backward_inplace(
 
 @_fake("seed_gate")
 def _seed_gate(features: Tensor, alpha: Tensor) -> Tensor:
-    _checks.check_floating("seed_gate", "features", features)
-    _checks.check_alpha("seed_gate", alpha, "features", features)
+    blend.check_gate_arguments(features, alpha)
     return torch.empty_like(features)
 
 

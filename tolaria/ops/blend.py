@@ -18,9 +18,10 @@ def blend(host: Tensor, seed: Tensor, alpha: Tensor) -> Tensor:
 
     The ends are selected, never multiplied, forward and backward: at ``alpha <= 0`` the result is the host's
     bits and the seed's gradient is exactly 0, at ``alpha >= 1`` the other way round, whatever the unused
-    side or the incoming gradient holds. A NaN alpha gives NaN, to be seen. The arithmetic is float64 if host
-    or seed is, else float32. The gradient of alpha is that of ``clamp``: live on the closed ``[0, 1]``,
-    summed over what alpha was broadcast over.
+    side or the incoming gradient holds; an infinite alpha is an end. A NaN alpha gives NaN, to be seen. The
+    arithmetic is float64 if host or seed is, else float32; alpha is rounded to it first, so that a float64
+    alpha of 1e-50 between float32 features is 0, an end. The gradient of alpha is that of ``clamp``: live on
+    the closed ``[0, 1]``, summed over what alpha was broadcast over.
 
     Args:
         host: features, any shape; float32, float64, float16 or bfloat16. Its memory format is kept.
@@ -38,7 +39,11 @@ def blend(host: Tensor, seed: Tensor, alpha: Tensor) -> Tensor:
     if not (isinstance(host, Tensor) and isinstance(seed, Tensor) and isinstance(alpha, Tensor)):
         _checks.check_tensors("blend", host=host, seed=seed, alpha=alpha)
     if _backend.fused(host):
-        result: Tensor = torch.ops.tolaria.blend.default(host, seed, alpha)
+        try:
+            result: Tensor = torch.ops.tolaria.blend.default(host, seed, alpha)
+        except NotImplementedError:
+            reference.check_arguments(host, seed, alpha)  # names the one that no kernel is for
+            raise
         return result
     return reference.blend(host, seed, alpha)
 
@@ -63,6 +68,10 @@ def seed_gate(features: Tensor, alpha: Tensor) -> Tensor:
     if not (isinstance(features, Tensor) and isinstance(alpha, Tensor)):
         _checks.check_tensors("seed_gate", features=features, alpha=alpha)
     if _backend.fused(features):
-        result: Tensor = torch.ops.tolaria.seed_gate.default(features, alpha)
+        try:
+            result: Tensor = torch.ops.tolaria.seed_gate.default(features, alpha)
+        except NotImplementedError:
+            reference.check_gate_arguments(features, alpha)
+            raise
         return result
     return reference.seed_gate(features, alpha)

@@ -43,7 +43,11 @@ def classification_metrics_(
     if not (isinstance(acc, Tensor) and isinstance(logits, Tensor) and isinstance(labels, Tensor)):
         _checks.check_tensors("classification_metrics_", acc=acc, logits=logits, labels=labels)
     if _backend.fused(logits):
-        torch.ops.tolaria.classification_metrics_.default(acc, logits, labels, ignore_index, topk)
+        try:
+            torch.ops.tolaria.classification_metrics_.default(acc, logits, labels, ignore_index, topk)
+        except NotImplementedError:
+            reference.check_arguments(acc, logits, labels, topk)  # names the one that no kernel is for
+            raise
     else:
         reference.classification_metrics_(acc, logits, labels, ignore_index, topk)
 

@@ -44,7 +44,7 @@ def tensor_stats(tensors: Iterable[Tensor | None]) -> Tensor:
     if _backend.fused(first):
         try:
             result: Tensor = torch.ops.tolaria.tensor_stats.default(items)
-        except RuntimeError:
+        except RuntimeError:  # NotImplementedError among them
             reference.check_list(items)  # says which entry is no tensor, where that is the matter
             raise
         return result

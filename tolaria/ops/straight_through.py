@@ -35,6 +35,10 @@ def straight_through(host: Tensor, seed: Tensor) -> Tensor:
     if not (isinstance(host, Tensor) and isinstance(seed, Tensor)):
         _checks.check_tensors("straight_through", host=host, seed=seed)
     if _backend.fused(host):
-        result: Tensor = torch.ops.tolaria.straight_through.default(host, seed)
+        try:
+            result: Tensor = torch.ops.tolaria.straight_through.default(host, seed)
+        except NotImplementedError:
+            _checks.check_pair("straight_through", host, seed)  # names the one that no kernel is for
+            raise
         return result
     return reference.straight_through(host, seed)

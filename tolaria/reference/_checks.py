@@ -34,19 +34,62 @@ def check_tensors(op: str, **arguments: object) -> None:
             raise TypeError(f"tolaria.{op}: {name}: expected a Tensor, got {type(value).__name__}{hint}")
 
 
-def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    """The tensor must be strided and of one of the four floating dtypes.
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor's storage holds all its elements, which ``untyped_storage().resize_`` may undo.
+
+    torch reads beyond the end of one that does not. What is no plain tensor with memory (a subclass, a
+    tracer's or a functional transform's) is taken at its word.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return True
+    if tensor.numel() == 0 or tensor.is_meta or tensor._is_zerotensor():
+        return True
+    try:
+        size = tensor.untyped_storage().nbytes()
+    except NotImplementedError:
+        return True
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return size >= (tensor.storage_offset() + last + 1) * tensor.itemsize
+
+
+def check_memory(op: str, name: str, tensor: Tensor) -> None:
+    """The tensor's storage must hold all its elements.
+
+    Raises:
+        ValueError: it was resized to less.
+    """
+    if not has_memory(tensor):
+        raise ValueError(
+            f"tolaria.{op}: {name}: expected memory for its {tensor.numel()} elements, "
+            "got a storage that was resized to less"
+        )
+
+
+def check_strided(where: str, tensor: Tensor) -> None:
+    """The tensor must be an ordinary one: neither sparse nor nested nor of a library's own layout.
 
     Raises:
         TypeError: it is not.
     """
-    if tensor.layout != torch.strided:
-        raise TypeError(f"tolaria.{op}: {name}: expected a strided tensor, got {layout_name(tensor.layout)}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        got = "a nested one" if tensor.is_nested else layout_name(tensor.layout)
+        raise TypeError(f"{where}: expected a strided tensor, got {got}")
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """The tensor must be strided, of one of the four floating dtypes, and hold its elements.
+
+    Raises:
+        TypeError: it is sparse or nested, or its dtype is another.
+        ValueError: its storage was resized to less.
+    """
+    check_strided(f"tolaria.{op}: {name}", tensor)
     if tensor.dtype not in _FLOATING:
         raise TypeError(
             f"tolaria.{op}: {name}: expected dtype float32, float64, float16 or bfloat16, "
             f"got {dtype_name(tensor.dtype)}"
         )
+    check_memory(op, name, tensor)
 
 
 def check_same_device(op: str, name: str, tensor: Tensor, owner: str, other: Tensor) -> None:

@@ -40,6 +40,7 @@ def check_arguments(acc: Tensor, logits: Tensor, labels: Tensor, topk: int) -> N
     if logits.dim() < 1:
         raise ValueError(f"{_OP}: logits: expected shape (N, C), (N, C, d1, ...) or (C,), got a 0-dim tensor")
     class_dim = min(logits.dim() - 1, 1)
+    _checks.check_strided(f"{_OP}: labels", labels)
     if labels.dtype not in _INTEGERS:
         got = _checks.dtype_name(labels.dtype)
         raise TypeError(f"{_OP}: labels: expected integers (class indices), got {got}")
@@ -50,6 +51,7 @@ def check_arguments(acc: Tensor, logits: Tensor, labels: Tensor, topk: int) -> N
             f"(classes along dimension {class_dim}), got {list(labels.shape)}"
         )
     _checks.check_same_device(op, "labels", labels, "logits", logits)
+    _checks.check_memory(op, "labels", labels)
     if acc.dtype != torch.float64:
         raise TypeError(f"{_OP}: acc: expected dtype float64, got {_checks.dtype_name(acc.dtype)}")
     classes, fields = logits.shape[class_dim], len(MetricsField)
@@ -59,6 +61,7 @@ def check_arguments(acc: Tensor, logits: Tensor, labels: Tensor, topk: int) -> N
             f"{fields + 2 * classes} values for {classes} classes, got shape {list(acc.shape)}"
         )
     _checks.check_same_device(op, "acc", acc, "logits", logits)
+    _checks.check_memory(op, "acc", acc)
     if topk < 1:
         raise ValueError(f"{_OP}: topk: expected at least 1, got {topk}")
 

@@ -24,8 +24,7 @@ def check_list(tensors: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
         where = f"tolaria.tensor_stats: tensors[{i}]"
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{where}: expected a Tensor or None, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{where}: expected a strided tensor, got {_checks.layout_name(tensor.layout)}")
+        _checks.check_strided(where, tensor)
         is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)
         if not is_integer and tensor.dtype not in _FLOATING:
             raise TypeError(
@@ -37,6 +36,7 @@ def check_list(tensors: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
                 f"{where}: expected tensors[{kept[0][0]}]'s device {kept[0][1].device}, got {tensor.device}; "
                 "call it once for each device"
             )
+        _checks.check_memory("tensor_stats", f"tensors[{i}]", tensor)
     return kept
 
 
