@@ -49,8 +49,45 @@ def test_state_dict_continues_identically(kind: str) -> None:
         assert torch.equal(one, two)
         first.step()
         second.step()
-    with pytest.raises(ValueError, match="like"):
+    with pytest.raises(ValueError, match="steps: expected 7 like this schedule, got 8"):
         second.load_state_dict({**first.state_dict(), "steps": 8})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *[({"position": p}, "position: expected an integer from 0 to 7") for p in (-1, 8, 2**80, 1.0, True)],
+        ({"position": torch.tensor([1, 2])}, "position: expected an integer"),
+        ({"kind": torch.ones(2)}, "kind: expected 'linear'"),
+        ({"end": float("nan")}, "end: expected 0.9"),
+        ({"steps": 7.0}, "steps: expected 7"),
+        ({"speed": 1}, "expected the keys .*speed"),
+        ({"position": None}, "position: expected an integer"),
+    ],
+)
+def test_a_damaged_state_is_named_and_changes_nothing(change: dict[str, object], said: str) -> None:
+    alpha = torch.zeros(())
+    schedule = AlphaSchedule(alpha, 7, end=0.9)
+    schedule.step()
+    kept = alpha.clone()
+    with pytest.raises(ValueError, match=said):
+        schedule.load_state_dict({**schedule.state_dict(), **change})
+    with pytest.raises(ValueError, match="expected the keys"):
+        schedule.load_state_dict({"steps": 7})
+    with pytest.raises(TypeError, match="expected a dict, got list"):
+        schedule.load_state_dict([1])  # type: ignore[arg-type]
+    assert torch.equal(alpha, kept)
+    assert schedule.position == 1
+
+
+def test_a_position_of_any_value_stays_inside_the_schedule() -> None:
+    alpha, position = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+    schedule = AlphaSchedule(alpha, 4, position=position)
+    for value, arrived in ((-5, 0.0), (-(2**63), 0.0), (2**40, 1.0), (2**63 - 1, None)):
+        position.fill_(value)
+        schedule.step()
+        assert 0.0 <= float(alpha) <= 1.0
+        assert arrived is None or float(alpha) == arrived
 
 
 @pytest.mark.parametrize(

@@ -119,3 +119,25 @@ def test_cifar10_never_runs_code_from_a_file(
     with pytest.raises(ValueError, match="data_batch_1: expected a batch"):
         get_task("cifar10").load_data(batch_size=32, rng_seed=0, data_dir=tmp_path)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        {"generator": None},
+        {"generator": torch.zeros(3)},
+        {"generator": torch.zeros(5056, dtype=torch.uint8)},
+        {"generator": torch.Generator().get_state(), "more": 1},
+        {"generator": torch.full_like(torch.Generator().get_state(), 255)},
+    ],
+    ids=["none", "empty", "no-tensor", "float", "zeros", "more", "ones"],
+)
+def test_a_damaged_state_is_refused_and_the_order_stays(state):
+    x = torch.arange(10.0)
+    for batches in (TensorBatches(x, x, 3, shuffle=True), WindowBatches(x.long(), 2, 2, shuffle=True)):
+        kept = batches.state_dict()["generator"].clone()
+        with pytest.raises(ValueError, match=r"state: .*expected"):
+            batches.load_state_dict(state)
+        assert torch.equal(batches.state_dict()["generator"], kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class AlphaSchedule:
 
     def step(self) -> None:
         """Advance by one step, on the device; at the end alpha stays at ``end``."""
-        self._position.add_(1).clamp_(max=self.steps)
+        self._position.add_(1).clamp_(0, self.steps)
         self._write()
 
     def reset(self) -> None:
@@ -131,17 +131,27 @@ class AlphaSchedule:
         """Continue from ``state`` (of a schedule with the same settings).
 
         Raises:
-            ValueError: the settings differ, or the position lies outside the schedule.
+            ValueError: the settings differ, or the position lies outside the schedule; it names the key.
+            TypeError: ``state`` is no mapping.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"AlphaSchedule.load_state_dict: expected a dict, got {type(state).__name__}")
         mine = self.state_dict()
-        different = [key for key in ("kind", "steps", "start", "end") if state.get(key) != mine[key]]
-        position = state.get("position")
-        if different or not isinstance(position, int) or not 0 <= position <= self.steps:
+        if set(state) != set(mine):
             raise ValueError(
-                f"AlphaSchedule.load_state_dict: expected the state of a schedule like {mine}, "
-                f"got {dict(state)}"
+                f"AlphaSchedule.load_state_dict: expected the keys {sorted(mine)}, got {list(state)}"
             )
-        self._position.fill_(position)
+        for key, value in state.items():
+            fits = type(value) is type(mine[key])
+            if key == "position":
+                wanted = f"an integer from 0 to {self.steps}"
+                fits = fits and isinstance(value, int) and 0 <= value <= self.steps
+            else:
+                wanted = f"{mine[key]!r} like this schedule"
+                fits = fits and value == mine[key]
+            if not fits:
+                raise ValueError(f"AlphaSchedule.load_state_dict: {key}: expected {wanted}, got {value!r}")
+        self._position.fill_(cast(int, state["position"]))
         self._write()
 
     def __repr__(self) -> str:

@@ -80,8 +80,12 @@ class TensorBatches:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue with the epochs that followed ``state``."""
-        self._generator.set_state(state["generator"])
+        """Continue with the epochs that followed ``state``.
+
+        Raises:
+            ValueError: ``state`` is nothing that :meth:`state_dict` returned; the order then stays.
+        """
+        _set_generator(self._generator, state)
 
 
 class WindowBatches:
@@ -129,8 +133,25 @@ class WindowBatches:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue with the windows that followed ``state``."""
-        self._generator.set_state(state["generator"])
+        """Continue with the windows that followed ``state``.
+
+        Raises:
+            ValueError: ``state`` is nothing that :meth:`state_dict` returned; the starts then stay.
+        """
+        _set_generator(self._generator, state)
+
+
+def _set_generator(generator: torch.Generator, state: Mapping[str, Tensor]) -> None:
+    """Put back what ``state_dict`` saved of a generator."""
+    fits = isinstance(state, Mapping) and set(state) == {"generator"}
+    if not fits or not isinstance(state["generator"], Tensor):
+        raise ValueError(f"state: expected {{'generator': a state of torch.Generator}}, got {state!r:.80}")
+    try:
+        generator.set_state(state["generator"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"state: generator: expected a state of torch.Generator; torch says: {error}"
+        ) from None
 
 
 def _check_batch_size(batch_size: int) -> None:
