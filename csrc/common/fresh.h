@@ -9,11 +9,22 @@
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/Allocator.h>
 #include <cstdint>
+#include <cstdlib>
 
 namespace tolaria {
 
 // Smaller outputs stay with torch's allocator: the C library keeps what they free.
 constexpr int64_t kPooledBytes = 1 << 20;
+
+#ifdef TOLARIA_SANITIZE
+// Reuse hides what is read too late: under the sanitizers (build_tools/sanitize.py) the pool serves its own tests alone.
+inline bool uses_pool() {
+  static const bool is_wanted = std::getenv("TOLARIA_SANITIZE_POOL") != nullptr;
+  return is_wanted;
+}
+#else
+constexpr bool uses_pool() { return true; }
+#endif
 
 // The pool, as an allocator that torch can resize a tensor with. It lives until the process ends.
 c10::Allocator* output_pool();
@@ -25,7 +36,7 @@ bool is_pooled(const c10::DataPtr& memory);
 inline at::Tensor fresh_strided(const at::Tensor& model, at::IntArrayRef strides, at::ScalarType type) {
   if (!model.is_cpu()) return at::empty_strided(model.sizes(), strides, model.options().dtype(type));
   const auto bytes = at::detail::computeStorageNbytes(model.sizes(), strides, c10::elementSize(type));
-  if (static_cast<int64_t>(bytes) < kPooledBytes) {
+  if (static_cast<int64_t>(bytes) < kPooledBytes || !uses_pool()) {
     return at::detail::empty_strided_cpu(model.sizes(), strides, type);  // through the dispatcher: 3,600 instructions
   }
   return at::detail::empty_strided_generic(model.sizes(), strides, output_pool(),

@@ -10,7 +10,9 @@
 #include "cpu/isa.h"
 #include "ops.h"
 
-#if defined(__SSE2__)
+// The sanitizers (build_tools/sanitize.py) do not see what a streamed store writes: there every store is an ordinary one.
+#if defined(__SSE2__) && !defined(TOLARIA_SANITIZE)
+#define TOLARIA_STREAMS 1
 #include <emmintrin.h>
 #endif
 
@@ -26,7 +28,7 @@ inline constexpr int64_t kStreamAhead = 1024;
 // Copies one line; elsewhere than on x86-64 an ordinary copy. Four 16-byte stores fill the same write buffer as wider
 // ones would: memory, not the processor, is the limit.
 TOLARIA_INLINE void stream_line(char* target, const char* source) {
-#if defined(__SSE2__)
+#ifdef TOLARIA_STREAMS
   for (int64_t at = 0; at < kLine; at += 16) {
     const __m128i word = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at));
     _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), word);
@@ -50,7 +52,7 @@ inline constexpr int64_t kPack = (std::is_same_v<T, c10::BFloat16> && ...) ? 2 *
 // Stores a pack (aligned to a line) past the caches or through them.
 template <bool kStreams, typename T, size_t n>
 TOLARIA_INLINE void store_pack(T* target, const T (&values)[n]) {
-#if defined(__SSE2__)
+#ifdef TOLARIA_STREAMS
   if constexpr (kStreams) {
     for (size_t at = 0; at < n; at += kStreamAlign / sizeof(T)) {
       _mm_stream_si128(reinterpret_cast<__m128i*>(target + at),
@@ -87,7 +89,7 @@ inline bool outgrows_caches(int64_t bytes) {
 
 // Streamed stores are seen by other threads after this; call it before the region ends.
 TOLARIA_INLINE void stream_fence() {
-#if defined(__SSE2__)
+#ifdef TOLARIA_STREAMS
   _mm_sfence();
 #endif
 }
