@@ -17,6 +17,7 @@ from tolaria.governor.tracked import TrackedState, named_modules
 from tolaria.governor.verdict import GovernorReport
 from tolaria.ops import PanicReason
 
+_MAX_OFFENDING = 4096
 _SCALED_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
@@ -79,7 +80,7 @@ class RollbackPolicy:
         self._progress = Progress(
             most=config.max_restores_of_one_capture, least=config.min_history, cooldown=config.cooldown
         )
-        self.offending_steps: deque[int] = deque(maxlen=4096)
+        self.offending_steps: deque[int] = deque(maxlen=_MAX_OFFENDING)
 
     def hear(self, event: GovernorEvent, tracked: TrackedState) -> None:
         """Take note of an event, in the order in which they happened; act on a rollback."""
@@ -103,6 +104,7 @@ class RollbackPolicy:
         self.apply(tracked)
 
     def _offend(self, first: int, last: int) -> None:
+        first = max(first, last - _MAX_OFFENDING + 1)  # a loaded count of panics may be of any size
         self.offending_steps.extend(s for s in range(first, last + 1) if s not in self.offending_steps)
 
     def apply(self, tracked: TrackedState) -> None:

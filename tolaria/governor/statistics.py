@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tolaria.governor.config import GovernorConfig
+from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.saved_form import (
+    VERSION,
+    check_keys,
+    check_policy,
+    check_random_guess_loss,
+    checked_config,
+)
+from tolaria.governor.saved_state import checked_state
 from tolaria.ops import MemoryField, StateField, memory_row
-
-VERSION = 3
-"""Of :func:`saved_form`: 3 counts skipped steps and restores without progress; 2 is converted."""
 
 
 def healthy_losses(state: Tensor, window: int) -> list[float]:
@@ -47,64 +52,36 @@ def saved_form(
 
 
 def read_saved_form(saved: Mapping[str, Any]) -> tuple[GovernorConfig, Tensor]:
-    """Settings and statistics of :func:`saved_form`, checked.
+    """Settings and statistics of :func:`saved_form`, checked to the last field; version 2 is converted.
+
+    ``saved["policy"]`` and ``saved["random_guess_loss"]`` are checked, too, and may be used as they are.
 
     Raises:
-        ValueError: ``saved`` is nothing that :func:`saved_form` returned.
+        ValueError: ``saved`` is nothing that :func:`saved_form` returned; the message names the field.
+        TypeError: it is no mapping.
     """
     if not isinstance(saved, Mapping):
         raise TypeError(
             f"state: expected a dict from TolariaGovernor.state_dict(), got {type(saved).__name__}"
         )
-    missing = {"version", "config", "random_guess_loss", "state", "policy"} - set(saved)
-    if missing:
+    version = saved.get("version")
+    if type(version) is not int or version not in (2, VERSION):
         raise ValueError(
-            f"state: expected a dict from TolariaGovernor.state_dict(), it lacks {sorted(missing)}"
+            f"version: expected {VERSION}, or 2, which is converted, got {version!r}; load the state into "
+            "the version of tolaria that saved it"
         )
-    if saved["version"] not in (2, VERSION):
-        raise ValueError(
-            f"state: expected version 2 or {VERSION}, got {saved['version']!r}; load it with the tolaria "
-            "that saved it"
-        )
-    unknown = set(saved["config"]) - {f.name for f in fields(GovernorConfig)}
-    if unknown:
-        raise ValueError(f"state: its config has settings of another version: {sorted(unknown)}")
-    is_former = saved["version"] == 2
-    settings: dict[str, Any] = (
-        {"skips_before_rollback": 0, **saved["config"]} if is_former else saved["config"]
-    )
-    config = GovernorConfig(**settings)
-    state: Tensor = saved["state"]
-    if is_former:
-        state = _without_skips(state, config.window)
-    expected = (memory_row(3, config.window, 0), 1)
-    if not isinstance(state, Tensor) or tuple(state.shape) != expected or state.dtype != torch.float64:
-        raise ValueError(
-            f"state: expected float64 statistics of shape {expected}, got "
-            + (f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else repr(state))
-        )
-    return config, state
-
-
-def _without_skips(state: Tensor, window: int) -> Tensor:
-    """Statistics of version 2, whose memories had no count of skipped steps, in the form of now."""
-    rows = len(StateField) + 3 * (len(MemoryField) - 1 + 2 * window)
-    if not isinstance(state, Tensor) or state.dim() != 2 or len(state) != rows:
-        return state  # what it is instead is said by the caller
-    fields, *memories = torch.split(state, [len(StateField)] + 3 * [len(MemoryField) - 1 + 2 * window])
-    none = torch.zeros_like(state[:1])
-    added = [
-        part
-        for memory in memories
-        for part in (memory[: MemoryField.skips], none, memory[MemoryField.skips :])
-    ]
-    return torch.cat([fields, *added])
+    check_keys("", saved, {"version", "config", "random_guess_loss", "policy", "state"})
+    config = checked_config(saved["config"], version)
+    check_random_guess_loss(saved["random_guess_loss"])
+    check_policy(saved["policy"], RollbackPolicy(config).saved_form(), version)
+    return config, checked_state(saved["state"], config, version)
 
 
 def take_over(state: Tensor, saved: Tensor) -> None:
     """Write saved statistics and counts to ``state`` in place; its own orders and slots stay as they are."""
     fresh = state.clone()
     state.copy_(saved)
+    state[StateField.attached] = fresh[StateField.attached]
     for field in range(StateField.capture_order_0, StateField.restore_order + 1):
         state[field] = fresh[field]
     for field in range(StateField.last_good, StateField.slot_capture_1 + 1):

@@ -1,0 +1,359 @@
+"""A damaged or crafted state_dict is refused by the name of what is wrong; one that a run saves never is."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from judged_runs import SETTINGS, carry_out_captures, losses_like_a_run, norms_like_a_run
+from torch import Tensor, nn
+
+from tolaria import ops
+from tolaria.governor import GovernorConfig, TolariaGovernor
+from tolaria.governor.saved_form import VERSION
+from tolaria.governor.saved_state import _VERSION_2, checked_state
+from tolaria.ops import MemoryField, StateField, memory_row
+
+NAN, INF = math.nan, math.inf
+WINDOW = 20
+# What may be any number, and what any finite one.
+ANY = {"loss", "mean", "std", "threshold_absolute", "threshold_statistical", "threshold_multiplier"}
+ANY |= {"gradient_norm", "gradient_threshold", "life_mean"}
+FINITE = {"life_min", "life_max", "last_healthy", "drift_mean"}
+NOT_BELOW_0 = {"life_m2", "drift_variance", "drift", "drift_sum"}
+AT_MOST_0 = {"reward"}
+
+
+def make(**settings: Any) -> TolariaGovernor:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    governor = TolariaGovernor(
+        model, torch.optim.AdamW(model.parameters()), config=GovernorConfig(**settings), num_classes=10
+    )
+    for i in range(12):
+        governor.step(1.0 + 0.01 * i)
+    governor.step(NAN)
+    for i in range(15):
+        governor.step(1.0 + 0.01 * i)
+    return governor
+
+
+def through_a_file(saved: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+def places() -> list[tuple[str, int]]:
+    """Every field of the state and of its three memories, with its row."""
+    found = [(f.name, int(f)) for f in StateField]
+    for which, prefix in enumerate(("", "slot_0.", "slot_1.")):
+        found += [(prefix + f.name, memory_row(which, WINDOW, f)) for f in MemoryField]
+    return found
+
+
+def bad_values(name: str) -> list[float]:
+    last = name.rpartition(".")[2]
+    if last in ANY:
+        return []
+    if last in FINITE:
+        return [NAN, INF, -INF]
+    if last in NOT_BELOW_0:
+        return [-1.0, -INF] if last == "life_m2" else [NAN, INF, -1.0]
+    if last in AT_MOST_0:
+        return [NAN, -INF, 1.0]
+    return [NAN, INF, -INF, -2.0, -5000.0, 0.5, 12.5, 2.0**53, 2.0**63, 1e300]
+
+
+def assert_refused(governor: TolariaGovernor, saved: Any, said: str) -> None:
+    """The governor names what is wrong, is as it was, and still restores."""
+    before, engine = governor.state_dict(), governor._engine
+    with pytest.raises(ValueError, match=said):
+        governor.load_state_dict(saved)
+    after = governor.state_dict()
+    assert torch.equal(before.pop("state").view(torch.int64), after.pop("state").view(torch.int64))
+    assert repr(before) == repr(after)
+    assert governor._engine is engine
+
+
+@pytest.mark.parametrize(("name", "row"), places(), ids=[name for name, _ in places()])
+def test_every_field_that_indexes_counts_or_selects_is_checked(name: str, row: int) -> None:
+    governor = make()
+    saved = through_a_file(governor.state_dict())
+    for value in bad_values(name):
+        crafted = {**saved, "state": saved["state"].clone()}
+        crafted["state"][row] = value
+        assert_refused(governor, crafted, rf"state\.{name}: expected .*, got ")
+    with torch.no_grad():
+        weight = governor._engine.tracked.model.get_parameter("weight")
+        kept = weight.clone()
+        weight.fill_(NAN)
+    governor.step(NAN)
+    assert torch.equal(weight, kept)
+
+
+IMPOSSIBLE = {
+    "attached": 0.0,
+    "reason": 99.0,
+    "history_size": 21.0,
+    "slot_1.gradient_size": 21.0,
+    "drift_count": 2.0,
+    "cooldown_left": 1.0,
+    "candidate": 2.0,
+    "last_good": 2.0,
+    "candidate_done": 4.0,
+    "consecutive": 29.0,
+    "lobotomy_pending": 1e6,
+    "panics": 29.0,
+    "life_count": 29.0,
+    "steps_lost": 29.0,
+    "promotion_count": 1e6,
+    "life_min": 3.0,
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_no_run_reaches_is_refused(name: str) -> None:
+    governor = make()
+    saved = governor.state_dict()
+    saved["state"][dict(places())[name]] = IMPOSSIBLE[name]
+    assert_refused(governor, saved, rf"state\.{name}: expected ")
+
+
+@pytest.mark.parametrize("kind", ["losses", "gradient_norms"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_loss_that_counts_is_finite_and_one_beyond_the_size_is_nothing(kind: str, value: float) -> None:
+    governor = make(gradient_norm=True)
+    saved = governor.state_dict()
+    first = memory_row(0, WINDOW, len(MemoryField)) + WINDOW * (kind == "gradient_norms")
+    size = MemoryField.history_size if kind == "losses" else MemoryField.gradient_size
+    saved["state"][memory_row(0, WINDOW, size)] = 5.0
+    saved["state"][first + 5] = value
+    make().load_state_dict(saved)
+    saved["state"][first + 4] = value
+    assert_refused(governor, saved, rf"state\.{kind}\[4\]: expected a finite number, got ")
+
+
+class Odd(Tensor):
+    """Answers what it likes."""
+
+
+def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets ``path``, or makes it of what stood there."""
+
+    def change(saved: dict[str, Any]) -> None:
+        *above, last = path.split(".")
+        place: Any = saved
+        for key in above:
+            place = place[int(key)] if isinstance(place, list) else place[key]
+        place[last] = value(place[last]) if callable(value) else value
+
+    return change
+
+
+def without(path: str) -> Callable[[dict[str, Any]], None]:
+    def change(saved: dict[str, Any]) -> None:
+        *above, last = path.split(".")
+        place: Any = saved
+        for key in above:
+            place = place[int(key)] if isinstance(place, list) else place[key]
+        del place[last]
+
+    return change
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "no-version": (without("version"), "version: expected 3, or 2, .* got None"),
+    "version-1": (changed("version", 1), "version: expected 3, .* got 1;"),
+    "version-99": (changed("version", 99), "version: expected 3, .* got 99;"),
+    "version-true": (changed("version", True), "version: expected 3"),
+    "version-tensor": (changed("version", torch.tensor([2, 3])), "version: expected 3"),
+    "no-state": (without("state"), "lacks state"),
+    "no-config": (without("config"), "lacks config"),
+    "no-policy": (without("policy"), "lacks policy"),
+    "no-guess": (without("random_guess_loss"), "lacks random_guess_loss"),
+    "more": (changed("slots", 3), "no other keys .* got 'slots'"),
+    "more-no-name": (lambda saved: saved.update({3: 4}), "no other keys .* got 3"),
+    "state-none": (changed("state", None), "state: expected a plain tensor, got NoneType"),
+    "state-list": (changed("state", lambda t: t.tolist()), "state: expected a plain tensor, got list"),
+    "state-float32": (changed("state", lambda t: t.float()), "state: expected float64 .* got torch.float32"),
+    "state-int64": (changed("state", lambda t: t.long()), "state: expected float64"),
+    "state-complex": (changed("state", lambda t: t.to(torch.complex128)), "state: expected float64"),
+    "state-short": (changed("state", lambda t: t[:-1]), r"state: expected .* of shape \(\d+, 1\)"),
+    "state-flat": (changed("state", lambda t: t[:, 0]), "state: expected .* of shape"),
+    "state-two": (changed("state", lambda t: t.repeat(1, 2)), "state: expected .* of shape"),
+    "state-empty": (changed("state", lambda t: t[:0]), "state: expected .* of shape"),
+    "state-huge": (
+        changed("state", lambda t: t[:1].expand(1 << 50, 1)),
+        r"state: expected .*\(1125899906842624, 1\)",
+    ),
+    "state-meta": (changed("state", lambda t: t.to("meta")), "state: expected .* on meta"),
+    "state-sparse": (changed("state", lambda t: t.to_sparse()), "state: expected .*sparse_coo"),
+    "state-subclass": (changed("state", lambda t: t.as_subclass(Odd)), "state: expected a plain tensor"),
+    "state-overlaps": (changed("state", lambda t: t[:1].expand(len(t), 1)), r"state\..*: expected "),
+    "guess-nan": (changed("random_guess_loss", NAN), "random_guess_loss: expected a positive finite"),
+    "guess-negative": (changed("random_guess_loss", -1.0), "random_guess_loss: .* got -1.0"),
+    "guess-inf": (changed("random_guess_loss", INF), "random_guess_loss: .* got inf"),
+    "guess-zero": (changed("random_guess_loss", 0), "random_guess_loss: .* got 0"),
+    "guess-huge": (changed("random_guess_loss", 10**400), "random_guess_loss: .* got int"),
+    "guess-text": (changed("random_guess_loss", "2.3"), "random_guess_loss: .* got '2.3'"),
+    "guess-true": (changed("random_guess_loss", True), "random_guess_loss: .* got True"),
+    "guess-tensor": (changed("random_guess_loss", torch.ones(2)), "random_guess_loss: .* got Tensor"),
+    "config-list": (changed("config", [1]), "config: expected a dict, got list"),
+    "config-none": (changed("config", None), "config: expected a dict, got None"),
+    "config-lacks": (without("config.window"), "config: expected the keys .*, it lacks window"),
+    "config-more": (changed("config.colour", 1), "config: expected no other keys .* got 'colour'"),
+    "config-no-name": (
+        lambda saved: saved["config"].update({1: 1}),
+        "config: expected no other keys .* got 1",
+    ),
+    "config-window": (changed("config.window", 2**40), "window: expected an integer"),
+    "config-window-5": (changed("config.window", 12), r"state: expected .* of shape"),
+    "config-negative": (changed("config.cooldown", -1), "cooldown: expected an integer"),
+    "config-nan": (changed("config.sensitivity", NAN), "sensitivity: expected a number"),
+    "config-huge": (changed("config.snapshot_interval", 10**400), "config.snapshot_interval: expected"),
+    "config-tensor": (changed("config.rule", torch.ones(2)), "config.rule: expected a plain value"),
+    "config-bytes": (changed("config.rule", b"all"), "config.rule: expected a plain value"),
+    "config-band": (
+        changed("config.lobotomy_band", [[1], 2]),
+        "config.lobotomy_band: expected a plain value",
+    ),
+    "config-events": (changed("config.event_capacity", 1 << 40), "event_capacity: expected an integer"),
+    "policy-none": (changed("policy", None), "policy: expected a dict"),
+    "policy-lacks": (without("policy.reports"), "policy: expected the keys .* lacks reports"),
+    "policy-more": (changed("policy.x", 1), "policy: expected no other keys"),
+    "steps-text": (changed("policy.offending_steps", "1"), "policy.offending_steps: expected a list"),
+    "steps-float": (
+        changed("policy.offending_steps", [1.5]),
+        r"policy.offending_steps\[0\]: expected a whole",
+    ),
+    "steps-huge": (
+        changed("policy.offending_steps", [2**80]),
+        r"policy.offending_steps\[0\]: expected a whole",
+    ),
+    "reports-none": (changed("policy.reports", None), "policy.reports: expected a list"),
+    "report-none": (changed("policy.reports", [None]), r"policy.reports\[0\]: expected a dict"),
+    "report-lacks": (
+        without("policy.reports.0.step"),
+        r"policy.reports\[0\]: expected the keys .* lacks step",
+    ),
+    "report-more": (changed("policy.reports.0.x", 1), r"policy.reports\[0\]: expected no other keys"),
+    "report-reason": (changed("policy.reports.0.reason", 99), r"policy.reports\[0\].reason: .* got 99"),
+    "report-step": (changed("policy.reports.0.step", -7), r"policy.reports\[0\].step: .* got -7"),
+    "report-step-nan": (changed("policy.reports.0.step", NAN), r"policy.reports\[0\].step: .* got nan"),
+    "report-loss": (changed("policy.reports.0.loss", None), r"policy.reports\[0\].loss: expected a number"),
+    "report-name": (changed("policy.reports.0.tensor_name", 3), r"policy.reports\[0\].tensor_name: .* got 3"),
+    "report-thresholds": (
+        changed("policy.reports.0.thresholds", [1.0, 2.0]),
+        r"policy.reports\[0\].thresholds: expected three numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_what_is_damaged_is_named(kind: str) -> None:
+    governor = make()
+    damage, said = DAMAGED[kind]
+    saved = copy.deepcopy(governor.state_dict())
+    damage(saved)
+    assert_refused(governor, saved, said)
+    governor.step(1.0)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda t: t.clone().requires_grad_(),
+        lambda t: nn.Parameter(t),
+        lambda t: torch.cat([t, t], dim=1)[:, 1:],
+        lambda t: t.repeat(2, 1)[: len(t)],
+        lambda t: torch._neg_view(-t),
+    ],
+    ids=["requires-grad", "parameter", "strided", "larger-storage", "negated-view"],
+)
+def test_a_state_is_read_wherever_it_lies(made: Callable[[Tensor], Tensor]) -> None:
+    governor, other = make(), make()
+    saved = governor.state_dict()
+    plain = saved["state"].clone()
+    other.load_state_dict({**saved, "state": made(saved["state"])})
+    assert not other._state.requires_grad
+    for field in (StateField.step, StateField.life_mean, StateField.rollback_count):
+        assert other._state[field] == plain[field]
+    assert other.history == governor.history
+    assert torch.equal(saved["state"].view(torch.int64), plain.view(torch.int64))
+    other.step(NAN)
+    assert torch.equal(saved["state"].view(torch.int64), plain.view(torch.int64))  # nothing is shared
+
+
+@pytest.mark.cuda
+def test_a_state_on_another_device_is_read() -> None:
+    governor, other = make(), make()
+    saved = governor.state_dict()
+    other.load_state_dict({**saved, "state": saved["state"].cuda()})
+    assert other.history == governor.history
+
+
+def test_a_state_of_version_2_is_converted() -> None:
+    governor, other = make(), make()
+    saved = governor.state_dict()
+    assert saved["version"] == VERSION == 3
+    names, memory = _VERSION_2
+    rows = [StateField[name] for name in names]
+    for which in range(3):
+        rows += [memory_row(which, WINDOW, MemoryField[name]) for name in memory]
+        rows += [memory_row(which, WINDOW, len(MemoryField) + i) for i in range(2 * WINDOW)]
+    saved["state"] = saved["state"][rows]
+    saved["version"] = 2
+    del saved["config"]["max_restores_of_one_capture"]
+    saved["policy"] = {name: saved["policy"][name] for name in ("reports", "offending_steps")}
+    other.load_state_dict(saved)
+    assert other.config == governor.config
+    assert (other.step_count, other.rollback_count) == (governor.step_count, governor.rollback_count)
+    assert other.history == governor.history
+    assert other.offending_steps == governor.offending_steps
+    assert other.lifetime == governor.lifetime
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("horizon", [0, 1, 2, 12])
+def test_no_state_that_a_run_reaches_is_refused(name: str, horizon: int) -> None:
+    config = GovernorConfig(**{**SETTINGS[name], "drift_horizon": horizon, "snapshot_interval": 5})
+    settings, n = config.to_tensor(math.log(10), "cpu"), 6
+    for seed in range(3):
+        state = ops.governor_state(n, window=config.window)
+        losses, norms = losses_like_a_run(n, 60, seed), norms_like_a_run(n, 60, seed)
+        source = torch.Generator().manual_seed(seed)
+        for step in range(60):
+            ops.governor_step_(state, settings, losses[step], None, None, None, norms[step])
+            for row in range(n):
+                column = state[:, row : row + 1]
+                kept = checked_state(column, config, VERSION)
+                assert torch.equal(kept.view(torch.int64), column.contiguous().view(torch.int64))
+            carry_out_captures(state, torch.rand(n, generator=source) < 0.1)
+
+
+def test_saved_settings_are_those_that_were_given() -> None:
+    governor = make(lobotomy_band=(0.9, INF), absolute_threshold=None, warmup_bound=None, rule="any")
+    other = make()
+    other.load_state_dict(through_a_file(governor.state_dict()))
+    assert asdict(other.config) == asdict(governor.config)
+
+
+def test_a_loaded_count_of_panics_of_any_size_costs_no_time() -> None:
+    governor = make()
+    saved = governor.state_dict()
+    places_of = dict(places())
+    saved["state"][places_of["step"]] = 2.0**51
+    saved["state"][places_of["consecutive"]] = 2.0**50
+    governor.load_state_dict(saved)
+    governor.step(1e9)
+    assert governor.offending_steps[-1] == 2**51 + 1
+    assert len(governor.offending_steps) == 4096

@@ -1,0 +1,138 @@
+"""The plain values in a governor's saved form: settings, loss of guessing, rollbacks; checked by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeGuard
+
+from tolaria.governor.config import GovernorConfig
+from tolaria.governor.saved_state import MAX_COUNT
+from tolaria.governor.verdict import GovernorReport
+from tolaria.ops import PanicReason
+
+VERSION = 3
+"""Of the saved form. Version 2 counted neither skipped steps nor restores without progress."""
+
+
+def check_keys(where: str, saved: Mapping[Any, Any], known: set[str], *, may_lack: bool = False) -> None:
+    """``saved`` must have the ``known`` keys and no other.
+
+    Raises:
+        ValueError: it has not; the message names them.
+    """
+    place = f"{where}: " if where else ""
+    unknown = sorted(repr(key) for key in saved if key not in known)
+    if unknown:
+        raise ValueError(f"{place}expected no other keys than {sorted(known)}, got {', '.join(unknown)}")
+    missing = sorted(known - set(saved))
+    if missing and not may_lack:
+        raise ValueError(f"{place}expected the keys {sorted(known)}, it lacks {', '.join(missing)}")
+
+
+def checked_config(saved: object, version: int) -> GovernorConfig:
+    """The settings of a saved form; those that version 2 lacks are what it did, or their defaults.
+
+    Raises:
+        ValueError: one is unknown, missing, no plain value or out of range.
+    """
+    settings = _mapping("config", saved)
+    check_keys("config", settings, {f.name for f in fields(GovernorConfig)}, may_lack=version == 2)
+    for name, value in settings.items():
+        values = value if isinstance(value, tuple | list) and len(value) == 2 else (value,)
+        for part in values:
+            if not (part is None or isinstance(part, bool | str) or _is_number(part)):
+                raise ValueError(f"config.{name}: expected a plain value, got {_said(value)}")
+    return GovernorConfig(**({"skips_before_rollback": 0, **settings} if version == 2 else settings))
+
+
+def check_random_guess_loss(saved: object) -> None:
+    """Nothing, or a positive finite number.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if saved is not None and not (_is_number(saved) and 0 < saved < math.inf):
+        raise ValueError(f"random_guess_loss: expected a positive finite number or None, got {_said(saved)}")
+
+
+def check_policy(saved: object, fresh: Mapping[str, Any], version: int) -> None:
+    """The past rollbacks: shaped like ``fresh``, a saved form without any.
+
+    Raises:
+        ValueError: a key, a report or a count is not as it should be.
+    """
+    _check_like("policy", saved, fresh, version)
+
+
+def _check_like(where: str, saved: object, fresh: Mapping[str, Any], version: int) -> None:
+    values = _mapping(where, saved)
+    check_keys(where, values, set(fresh), may_lack=version == 2)
+    for name, value in values.items():
+        place, born = f"{where}.{name}", fresh[name]
+        if isinstance(born, Mapping):
+            _check_like(place, value, born, version)
+        elif isinstance(born, list):
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{place}: expected a list, got {_said(value)}")  # noqa: TRY004 (data, not an argument)
+            for i, item in enumerate(value):
+                (_check_report if name == "reports" else _check_count)(f"{place}[{i}]", item)
+        else:
+            _check_count(place, value)
+
+
+def _check_count(where: str, value: object, low: int = 0) -> None:
+    if not _is_integer(value) or not low <= value <= MAX_COUNT:
+        raise ValueError(f"{where}: expected a whole number from {low} to {MAX_COUNT}, got {_said(value)}")
+
+
+def _check_report(where: str, saved: object) -> None:
+    """One :class:`GovernorReport` as plain values; what has a default may be absent, as in an older one."""
+    values, known = _mapping(where, saved), {f.name: f for f in fields(GovernorReport)}
+    check_keys(where, values, set(known), may_lack=True)
+    for name, kind in known.items():
+        if name in values:
+            _check_report_field(f"{where}.{name}", kind, values[name])
+        elif kind.default is MISSING:
+            raise ValueError(f"{where}: expected the keys {sorted(known)}, it lacks {name}")
+
+
+def _check_report_field(where: str, kind: Field[Any], value: object) -> None:
+    if kind.type == "PanicReason":
+        if not _is_integer(value) or value not in set(PanicReason):
+            raise ValueError(f"{where}: expected a number from 0 to {max(PanicReason)}, got {_said(value)}")
+    elif kind.type == "int":
+        _check_count(where, value, low=-1)
+    elif kind.type == "str | None":
+        if not (value is None or isinstance(value, str)):
+            raise ValueError(f"{where}: expected a name or None, got {_said(value)}")
+    else:
+        wanted = 3 if kind.type == "tuple[float, float, float]" else 1
+        parts = value if wanted == 3 else (value,)
+        if not (isinstance(parts, tuple | list) and len(parts) == wanted and all(map(_is_number, parts))):
+            raise ValueError(
+                f"{where}: expected {'three numbers' if wanted == 3 else 'a number'}, got {_said(value)}"
+            )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a plain number that a float64 can hold; NaN and infinity are."""
+    return isinstance(value, float) or (_is_integer(value) and abs(value) <= 10**300)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _mapping(where: str, value: object) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected a dict, got {_said(value)}")  # noqa: TRY004 (as above)
+    return value
+
+
+def _said(value: object) -> str:
+    """A value for a message: itself if it is plain and short, else its type."""
+    plain = value is None or isinstance(value, bool | float | str) or _is_number(value)
+    text = repr(value) if plain else ""
+    return text if text and len(text) <= 60 else type(value).__name__
