@@ -91,6 +91,39 @@ def test_large_logits_are_stable(backend, device):
     assert acc[0].item() == pytest.approx(1 + math.log1p(math.exp(-1)), rel=1e-6)
 
 
+@needs_extension
+def test_the_exponential_keeps_its_bound(device):
+    """The bound of csrc/math/metrics.h, seen through log(1 + exp(-x)); and 0 where float32 ends."""
+    for x in torch.linspace(0.0, 14.0, 169, dtype=torch.float64).float().tolist():
+        acc = empty(2, device)
+        with tolaria.backend("fused"):
+            classification_metrics_(
+                acc, torch.tensor([[0.0, -x]], device=device), torch.tensor([0], device=device)
+            )
+        exact = math.exp(-x)
+        assert abs(math.expm1(acc[0].item()) - exact) <= (2.1e-7 + 2e-8 * x) * exact, x
+    for far in (89.0, 200.0, 3e38, INF):
+        acc = empty(2, device)
+        classification_metrics_(
+            acc, torch.tensor([[0.0, -far]], device=device), torch.tensor([0], device=device)
+        )
+        assert 0 <= acc[0] < 1e-37
+
+
+def test_more_rows_than_are_kept_at_once(backend, device):
+    rows = 65536 + 300
+    logits = torch.randn(rows, 2, device=device)
+    labels = torch.randint(-1, 2, (rows,), device=device)
+    acc = empty(2, device)
+    classification_metrics_(acc, logits, labels, -1)
+    is_hit = (logits.argmax(1) == labels).cpu()
+    exact = cross_entropy(logits.double(), labels, reduction="sum", ignore_index=-1)
+    torch.testing.assert_close(acc[0], exact, rtol=1e-6, atol=0)
+    hits = [int((is_hit & (labels.cpu() == c)).sum()) for c in (0, 1)]
+    counts = [int((labels == c).sum()) for c in (0, 1)]
+    assert acc[1:].tolist() == [sum(counts), sum(hits), sum(counts), 0, *hits, *counts]
+
+
 def test_ignored_labels_leave_nothing(backend, device):
     acc = empty(3, device)
     logits = torch.full((4, 3), NAN, device=device)

@@ -72,6 +72,69 @@ def test_copies_have_the_bits_and_find_what_is_not_finite(dtype, is_large):
     assert all(torch.equal(a, b) for a, b in zip(live, wanted, strict=True))
 
 
+def inside_guards(values):
+    """The values between eight marked elements on either side: the whole memory, and the inside."""
+    whole = torch.full((len(values) + 16,), 7, dtype=values.dtype, device=values.device)
+    whole[8 : 8 + len(values)] = values
+    return whole, whole[8 : 8 + len(values)]
+
+
+SIZES = [1, 5, 31, 32, 33, 64, 100, 2047, 40_001]
+
+
+@pytest.mark.skipif(not _extension.LOADED, reason="needs the compiled extension")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_each_byte_of_a_table_goes_to_its_place_and_no_further(device, threads):
+    """Rows of all sizes and kinds, cut between threads; either slot; the first tensor that is not finite."""
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8]
+    kinds = [(dtypes[(k + j) % 5], size) for j in (0, 1, 3) for k, size in enumerate(SIZES)]
+    live = [inside_guards(torch.randint(-100, 100, (n,), device=device).to(d)) for d, n in kinds]
+    slots = [[inside_guards(torch.full_like(t, 3)) for _, t in live] for _ in (0, 1)]
+    reports = [(k * 5) % len(kinds) if k % 9 else -1 for k in range(len(kinds))]
+    entries = [
+        SnapshotEntry(t, (slots[0][k][1], slots[1][k][1]), k % 2, reports[k], k == 4)
+        for k, (_, t) in enumerate(live)
+    ]
+    table = SnapshotTable(entries, device=device)
+    config, state = GovernorConfig().to_tensor(2.3, device), governor_state(device=device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    def capture():
+        kept = [[whole.clone() for whole, _ in slot] for slot in slots]
+        give_order(state, config, 0, Order.CAPTURE, PanicReason.MANUAL)
+        slot = int(state[StateField.candidate])
+        for part in (0, 1):
+            torch.ops.tolaria.snapshot_capture_(state, 0, table.data, part, None)
+        for k, (whole, _) in enumerate(live):
+            wanted = whole.clone()
+            if entries[k].zeroed:
+                wanted[8:-8] = 0
+            assert torch.equal(bits(slots[slot][k][0]), bits(wanted)), entries[k]
+            assert torch.equal(bits(slots[1 - slot][k][0]), bits(kept[1 - slot][k])), entries[k]
+        return int(state[StateField.candidate_bad])
+
+    try:
+        for _ in range(2):  # into one slot, then into the other
+            assert capture() == -1
+            give_order(state, config, 0, Order.PROMOTE, PanicReason.MANUAL)
+        good = [whole.clone() for whole, _ in live]
+        wanted = len(kinds)
+        for k in (0, 26, 13, 25, 8, 16, 3, 1, 10):  # 0 is not looked at
+            assert live[k][1].is_floating_point()
+            live[k][1][-1 if k % 2 else len(live[k][1]) // 2] = float("nan" if k % 3 else "-inf")
+            wanted = min(wanted, reports[k] if k % 9 else wanted)
+            assert capture() == (wanted if wanted < len(kinds) else -1)
+        for k, (_, inside) in enumerate(live):
+            inside.zero_() if k % 2 else inside.fill_(1)
+        give_order(state, config, 0, Order.ROLLBACK, PanicReason.MANUAL)
+        torch.ops.tolaria.snapshot_restore_(state, 0, config, table.data, None)
+    finally:
+        torch.set_num_threads(before)
+    good[4][8:-8] = 0
+    assert all(torch.equal(bits(whole), bits(g)) for (whole, _), g in zip(live, good, strict=True))
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("where", ["live", "slots"])
 def test_a_tensor_out_of_reach_is_refused(device, where):
