@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria import ops
+from tolaria.governor import uncovered
 from tolaria.governor.attach import (
     check_listed,
     check_settings,
@@ -133,12 +134,14 @@ class GovernorBank:
             raise
         self._engines[i] = engine
         self._policies[i] = RollbackPolicy(self.config)
+        uncovered.watch(tracked)
         self._tell(engine.attach_event())
 
     def detach(self, i: int) -> None:
         """Let go of row ``i``'s model and slots; the row is judged on."""
         engine = self._engines.pop(i, None)
         if engine is not None:
+            uncovered.unwatch(engine.tracked)
             engine.close()
         self._policies.pop(i, None)
         self._state[StateField.attached, i] = 0.0

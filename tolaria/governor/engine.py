@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.errors import UncoveredWarning
+from tolaria.governor import uncovered
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, SeedCulledEvent, StructureEvent
 from tolaria.governor.finite_state import StateCheck
@@ -243,6 +244,8 @@ class Engine(ABC):
         self.seed_holders = walk.seed_holders
         if not self.slots.left_out:
             self._watch.mark(walk, tensors)
+        if changed:
+            uncovered.look_again()
         if changed and known and len(self.slots.places) != known:
             yield StructureEvent(
                 step=self.step_count,
@@ -332,8 +335,9 @@ class HostEngine(Engine):
         assert host is not None, "the last known good slot always has its host-side parts"
         for key, tensor in self.slots.missing_live(slot, host.keys):
             self.tracked.recreate(key, tensor)
+        kept = host.rates_to_keep(self.tracked)
         ops.snapshot_restore_(state, self._column, self._settings, self.slots.table, mailbox)
-        host.load_into(self.tracked, again=again)
+        host.load_into(self.tracked, again=again, kept=kept)
         self.tell_left_out()
 
     def adopt_current_state(self) -> None:

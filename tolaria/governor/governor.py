@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.errors import TolariaError
-from tolaria.governor import attach, statistics
+from tolaria.governor import attach, statistics, uncovered
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import agree, agree_on_flag, check_ranks
 from tolaria.governor.engine import Engine
@@ -106,6 +106,7 @@ class TolariaGovernor(Readings):
         )
         self._running: Engine | None = None
         self._build(tracked)
+        uncovered.watch(tracked)
         self._tell([self._engine.attach_event()])
 
     def _build(self, tracked: TrackedState) -> None:
@@ -345,6 +346,7 @@ class TolariaGovernor(Readings):
     def close(self) -> None:
         """Let go of the model, the hooks and the slots; calls but ``poll`` are errors."""
         if self._running is not None:
+            uncovered.unwatch(self._running.tracked)
             self._let_go()
             self._read_news()
             self._running = self._skipper = None
@@ -413,7 +415,8 @@ class TolariaGovernor(Readings):
                 self._skipper.hook(optimizer)
 
     def remove_optimizer(self, optimizer: Optimizer) -> None:
-        """Stop covering an optimizer (one that is not covered is ignored)."""
+        """Stop covering an optimizer (one that is not covered is ignored), and say nothing of its steps."""
+        uncovered.dismiss(optimizer)
         self._engine.remove_optimizer(optimizer)
 
     def add_scheduler(self, scheduler: Stateful) -> None:

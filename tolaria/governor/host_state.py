@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from tolaria.errors import SnapshotError
 from tolaria.governor.fresh_state import fresh_value
 from tolaria.governor.rng import load_rng_state, rng_state
+from tolaria.governor.schedules import KeptRates
 
 if TYPE_CHECKING:
     from tolaria.governor.tracked import TrackedState
@@ -62,6 +63,7 @@ class HostState:
             SnapshotError: a scheduler or an extra cannot say its state.
         """
         walk = tracked.walk()
+        tracked.schedules.look(tracked)
         return cls(
             optimizers=[_optimizer_host(tracked, optimizer) for optimizer in tracked.optimizers],
             parameters=[
@@ -85,7 +87,14 @@ class HostState:
             rates_lowered=tracked.rates_lowered,
         )
 
-    def load_into(self, tracked: TrackedState, *, keep_fresh: bool = False, again: bool = False) -> None:
+    def load_into(
+        self,
+        tracked: TrackedState,
+        *,
+        keep_fresh: bool = False,
+        again: bool = False,
+        kept: KeptRates | None = None,
+    ) -> None:
         """Put every host-side part back; what came into being after the capture is removed.
 
         Args:
@@ -93,16 +102,22 @@ class HostState:
             keep_fresh: leave optimizer state that was put back to its value before the first step where it
                 is, so that addresses stay what they were.
             again: the same restore once more, so with the same random numbers.
+            kept: what :meth:`rates_to_keep` said before the tensors were restored; None: say it now.
 
         Raises:
             SnapshotError: a scheduler or an extra refused its state; everything else is back.
         """
+        if kept is None:
+            kept = self.rates_to_keep(tracked)
+            kept.tell_lost()
         captured = {id(host.optimizer): host for host in self.optimizers}
         for optimizer in tracked.optimizers:
             if id(optimizer) in captured:
                 _load_optimizer(optimizer, captured[id(optimizer)], keep_fresh=keep_fresh)
             else:  # unknown at the capture: it starts afresh
                 optimizer.state.clear()
+        kept.put_back()
+        tracked.kept = kept.ids, tracked.rates_lowered
         tracked.rates_lowered = self.rates_lowered
         self._reattach_parameters(tracked)
         self._load_scaler(tracked.scaler)
@@ -122,6 +137,11 @@ class HostState:
         load_rng_state(tracked, self.rng, max(0, self.restores - 1))
         for error in filter(None, refused):
             raise error
+
+    def rates_to_keep(self, tracked: TrackedState) -> KeptRates:
+        """The rates that a restore leaves alone, since this capture does not know their schedule."""
+        tracked.schedules.look(tracked)
+        return KeptRates(tracked, len(self.schedulers))
 
     def _reattach_parameters(self, tracked: TrackedState) -> None:
         """Undo a replacement of parameter objects that the optimizers know nothing of.

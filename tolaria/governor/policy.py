@@ -110,11 +110,20 @@ class RollbackPolicy:
     def apply(self, tracked: TrackedState) -> None:
         """Clear gradients and lower the learning rates that were just put back."""
         clear_gradients(tracked)
-        # A slot holds the rates of its own time: the factor of every rollback since then applies again.
-        factor = self._config.lr_factor ** (tracked.rollbacks - tracked.rates_lowered)
+        # A slot holds the rates of its own time: the factor of every rollback since then applies again. Rates
+        # that the restore left alone reflect all but the last.
+        kept, kept_lowered = tracked.kept
+        for is_kept, lowered in ((False, tracked.rates_lowered), (True, kept_lowered)):
+            factor = self._config.lr_factor ** (tracked.rollbacks - lowered)
+            if factor != 1.0:
+                scale_learning_rates(
+                    [o for o in tracked.optimizers if (id(o) in kept) == is_kept],
+                    [s for s in tracked.schedulers if (id(s) in kept) == is_kept],
+                    factor,
+                )
         tracked.rates_lowered = tracked.rollbacks
-        if factor != 1.0:
-            scale_learning_rates(tracked.optimizers, tracked.schedulers, factor)
+        tracked.kept = kept, tracked.rollbacks
+        tracked.schedules.refresh(tracked)
 
     def saved_form(self) -> dict[str, Any]:
         """Plain values for :meth:`load_saved_form`."""

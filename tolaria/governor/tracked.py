@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tolaria.governor.fresh_state import fresh_value
 from tolaria.governor.host_state import SCALER_TENSORS
+from tolaria.governor.schedules import ScheduleFinder
 
 Kind = Literal["parameter", "buffer", "optimizer", "scaler", "extra"]
 
@@ -161,6 +162,9 @@ class TrackedState:
         self.rollbacks = 0
         self.rates_lowered = 0
         """Rollbacks heard of, and how many of them the rates reflect (a restore brings older rates)."""
+        self.kept: tuple[frozenset[int], int] = (frozenset(), 0)
+        """Ids of schedules and optimizers that the last restore left alone, and what their rates reflect."""
+        self.schedules = ScheduleFinder()
         self._retired = WeakIdKeyDictionary()
 
     def retire(self, tensors: Sequence[Tensor]) -> None:

@@ -71,7 +71,7 @@ def train_epoch_normal(
         optimizer: over the model's parameters.
         device: where the batches go (the model is there already).
         task_type: ``"classification"``, or ``"lm"`` for logits (B, T, V) and targets (B, T).
-        governor: told the loss once per optimizer step.
+        governor: told the loss once per optimizer step; it covers the optimizers from here on.
         accumulation_steps: batches per optimizer step; fewer at the end of the loader are a step, too.
         max_grad_norm: clip the gradient's norm to this.
         amp_dtype: run forwards under autocast with this dtype.
@@ -254,10 +254,20 @@ def _plan(
     checked = validate_device(device)
     if host.scaler is not None and not host.scaler.is_enabled():
         host.scaler = None
+    if governor is not None:
+        _cover(governor, [learner.optimizer for learner in (host, seed) if learner is not None])
     return StepPlan(
         model, criterion, checked, task_type, host, seed, amp_dtype, schedulers, alpha_schedules, governor,
         hooks if hooks is not None else StepHooks(),
     )  # fmt: skip
+
+
+def _cover(governor: GovernorLike, optimizers: Sequence[object]) -> None:
+    """Have the governor cover the optimizers that it was not told of, if it can and they are torch's."""
+    add = getattr(governor, "add_optimizer", None)
+    for optimizer in optimizers:
+        if add is not None and isinstance(optimizer, Optimizer):
+            add(optimizer)
 
 
 def _seed_learner(

@@ -1,0 +1,187 @@
+"""Learning-rate schedules that nobody handed over, and rates that a rollback leaves to their schedule."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from tolaria.errors import UncoveredWarning
+
+if TYPE_CHECKING:
+    from tolaria.governor.tracked import TrackedState
+
+_SCHEDULED = ("lr", "momentum", "betas")
+"""What the schedules of torch write to a group at every step."""
+
+
+class ScheduleFinder:
+    """Finds schedules over covered optimizers and covers them; it searches only where something hints at one.
+
+    A schedule of torch wraps ``optimizer.step`` and writes ``initial_lr`` when it is made; one that does not
+    (ReduceLROnPlateau) gives itself away once it moves a rate. The search asks the garbage collector who
+    holds the optimizer, which takes about 10 ms: it is made at captures and restores alone, after a hint.
+    """
+
+    def __init__(self) -> None:
+        self._hints: dict[int, list[object]] = {}
+        self._rates: dict[int, list[float | None]] = {}
+        self._moved_by_hand: set[int] = set()
+        self._told: list[object] = []
+
+    def look(self, tracked: TrackedState) -> None:
+        """Append the schedules that have turned up since the last look to ``tracked.schedulers``."""
+        hinted = [o for o in tracked.optimizers if self._has_new_hint(o)]
+        moved = [o for o in tracked.optimizers if self._has_moved(o, tracked)]
+        if hinted or moved:
+            found = _schedules_over([*hinted, *moved])
+            self._cover(tracked, found)
+            self._moved_by_hand |= {id(o) for o in moved if not any(reaches(s, o) for s in found)}
+        self.refresh(tracked)
+
+    def refresh(self, tracked: TrackedState) -> None:
+        """The rates of now are what they should be: a restore or its policy has set them."""
+        self._rates = {id(o): _rates(o) for o in tracked.optimizers}
+
+    def _has_new_hint(self, optimizer: Optimizer) -> bool:
+        hints = [vars(optimizer).get("step"), *("initial_lr" in group for group in optimizer.param_groups)]
+        seen, self._hints[id(optimizer)] = self._hints.get(id(optimizer)), hints
+        return hints != seen and any(hints)
+
+    def _has_moved(self, optimizer: Optimizer, tracked: TrackedState) -> bool:
+        """Whether a rate has changed and no covered schedule explains it."""
+        rates = _rates(optimizer)
+        if rates == self._rates.get(id(optimizer), rates) or id(optimizer) in self._moved_by_hand:
+            return False
+        return not any(reaches(scheduler, optimizer) for scheduler in tracked.schedulers)
+
+    def _cover(self, tracked: TrackedState, found: Sequence[object]) -> None:
+        for schedule in found:
+            is_known = any(reaches(known, schedule) for known in tracked.schedulers)
+            is_part = any(other is not schedule and reaches(other, schedule) for other in found)
+            if is_known or is_part or any(schedule is told for told in self._told):
+                continue
+            if isinstance(schedule, LRScheduler) and _tells_its_state(schedule):
+                tracked.schedulers.append(schedule)
+            elif not any(reaches(schedule, known) for known in tracked.schedulers):
+                self._told.append(schedule)
+                _warn(schedule)
+
+
+class KeptRates:
+    """The rates of optimizers whose schedule a capture does not know: they stay where the schedule is.
+
+    A rollback to before the schedule was made (or found) cannot take it back; to take the rate back alone
+    would leave the two at odds to the end of the run.
+
+    Args:
+        tracked: what is covered.
+        known: how many of its schedulers the capture knows.
+    """
+
+    def __init__(self, tracked: TrackedState, known: int) -> None:
+        late = tracked.schedulers[known:]
+        driven = [o for o in tracked.optimizers if any(reaches(schedule, o) for schedule in late)]
+        self.ids = frozenset(map(id, [*late, *driven]))
+        """Of those schedules and their optimizers."""
+        self._late, self._driven = late, driven
+        self._values = [
+            (group, {key: copy.deepcopy(group[key]) for key in _SCHEDULED if key in group})
+            for optimizer in driven
+            for group in optimizer.param_groups
+        ]
+
+    def tell_lost(self) -> None:
+        """Name the schedules whose rates a device has taken back already: they are tensors there."""
+        for schedule in self._late:
+            for optimizer in self._driven:
+                rates = [group.get("lr") for group in optimizer.param_groups]
+                if reaches(schedule, optimizer) and any(isinstance(r, Tensor) and r.is_cuda for r in rates):
+                    _warn(schedule)
+                    break
+
+    def put_back(self) -> None:
+        """Give the groups the rates that they had before the restore."""
+        for group, values in self._values:
+            for key, value in values.items():
+                if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
+
+
+def reaches(holder: object, target: object, depth: int = 3) -> bool:
+    """Whether ``holder`` is ``target`` or has it among its attributes, or in a list there, to some depth."""
+    if holder is target:
+        return True
+    if depth == 0:
+        return False
+    if isinstance(holder, list | tuple):
+        values: Iterator[object] = iter(holder)
+    elif isinstance(holder, Optimizer | LRScheduler) or _has_methods(type(holder)):
+        values = iter(list(vars(holder).values()) if hasattr(holder, "__dict__") else ())
+    else:
+        return False
+    return any(reaches(value, target, depth - 1) for value in values)
+
+
+def _has_methods(kind: type) -> bool:
+    return all(callable(getattr(kind, name, None)) for name in ("step", "state_dict", "load_state_dict"))
+
+
+def _is_schedule(thing: object) -> bool:
+    kind = type(thing)
+    if issubclass(kind, LRScheduler):
+        return True
+    return "sched" in kind.__name__.lower() and _has_methods(kind) and not issubclass(kind, Optimizer)
+
+
+def _schedules_over(optimizers: Sequence[Optimizer]) -> list[object]:
+    """Every schedule whose ``optimizer`` is one of these, or one that they wrap."""
+    wrapped = [v for o in optimizers for v in vars(o).values() if isinstance(v, Optimizer)]
+    targets = [*optimizers, *wrapped]
+
+    def holds(attributes: dict[str, Any]) -> bool:
+        return any(attributes.get("optimizer") is target for target in targets)
+
+    referrers = gc.get_referrers(*targets)
+    # The attributes of an object may lie in a dict of their own.
+    dicts = [r for r in referrers if type(r) is dict and holds(r)]
+    owners = gc.get_referrers(*dicts) if dicts else []
+    found: dict[int, object] = {}
+    for thing in (*referrers, *owners):
+        if _is_schedule(thing) and holds(vars(thing)):
+            found[id(thing)] = thing
+    return list(found.values())
+
+
+def _rates(optimizer: Optimizer) -> list[float | None]:
+    """The rates that can be read without waiting for a device."""
+    return [
+        float(rate) if not isinstance(rate, Tensor) or rate.device.type == "cpu" else None
+        for rate in (group.get("lr", 0.0) for group in optimizer.param_groups)
+    ]
+
+
+def _tells_its_state(schedule: LRScheduler) -> bool:
+    try:
+        copy.deepcopy(schedule.state_dict())
+    except Exception:  # whatever it is, it must not end the run: the schedule is named in a warning
+        return False
+    return True
+
+
+def _warn(schedule: object) -> None:
+    kind, optimizer = type(schedule).__name__, type(vars(schedule)["optimizer"]).__name__
+    warnings.warn(
+        f"governor: {kind} drives the rate of a covered optimizer ({optimizer}) and is not covered: a "
+        "rollback takes the rate back without it; pass schedulers=[...], or call add_scheduler",
+        UncoveredWarning,
+        stacklevel=2,
+    )
