@@ -63,6 +63,13 @@ def _check_mailbox(state: Tensor, mailbox: Tensor) -> None:
         raise ValueError(f"mailbox: expected in {wanted}, got on {mailbox.device}")
 
 
+def _several_values_hint(n: int, name: str, count: int) -> str:
+    """What to do with a loss for each sample, or a flag, where one governor judges one number."""
+    if n != 1 or count < 2 or name == "gradient":
+        return ""
+    return f"; pass {name}.{'mean' if name == 'loss' else 'any'}()"
+
+
 def check_samples(
     state: Tensor,
     loss: Tensor,
