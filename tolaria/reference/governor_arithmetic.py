@@ -41,5 +41,6 @@ def correctly_rounded_sqrt(x: Tensor) -> Tensor:
     above, above_low = _exact_product(r, up)
     below, below_low = _exact_product(r, down)
     r = torch.where(m - above > above_low, up, torch.where(m - below <= below_low, down, r))
-    root = torch.ldexp(r, (exponent - odd.to(exponent.dtype)) // 2)
-    return torch.where(torch.isfinite(x) & (x > 0), root, torch.sqrt(x))
+    half = (exponent.to(torch.int64) - odd.to(torch.int64)) // 2  # of a root: the exponent of a normal number
+    power = ((half + 1023) << 52).view(torch.float64)  # exact on every device, as `pow` need not be
+    return torch.where(torch.isfinite(x) & (x > 0), r * power, torch.sqrt(x))
