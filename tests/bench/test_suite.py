@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import run
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.stem for path in ROOT.glob("bench/*/bench_*.py"))
@@ -39,3 +40,19 @@ def test_the_page_holds_the_figures(measured, tmp_path):
     assert "not measured" in page  # of the bars, most are out of a smoke test's reach
     rows = (tmp_path / "benchmarks.csv").read_text().splitlines()
     assert len(rows) == 1 + len(json.loads(measured.read_text())["benchmarks"])
+
+
+def test_the_source_tree_is_not_on_the_path_of_what_is_measured(monkeypatch, tmp_path):
+    """``python -m pytest`` puts its folder there, and the root's would hide the installed package."""
+    seen = {}
+
+    def popen(command, *, cwd, **options):
+        seen.update(command=command, cwd=Path(cwd))
+        return real_popen([sys.executable, "-c", ""], cwd=cwd, **options)
+
+    real_popen = subprocess.Popen
+    monkeypatch.setattr(run.subprocess, "Popen", popen)
+    monkeypatch.chdir(tmp_path)
+    assert run.run("ops", [ROOT / "bench" / "ops" / "bench_blend.py"], Path("."), [])
+    assert not (seen["cwd"] / "tolaria").exists()
+    assert f"--benchmark-json={tmp_path.resolve() / 'ops.json'}" in seen["command"]
