@@ -109,13 +109,6 @@ def check_samples(
         _check_device(state, values, name)
 
 
-def _several_values_hint(n: int, name: str, values: int) -> str:
-    """What to do with a loss for each sample, or a flag, where one governor judges one number."""
-    if n != 1 or values < 2 or name == "gradient":
-        return ""
-    return f"; pass {name}{'.mean()' if name == 'loss' else '.any()'}"
-
-
 def check_column(state: Tensor, column: int) -> None:
     """``column`` must be a governor of ``state``.
 
