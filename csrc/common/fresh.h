@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
@@ -45,8 +46,9 @@ inline at::Tensor fresh_strided(const at::Tensor& model, at::IntArrayRef strides
 
 // An output in the shape and memory order of `model`, not yet written.
 inline at::Tensor fresh_like(const at::Tensor& model, at::ScalarType type) {
-  if (model.is_cpu() && model.is_non_overlapping_and_dense()) return fresh_strided(model, model.strides(), type);
-  return at::empty_like(model, model.options().dtype(type));
+  if (!model.is_cpu()) return at::empty_like(model, model.options().dtype(type));
+  if (model.is_non_overlapping_and_dense()) return fresh_strided(model, model.strides(), type);
+  return fresh_strided(model, at::infer_dense_strides(model.sizes(), model.strides()), type);  // as empty_like does
 }
 
 inline at::Tensor fresh_like(const at::Tensor& model) { return fresh_like(model, model.scalar_type()); }

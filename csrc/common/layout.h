@@ -87,7 +87,9 @@ inline at::Tensor sums_to_alpha(const at::Tensor& sums, const AlphaLayout& layou
     sizes[d] = order.size(d);
     strides[d] = stride /= order.size(d);
   }
-  return sums.as_strided(sizes, strides).sum_to_size(alpha.sizes()).to(alpha.scalar_type()).contiguous();
+  at::Tensor placed = sums.as_strided(sizes, strides);
+  if (placed.numel() != alpha.numel()) placed = placed.to(at::kDouble);  // alpha has holes: terms are still to be added up
+  return placed.sum_to_size(alpha.sizes()).to(alpha.scalar_type()).contiguous();
 }
 
 }  // namespace tolaria

@@ -25,13 +25,14 @@ LAYOUTS = ["contiguous", "offset", "strided", "expanded", "permuted", "channels_
 every_pair = pytest.mark.parametrize(("host_dtype", "seed_dtype"), PAIRS, ids=PAIR_IDS)
 
 
-@pytest.fixture(params=[False, True], ids=["cached", "streamed"])
-def streamed(request):
-    """Small tensors written past the caches, as large ones are, or not."""
+@pytest.fixture(params=["cpu", "cpu, streamed", pytest.param("cuda", marks=pytest.mark.cuda)])
+def kernel(request):
+    """Each device with kernels, and the CPU with small tensors written past the caches as large ones are."""
     if not _extension.LOADED:
         pytest.skip("needs the compiled extension")
-    former = _extension.assume_last_level_cache(0) if request.param else None
-    yield request.param
+    device, _, way = request.param.partition(", ")
+    former = _extension.assume_last_level_cache(0) if way else None
+    yield torch.device(device)
     if former is not None:
         _extension.assume_last_level_cache(former)
 
@@ -68,35 +69,41 @@ def check(host, seed, alpha, grad):
         assert_blend_is_exact(host, seed, alpha, grad, (None, target, *found))
 
 
-@needs_extension
 @every_pair
-def test_one_alpha_for_runs_of_every_length(host_dtype, seed_dtype, streamed, device):
+def test_one_alpha_for_runs_of_every_length(host_dtype, seed_dtype, kernel):
     for n, value in itertools.product(LENGTHS, SCALARS):
-        host, seed, grad = operands(n, host_dtype, seed_dtype, device)
-        alpha = torch.tensor(value, dtype=torch.float64, device=device)
+        host, seed, grad = operands(n, host_dtype, seed_dtype, kernel)
+        alpha = torch.tensor(value, dtype=torch.float64, device=kernel)
         results = gradients(host, seed, alpha, grad)
         assert_blend_is_exact(host, seed, alpha, grad, results)
         assert_ends_keep_bits(host, seed, alpha, results[0])
 
 
-@needs_extension
 @every_pair
 @pytest.mark.parametrize("alpha_shape", [(), (3, 1, 1, 1), (5, 1, 1), (5, 1, 9), (3, 5, 7, 9)], ids=str)
-def test_every_alpha_and_mask(host_dtype, seed_dtype, alpha_shape, streamed, device):
+def test_every_alpha_and_mask(host_dtype, seed_dtype, alpha_shape, kernel):
     for order in ("contiguous", "channels_last"):
-        host, seed, grad = operands((3, 5, 7, 9), host_dtype, seed_dtype, device, (order,) * 3)
+        host, seed, grad = operands((3, 5, 7, 9), host_dtype, seed_dtype, kernel, (order,) * 3)
         for alpha in (torch.rand(alpha_shape), torch.randint(-2, 7, alpha_shape) / 4):
-            check(host, seed, alpha.to(device), grad)
+            check(host, seed, alpha.to(kernel), grad)
 
 
-@needs_extension
 @every_pair
-def test_rows_with_an_alpha_each(host_dtype, seed_dtype, streamed, device):
-    alpha = torch.tensor([[0.3], [0.0], [0.7], [1.0], [NAN], [INF]], device=device)
+def test_rows_with_an_alpha_each(host_dtype, seed_dtype, kernel):
+    alpha = torch.tensor([[0.3], [0.0], [0.7], [1.0], [NAN], [INF]], device=kernel)
     for n in (33, 519):
-        check(*_with(alpha, operands((6, n), host_dtype, seed_dtype, device)))
-        check(*_with(alpha[:, 0].repeat(n)[:n], operands((6, n), host_dtype, seed_dtype, device)))
-        check(*_with(alpha.expand(6, n), operands((6, n), host_dtype, seed_dtype, device)))
+        check(*_with(alpha, operands((6, n), host_dtype, seed_dtype, kernel)))
+        check(*_with(alpha[:, 0].repeat(n)[:n], operands((6, n), host_dtype, seed_dtype, kernel)))
+        check(*_with(alpha.expand(6, n), operands((6, n), host_dtype, seed_dtype, kernel)))
+
+
+@every_pair
+def test_alpha_with_a_hole_is_summed_in_float64(host_dtype, seed_dtype, kernel):
+    """Its terms are stored first, and added up over the hole."""
+    host, seed, grad = operands((4, 700, 3), host_dtype, seed_dtype, kernel)
+    for alpha_dtype in DTYPES:
+        alpha = torch.rand(4, 1, 3, dtype=torch.float64).to(alpha_dtype).to(kernel)
+        assert_blend_is_exact(host, seed, alpha, grad, gradients(host, seed, alpha, grad))
 
 
 def _with(alpha, tensors):
@@ -104,15 +111,14 @@ def _with(alpha, tensors):
     return host, seed, alpha, grad
 
 
-@needs_extension
 @every_pair
-def test_every_layout_of_every_operand(host_dtype, seed_dtype, streamed, device):
+def test_every_layout_of_every_operand(host_dtype, seed_dtype, kernel):
     for which, layout in itertools.product(range(3), LAYOUTS):
         layouts = ["contiguous"] * 3
         layouts[which] = layout
-        tensors = operands((2, 3, 10, 13), host_dtype, seed_dtype, device, layouts)
+        tensors = operands((2, 3, 10, 13), host_dtype, seed_dtype, kernel, layouts)
         for alpha in (torch.tensor(0.3), torch.rand(2, 1, 1, 1), torch.rand(3, 1, 1)):
-            check(*_with(alpha.to(device), tensors))
+            check(*_with(alpha.to(kernel), tensors))
 
 
 @every_pair

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 import threading
 
@@ -170,3 +171,97 @@ def test_a_forked_process_has_its_own_pool():
         os._exit(0 if torch.equal(blend(host, seed, ALPHA), before) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(out, before)
+
+
+def test_lazy_copies_of_an_output_are_copies():
+    host, seed = torch.randn(2, LARGE)
+    out = blend(host, seed, ALPHA)
+    before = out.clone()
+    first, second = torch._lazy_clone(out), torch._lazy_clone(out)
+    first.add_(1)
+    out.mul_(2)
+    assert torch.equal(first, before + 1)
+    assert torch.equal(out, before * 2)
+    del first, out
+    assert torch.equal(second, before)
+    second.neg_()  # the last to hold the memory takes it over
+    assert torch.equal(second, -before)
+    del second
+    assert tolaria.release_host_memory() == 3 * 4 * LARGE
+
+
+def run_alone(program):
+    """Runs a program in a process of its own, which is to print ``ok``."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["ok"], done.stderr[-2000:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
+def test_idle_memory_goes_back_before_an_output_fails():
+    run_alone("""
+import resource, torch, tolaria
+from tolaria.ops import straight_through
+torch.set_num_threads(1)
+host = torch.ones(1 << 25)  # 128 MiB
+outputs = [straight_through(host, host) for _ in range(3)]
+del outputs  # 384 MiB idle, in blocks that fit nothing below
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (32 << 20), resource.RLIM_INFINITY))
+wide = torch.ones(1).expand(3 << 24)
+kept = straight_through(wide, wide)  # 192 MiB
+assert kept.sum() == 3 << 24
+assert tolaria.release_host_memory() == 0
+try:
+    straight_through(torch.ones(1).expand(1 << 27), torch.ones(1).expand(1 << 27))
+except RuntimeError as error:
+    assert "memory" in str(error)
+    kept = kept[:5] + straight_through(torch.ones(5), torch.ones(5))  # the pool works on
+    print("ok")
+""")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_while_others_are_at_the_pool_can_use_it():
+    run_alone("""
+import os, threading, torch, tolaria
+from tolaria.ops import straight_through
+torch.set_num_threads(1)
+host, stop = torch.ones(1 << 18), threading.Event()
+def work():
+    while not stop.is_set():
+        straight_through(host, host)
+        tolaria.release_host_memory()
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+codes = []
+for _ in range(60):
+    child = os.fork()
+    if child == 0:
+        straight_through(host, host)
+        os._exit(0 if tolaria.release_host_memory() >= host.nbytes else 1)
+    codes.append(os.waitpid(child, 0)[1])
+stop.set()
+for thread in threads:
+    thread.join()
+assert not any(codes), codes
+print("ok")
+""")
+
+
+def test_outputs_outlive_the_thread_that_made_them():
+    made = []
+    thread = threading.Thread(target=lambda: made.append(straight_through(*torch.ones(2, LARGE).unbind())))
+    thread.start()
+    thread.join()
+    assert made.pop().sum() == LARGE
+    assert tolaria.release_host_memory() == 4 * LARGE
+
+
+def test_storage_of_an_output_can_shrink_to_nothing_and_grow_again():
+    host, seed = torch.randn(2, LARGE)
+    out = blend(host, seed, ALPHA)
+    out.untyped_storage().resize_(0)
+    assert tolaria.release_host_memory() == 4 * LARGE
+    out.untyped_storage().resize_(4 * LARGE)
+    assert out.fill_(3).sum() == 3 * LARGE

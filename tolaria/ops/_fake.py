@@ -1,6 +1,7 @@
 """Shape rules of the ops that return tensors: for ``torch.compile``, ``torch.export``, meta tensors.
 
-Ops that return nothing get theirs from torch. The checks are the reference's, in the words of the kernels'.
+Ops that return nothing get theirs from torch, but for meta tensors. The checks are the reference's, in the
+words of the kernels'.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import _is_non_overlapping_and_dense_or_false
 
-from tolaria.reference import _checks, blend, stats
+from tolaria.reference import _checks, blend, metrics, stats
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -80,6 +81,11 @@ def _seed_gate_backward(grad: Tensor, alpha: Tensor) -> Tensor:
     return torch.empty_like(grad)
 
 
+@_fake("seed_gate_backward_")
+def _seed_gate_backward_inplace(grad: Tensor, alpha: Tensor) -> None:
+    _seed_gate_backward(grad, alpha)
+
+
 @_fake("straight_through")
 def _straight_through(host: Tensor, seed: Tensor) -> Tensor:
     _checks.check_pair("straight_through", host, seed)
@@ -90,3 +96,10 @@ def _straight_through(host: Tensor, seed: Tensor) -> Tensor:
 def _tensor_stats(tensors: list[Tensor | None]) -> Tensor:
     kept = stats.check_list(tensors)
     return kept[0][1].new_empty(4, dtype=torch.float64)
+
+
+@_fake("classification_metrics_")
+def _classification_metrics(
+    acc: Tensor, logits: Tensor, labels: Tensor, ignore_index: int = -100, topk: int = 5
+) -> None:
+    metrics.check_arguments(acc, logits, labels, topk)
