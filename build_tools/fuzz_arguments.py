@@ -198,13 +198,14 @@ def governor_arguments(draw: Draw) -> None:
     entrance = draw.choice(("step", "judge", "order", "capture", "restore"))
     given_state, given_config, given_box = arguments[0], arguments[1], arguments[5]
     column, number = draw.choice((0, n - 1, n, -1, 2**40)), draw.choice((0, 1, 2, 3, 4, -1, 2**33))
-    table: Any = ops.SnapshotTable(
-        [ops.SnapshotEntry(torch.ones(3), (torch.ones(3), torch.ones(3)), 0, 0)]
-    ).data
+    owner = ops.SnapshotTable([ops.SnapshotEntry(torch.ones(3), (torch.ones(3), torch.ones(3)), 0, 0)])
+    table: Any = owner.data  # of addresses in memory that the owner keeps
     if draw.random() < 0.5:
         table[0, :2] = torch.tensor([draw.choice((-1, 0, 1, 2, 2**62)), draw.choice((-1, 0, 1, 2, 2**62))])
     if draw.random() < 0.3:
         table = draw.odd(table)
+        if isinstance(table, Tensor) and table.dtype == torch.int64 and not table.is_meta:
+            table.zero_()  # no rows: a wrong address is beyond what an op can refuse
     if isinstance(given_state, Tensor) and given_state is state and draw.random() < 0.5:
         state[ops.StateField.restore_order] = 1.0
         state[ops.StateField.capture_order_0] = 0.0
