@@ -192,9 +192,9 @@ def governor_arguments(draw: Draw) -> None:
     n = draw.choice((1, 1, 3, 20))
     state, mailbox = ops.governor_state(n, window=draw.choice((1, 5, 20))), ops.governor_mailbox(n, records=2)
     config = torch.randn(len(ops.ConfigField), dtype=torch.float64)
-    flags = [draw.choice((None, torch.rand(n) < 0.5, torch.rand(n))) for _ in range(2)]
+    flags = [draw.choice((None, torch.rand(n) < 0.5, torch.rand(n))) for _ in range(3)]
     gradient = draw.choice((None, torch.rand(n), torch.rand(n, 4, dtype=torch.float64)))
-    arguments = draw.maybe_odd([state, config, draw.tensor((n,)), *flags, mailbox, gradient])
+    arguments = draw.maybe_odd([state, config, draw.tensor((n,)), *flags[:2], mailbox, gradient, flags[2]])
     entrance = draw.choice(("step", "judge", "order", "capture", "restore"))
     given_state, given_config, given_box = arguments[0], arguments[1], arguments[5]
     column, number = draw.choice((0, n - 1, n, -1, 2**40)), draw.choice((0, 1, 2, 3, 4, -1, 2**33))
@@ -212,7 +212,7 @@ def governor_arguments(draw: Draw) -> None:
     if entrance == "step":
         kernels.governor_step_(*arguments)
     elif entrance == "judge":
-        _extension.judge(*[a for i, a in enumerate(arguments) if i != 4], 0, [], [])
+        _extension.judge(*[a for i, a in enumerate(arguments) if i not in (4, 7)], 0, [], [])
     elif entrance == "order":
         kernels.governor_order_(
             given_state, given_config, column, number, draw.choice((5, 99)), -1, given_box

@@ -1,7 +1,33 @@
 // The table of contents: every schema of the namespace `tolaria`, and which function serves it on which dispatch key.
 #include <torch/library.h>
 
+#include <utility>
+#include <vector>
+
 #include "ops.h"
+
+namespace {
+
+// Negated views (a bit of the tensor): torch's fallback takes it that an op which changes one returns it, and reads past
+// the stack of an op that returns nothing. Here such an op gets copies, and what it changed in them is written back.
+void resolve_negated(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const size_t first = stack->size() - arguments.size();
+  std::vector<std::pair<at::Tensor, at::Tensor>> changed;  // a view and its copy
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    c10::IValue& value = (*stack)[first + i];
+    if (!value.isTensor() || !value.toTensor().defined() || !value.toTensor().is_neg()) continue;
+    const at::Tensor view = value.toTensor(), copy = view.resolve_neg();
+    const auto* alias = arguments[i].alias_info();
+    if (alias != nullptr && alias->isWrite()) changed.emplace_back(view, copy);
+    value = copy;
+  }
+  constexpr auto behind = c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Negative);
+  op.redispatchBoxed(keys & behind, stack);
+  for (auto& [view, copy] : changed) view.copy_(copy);
+}
+
+}  // namespace
 
 TORCH_LIBRARY(tolaria, m) {
   m.set_python_module("tolaria.ops._fake");  // a missing fake then names the module to import
@@ -35,6 +61,13 @@ TORCH_LIBRARY(tolaria, m) {
   m.def("snapshot_capture_(Tensor(a!) state, int column, Tensor table, int part, Tensor(b!)? mailbox=None) -> ()");
   m.def(
       "snapshot_restore_(Tensor(a!) state, int column, Tensor config, Tensor table, Tensor(b!)? mailbox=None) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(tolaria, Negative, m) {
+  for (const char* op : {"governor_step_", "governor_order_", "snapshot_capture_", "snapshot_restore_",
+                         "seed_gate_backward_", "blend_backward_", "classification_metrics_"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&resolve_negated>());
+  }
 }
 
 TORCH_LIBRARY_IMPL(tolaria, CPU, m) {

@@ -14,6 +14,13 @@
 
 namespace tolaria {
 
+// Whether the storage ends behind so many elements; without a walk over the strides, which a step cannot afford.
+inline void check_span(const char* name, const at::Tensor& tensor, int64_t elements) {
+  const size_t held = tensor.unsafeGetTensorImpl()->unsafe_storage().nbytes();
+  TORCH_CHECK_VALUE(elements == 0 || held >= (tensor.storage_offset() + elements) * tensor.itemsize(), name,
+                    ": expected memory for its ", tensor.numel(), " elements, got a storage that was resized to less");
+}
+
 inline int governor_window(const at::Tensor& state) {
   TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble && state.dim() == 2 &&
                         (state.stride(1) == 1 || state.size(1) == 1) && state.stride(0) >= state.size(1),
@@ -23,6 +30,7 @@ inline int governor_window(const at::Tensor& state) {
   const int64_t windows = memories / 3 - math::memory::count, window = windows / 2;
   TORCH_CHECK_VALUE(memories % 3 == 0 && windows % 2 == 0 && window >= 1 && window <= math::kMaxWindow,
                     "state: ", state.size(0), " fields fit no window length; make it with tolaria.ops.governor_state");
+  check_span("state", state, state.size(1) == 0 ? 0 : (state.size(0) - 1) * state.stride(0) + state.size(1));
   return static_cast<int>(window);
 }
 
@@ -33,6 +41,7 @@ inline void check_governor_config(const at::Tensor& state, const at::Tensor& con
                     dtype_name(config.scalar_type()), " of shape ", config.sizes());
   TORCH_CHECK_VALUE(config.device() == state.device(), "config: expected on ", state.device(), " like state, got ",
                     config.device());
+  check_span("config", config, config.numel());
 }
 
 inline int64_t check_mailbox(const at::Tensor& state, const std::optional<at::Tensor>& mailbox) {
@@ -46,6 +55,7 @@ inline int64_t check_mailbox(const at::Tensor& state, const std::optional<at::Te
   TORCH_CHECK_VALUE(mailbox->is_cpu() && (state.is_cpu() || mailbox->is_pinned()),
                     "mailbox: expected in ", state.is_cpu() ? "CPU memory" : "page-locked CPU memory", ", got on ",
                     mailbox->device());
+  check_span("mailbox", *mailbox, mailbox->numel());
   return (mailbox->size(1) - math::status::count) / math::record::count;
 }
 
@@ -56,13 +66,23 @@ inline std::string several_values_hint(const at::Tensor& state, const at::Tensor
   return std::string("; pass ") + name + (argument == "loss" ? ".mean()" : ".any()");
 }
 
+inline at::Tensor contiguous_values(const at::Tensor& values, const char* name) {
+  if (values.is_contiguous()) {
+    check_span(name, values, values.numel());
+    return values;
+  }
+  TORCH_CHECK_VALUE(has_memory(values), name, ": expected memory for its ", values.numel(),
+                    " elements, got a storage that was resized to less");
+  return values.contiguous();
+}
+
 // A per-governor argument: one value for each governor, on state's device. Returned contiguous.
 inline at::Tensor check_per_governor(const at::Tensor& state, const at::Tensor& values, const char* name) {
   TORCH_CHECK_VALUE(values.numel() == state.size(1), name, ": expected one value for each of the ", state.size(1),
                     " governors, got shape ", values.sizes(), several_values_hint(state, values, name));
   TORCH_CHECK_VALUE(values.device() == state.device(), name, ": expected on ", state.device(), " like state, got ",
                     values.device());
-  return values.contiguous();
+  return contiguous_values(values, name);
 }
 
 inline at::Tensor check_loss(const at::Tensor& state, const at::Tensor& loss) {
@@ -91,7 +111,7 @@ inline std::optional<at::Tensor> check_gradient(const at::Tensor& state, const s
   }
   TORCH_CHECK_VALUE(gradient->device() == state.device(), "gradient: expected on ", state.device(),
                     " like state, got ", gradient->device());
-  return gradient->contiguous();
+  return contiguous_values(*gradient, "gradient");
 }
 
 inline void check_column(const at::Tensor& state, int64_t column) {

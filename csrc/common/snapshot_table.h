@@ -72,6 +72,7 @@ inline void check_snapshot_table(const at::Tensor& state, const at::Tensor& tabl
                     table.sizes());
   TORCH_CHECK_VALUE(table.device() == state.device(), "table: expected on ", state.device(), " like state, got ",
                     table.device());
+  check_span("table", table, table.numel());
 }
 
 }  // namespace tolaria

@@ -15,6 +15,9 @@
 #include "common/fresh.h"
 #include "ops.h"
 
+#ifdef TOLARIA_SANITIZE
+#include <sanitizer/asan_interface.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -61,6 +64,15 @@ void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t 
 #endif
 }
 
+// AddressSanitizer reports whoever touches what lies idle, or the room behind an output in a larger block.
+#ifdef TOLARIA_SANITIZE
+void forbid(void* memory, size_t bytes) { ASAN_POISON_MEMORY_REGION(memory, bytes); }
+void permit(void* memory, size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(memory, bytes); }
+#else
+void forbid(void*, size_t) {}
+void permit(void*, size_t) {}
+#endif
+
 size_t machine_memory() {
 #if defined(__linux__)
   static const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
@@ -82,6 +94,7 @@ class OutputPool final : public c10::Allocator {
     for (size_t peak = peak_; used > peak && !peak_.compare_exchange_weak(peak, used);) {
     }
     void* data = block->data();
+    permit(data, bytes);
     block_before(data) = block.release();
     return {data, data, &give_back, c10::Device(c10::kCPU)};
   }
@@ -145,6 +158,7 @@ class OutputPool final : public c10::Allocator {
     Blocks freed;
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return;
+    forbid(block->data(), bytes);
     block->idle_since = clock_;
     try {
       idle_.push_back(std::move(block));

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tolaria.reference._checks import dtype_name
+from tolaria.reference._checks import dtype_name, has_memory
 from tolaria.reference.governor_layout import (
     CAPTURE_PARTS,
     MAX_WINDOW,
@@ -31,6 +31,7 @@ def check_governors(state: Tensor, config: Tensor | None, mailbox: Tensor | None
         if not fits or not config.is_contiguous():
             raise ValueError(f"config: expected {len(ConfigField)} float64 values, got {_said(config)}")
         _check_device(state, config, "config")
+        _check_memory(config, "config")
     if mailbox is not None:
         _check_mailbox(state, mailbox)
 
@@ -48,6 +49,7 @@ def _check_state(state: Tensor) -> None:
         raise ValueError(
             f"state: {state.shape[0]} fields fit no window length; make it with tolaria.ops.governor_state"
         )
+    _check_memory(state, "state")
 
 
 def _check_mailbox(state: Tensor, mailbox: Tensor) -> None:
@@ -61,6 +63,7 @@ def _check_mailbox(state: Tensor, mailbox: Tensor) -> None:
     if not (mailbox.is_cpu and (state.is_cpu or mailbox.is_pinned())):
         wanted = "CPU memory" if state.is_cpu else "page-locked CPU memory"
         raise ValueError(f"mailbox: expected in {wanted}, got on {mailbox.device}")
+    _check_memory(mailbox, "mailbox")
 
 
 def _several_values_hint(n: int, name: str, count: int) -> str:
@@ -107,6 +110,7 @@ def check_samples(
                 f"{_several_values_hint(n, name, values.numel())}"
             )
         _check_device(state, values, name)
+        _check_memory(values, name)
 
 
 def check_column(state: Tensor, column: int) -> None:
@@ -147,6 +151,14 @@ def _is_floating(tensor: Tensor) -> bool:
 def _check_device(state: Tensor, tensor: Tensor, name: str) -> None:
     if tensor.device != state.device:
         raise ValueError(f"{name}: expected on {state.device} like state, got {tensor.device}")
+
+
+def _check_memory(tensor: Tensor, name: str) -> None:
+    if not has_memory(tensor):
+        raise ValueError(
+            f"{name}: expected memory for its {tensor.numel()} elements, "
+            "got a storage that was resized to less"
+        )
 
 
 def _said(tensor: Tensor) -> str:
