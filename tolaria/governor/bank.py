@@ -66,7 +66,7 @@ class GovernorBank:
             raise ValueError(f"n: expected an integer of at least 1, got {n!r}")
         check_settings(config, None)
         check_listed(sinks=sinks)
-        check_ranks(None, None)
+        check_ranks(None)
         self.config = config or GovernorConfig()
         self.random_guess_loss = resolve_random_guess_loss(num_classes, random_guess_loss)
         self._device = torch.device(device)

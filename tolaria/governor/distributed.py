@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tolaria.ops import StateField
 
@@ -14,11 +14,11 @@ OTHER_RANK = 1 << 30
 """Index reported when the tensor that held a non-finite value is another rank's."""
 
 
-def check_ranks(process_group: dist.ProcessGroup | None, model: nn.Module | None) -> None:
+def check_ranks(process_group: dist.ProcessGroup | None) -> None:
     """Refuse settings under which one rank could roll back alone.
 
     Raises:
-        RuntimeError: several ranks without a process group, or sharded parameters.
+        RuntimeError: several ranks without a process group.
         TypeError: ``process_group`` is none.
     """
     if process_group is not None and not (
@@ -34,12 +34,6 @@ def check_ranks(process_group: dist.ProcessGroup | None, model: nn.Module | None
             "roll back alone; pass process_group=torch.distributed.group.WORLD, so that all judge the same "
             "loss"
         )
-    for name, parameter in model.named_parameters() if model is not None else ():
-        if hasattr(parameter, "placements") or type(parameter).__name__ in ("DTensor", "FlatParameter"):
-            raise RuntimeError(
-                f"model: {name} is sharded ({type(parameter).__name__}), which is not supported; a governor "
-                "needs whole parameters on every rank, as under DistributedDataParallel"
-            )
 
 
 def agree_on_flag(process_group: dist.ProcessGroup, state: Tensor, flag: Tensor | None) -> Tensor:

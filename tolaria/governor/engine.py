@@ -20,6 +20,7 @@ from tolaria import ops
 from tolaria.errors import UncoveredWarning
 from tolaria.governor import uncovered
 from tolaria.governor.config import GovernorConfig
+from tolaria.governor.coverage import Coverage, check_unsharded
 from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, SeedCulledEvent, StructureEvent
 from tolaria.governor.finite_state import StateCheck
 from tolaria.governor.host_state import HostState, HostValues
@@ -71,7 +72,10 @@ class Engine(ABC):
         self.seed_holders = tracked.walk().seed_holders
         self._watch = StructureWatch(tracked)
         self.state_check = StateCheck(tracked, self.slots, self._watch)
+        check_unsharded(tracked)
         self._find_exempt()
+        self._coverage = Coverage(tracked)
+        self._coverage.look(attaching=True)
 
     @property
     def step_count(self) -> int:
@@ -246,6 +250,8 @@ class Engine(ABC):
             self._watch.mark(walk, tensors)
         if changed:
             uncovered.look_again()
+        if changed and known:
+            self._coverage.look()
         if changed and known and len(self.slots.places) != known:
             yield StructureEvent(
                 step=self.step_count,

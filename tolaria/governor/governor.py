@@ -87,7 +87,7 @@ class TolariaGovernor(Readings):
         listed = attach.checked_optimizers(model, optimizers)
         attach.check_settings(config, scaler)
         attach.check_listed(schedulers=schedulers, extras=extras, generators=generators, sinks=sinks)
-        check_ranks(process_group, model)
+        check_ranks(process_group)
         self.config = config or GovernorConfig()
         self.random_guess_loss = attach.resolve_random_guess_loss(num_classes, random_guess_loss)
         self._group = process_group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria.errors import SnapshotError
+from tolaria.governor import loose_state
 from tolaria.governor.fresh_state import fresh_value
 from tolaria.governor.rng import load_rng_state, rng_state
 from tolaria.governor.schedules import KeptRates
@@ -34,6 +35,7 @@ class OptimizerHost:
     groups: list[dict[str, Any]]
     state_keys: dict[int, set[str]]
     values: dict[int, dict[str, Any]]
+    loose: loose_state.Loose = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -202,9 +204,17 @@ def _optimizer_host(tracked: TrackedState, optimizer: Optimizer) -> OptimizerHos
             k: copy.deepcopy(v) for k, v in values.items() if k != "params" and not tracked.is_captured(v)
         }
 
-    state_keys = {id(parameter): set(state) for parameter, state in optimizer.state.items()}
-    values = {id(parameter): host_values(state) for parameter, state in optimizer.state.items()}
-    return OptimizerHost(optimizer, [host_values(g) for g in optimizer.param_groups], state_keys, values)
+    groups = [host_values(g) for g in optimizer.param_groups]
+    own = parameter_states(optimizer)
+    state_keys = {id(parameter): set(state) for parameter, state in own}
+    values = {id(parameter): host_values(state) for parameter, state in own}
+    return OptimizerHost(optimizer, groups, state_keys, values, loose_state.copied(optimizer))
+
+
+def parameter_states(optimizer: Optimizer, also: Collection[int] = ()) -> list[tuple[Tensor, dict[str, Any]]]:
+    """State by parameter, of those in a group and those whose id is in ``also``."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}.union(also)
+    return [(parameter, state) for parameter, state in optimizer.state.items() if id(parameter) in own]
 
 
 def _load_optimizer(optimizer: Optimizer, captured: OptimizerHost, *, keep_fresh: bool) -> None:
@@ -212,9 +222,8 @@ def _load_optimizer(optimizer: Optimizer, captured: OptimizerHost, *, keep_fresh
     for target, values in zip(optimizer.param_groups, captured.groups, strict=False):
         target.update(copy.deepcopy(values))
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for parameter in list(optimizer.state):
-        keys = captured.state_keys.get(id(parameter), set())
-        state, group = optimizer.state[parameter], groups.get(id(parameter))
+    for parameter, state in parameter_states(optimizer, also=captured.state_keys):
+        keys, group = captured.state_keys.get(id(parameter), set()), groups.get(id(parameter))
         late = [k for k in state if k not in keys]
         if keep_fresh and group is not None and not keys:
             fresh = [
@@ -226,6 +235,7 @@ def _load_optimizer(optimizer: Optimizer, captured: OptimizerHost, *, keep_fresh
         state.update(copy.deepcopy(captured.values.get(id(parameter), {})))
         if not state:
             del optimizer.state[parameter]
+    loose_state.put_back(optimizer, captured.loose, keep=captured.state_keys)
 
 
 def _scaler_host(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:

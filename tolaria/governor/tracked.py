@@ -178,7 +178,7 @@ class TrackedState:
         """Every covered tensor, tied ones once, in a stable order; ``walk`` is that of now, if known."""
         walk = walk or self.walk()
         found: dict[int, TrackedTensor] = {}
-        for candidate in self._candidates(walk):
+        for candidate in self.candidates(walk):
             found.setdefault(id(candidate.tensor), candidate)
         incubating = {id(t) for _, module in walk.seed_holders for t in module.incubating_tensors()}
         zeroed = {id(t) for _, module in walk.participants for t in module.zero_alpha_tensors()}
@@ -207,7 +207,17 @@ class TrackedState:
             [(name, cast(HoldsSeed, m)) for name, m in own if _has(m, _SEED_HOLDER)],
         )
 
-    def _candidates(self, walk: Walk) -> Iterator[TrackedTensor]:
+    def elsewhere(self) -> list[TrackedTensor]:
+        """Parameters, buffers and the scaler's tensors that no capture copies, being on another device."""
+        return [
+            t
+            for t in self.candidates(self.walk())
+            if t.tensor.device != self.device and t.kind in ("parameter", "buffer", "scaler")
+            if not (isinstance(t.key, tuple) and t.key[0] == "group")  # a host-side part
+        ]
+
+    def candidates(self, walk: Walk) -> Iterator[TrackedTensor]:
+        """Every tensor that is covered, or would be on the governor's device; tied ones more than once."""
         names: dict[int, str] = {}
         stepped = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         modules = [(prefix, f"{path}." if path else "", module) for prefix, path, module in walk.modules]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tolaria import ops
 from tolaria.errors import TolariaError
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.host_state import HostValues
+from tolaria.governor.host_state import HostValues, parameter_states
 from tolaria.ops import SnapshotEntry, SnapshotTable, StateField, live_view, slot_view
 
 _ALIGN = 256
@@ -88,7 +88,7 @@ class HostCounters:
         """About to take step ``step``; the verdicts before ``known`` have been heard."""
         for heard in [s for s in self._before if s < known]:
             del self._before[heard]
-        self._before[step] = {id(p): self._on_host(state) for p, state in self._optimizer.state.items()}
+        self._before[step] = {id(p): self._on_host(state) for p, state in parameter_states(self._optimizer)}
 
     def _on_host(self, state: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -109,7 +109,7 @@ class HostCounters:
         right = {s: self._before[s] for s in later}
         for earlier, s in reversed(list(itertools.pairwise(later))):
             self._before[s] = right[earlier]
-        for parameter, state in list(self._optimizer.state.items()):
+        for parameter, state in parameter_states(self._optimizer):
             values = right[later[-1]].get(id(parameter))
             if values is not None:
                 state.update(copy.deepcopy(values))

@@ -86,7 +86,7 @@ class StructureWatch:
         for module in modules:
             containers += [module._modules, module._parameters, module._buffers]
         for optimizer in self._tracked.optimizers:
-            containers += [optimizer.state, *optimizer.state.values()]
+            containers += [optimizer.state, *(s for s in optimizer.state.values() if isinstance(s, Mapping))]
         found: list[object] = list(chain.from_iterable(map(_VALUES, containers)))
         for optimizer in self._tracked.optimizers:
             for group in optimizer.param_groups:
