@@ -11,6 +11,7 @@ from tolaria.errors import (
     SnapshotError,
     TolariaError,
     TrainingDivergedError,
+    UncoveredWarning,
 )
 from tolaria.governor import (
     GovernorBank,
@@ -55,6 +56,7 @@ __all__ = [
     "TolariaError",
     "TolariaGovernor",
     "TrainingDivergedError",
+    "UncoveredWarning",
     "Verdict",
     "__version__",
     "backend",
