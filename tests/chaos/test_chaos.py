@@ -150,6 +150,8 @@ def test_command_prints_the_table(capsys, tmp_path):
         (["--steps", "0"], "steps"),
         (["--snapshot-interval", "1"], "snapshot_interval"),
         (["digts"], "did you mean 'digits'"),
+        (["--data-dir", "x"], "data_dir: expected None, since task 'digits' needs no files"),
+        (["cifar10", "--data-dir", "/nowhere"], "data_batch_1 under '/nowhere'"),
         (["--steps", "30"], "steps: expected at least 40, since ramp lasts 40, got 30"),
         (
             ["--steps", "40"],

@@ -59,6 +59,7 @@ def test_json_is_the_summary(tmp_path, capsys):
         (["digits", "--threads", "0"], "threads: expected an integer from 1"),
         (["digits", "--snapshot-interval", "1"], "snapshot_interval"),
         (["digits", "--rng-seed", "-1"], "rng_seed"),
+        (["digits", "--blend-steps", "2000000"], "blend_steps: expected at most 1000000"),
         (["digits", "--no-governor", "--strict"], "strict: expected not to come with use_governor=False"),
         (["digits", "--no-governor", "--log-only"], "log_only: expected not to come with"),
         (["digits", "--no-governor", "--skip-anomalous-steps"], "skip_anomalous_steps: expected not to come"),

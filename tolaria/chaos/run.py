@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -257,6 +258,7 @@ def task_run(
     device: str | torch.device = "cpu",
     rng_seed: int = 0,
     config: GovernorConfig | None = None,
+    data_dir: Path | None = None,
 ) -> ChaosRun:
     """A run of a task's host, fresh: same seed, same weights and batches.
 
@@ -265,11 +267,13 @@ def task_run(
         device: where to train.
         rng_seed: seeds weights and data order.
         config: the governor's settings; a capture every 50 steps if None.
+        data_dir: where a task that needs files finds them; an error for one that needs none.
     """
     spec = task if isinstance(task, TaskSpec) else get_task(task)
     settings = spec.defaults
+    spec.check_data_dir(data_dir)
     model = create_model(spec, device, rng_seed=rng_seed)
-    data = spec.load_data(batch_size=settings.batch_size, rng_seed=rng_seed, data_dir=None)
+    data = spec.load_data(batch_size=settings.batch_size, rng_seed=rng_seed, data_dir=data_dir)
     criterion = spec.criterion()
 
     def accuracy(trained: nn.Module) -> float:

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--snapshot-interval", type=int, default=50, metavar="N", help="steps between captures (50)"
     )
     parser.add_argument("--strict", action="store_true", help="the governor's strict settings")
+    parser.add_argument("--data-dir", metavar="DIR", help="where a task that needs files finds them")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument(
@@ -91,11 +92,12 @@ def _table(arguments: argparse.Namespace, printer: _Printer) -> ChaosTable:
     else:
         names = None if arguments.faults is None else [n.strip() for n in arguments.faults.split(",")]
         faults = chosen_faults(names)
+    files = None if arguments.data_dir is None else Path(arguments.data_dir)
     with cpu_threads(arguments.threads):
         if arguments.out is not None:
             _try_file(Path(arguments.out))
         return run_table(
-            lambda: task_run(spec, device=device, rng_seed=arguments.rng_seed, config=config),
+            lambda: task_run(spec, device=device, rng_seed=arguments.rng_seed, config=config, data_dir=files),
             faults=faults, steps=arguments.steps, start=arguments.start, rng_seed=arguments.rng_seed,
             on_outcome=printer,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from tolaria.nn.device import validate_device
 from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.nest import Inputs
 from tolaria.nn.randomness import check_rng_seed, preserve_random_state
-from tolaria.nn.schedule import ScheduleKind
+from tolaria.nn.schedule import MOST_STEPS, ScheduleKind
 from tolaria.tasks.data import TaskData
 
 TaskType = Literal["classification", "lm"]
@@ -96,6 +96,8 @@ class TrainSettings:
             or not isinstance(getattr(self, name), int)
             or getattr(self, name) < low
         ]
+        if isinstance(self.blend_steps, int) and self.blend_steps > MOST_STEPS:
+            bad.append(f"blend_steps: expected at most {MOST_STEPS}, got {self.blend_steps}")
         for name in ("lr", "seed_lr", "max_grad_norm", "seed_max_grad_norm"):
             value = getattr(self, name)
             if not (value is None and name.endswith("norm")) and not (_is_finite(value) and value > 0):
