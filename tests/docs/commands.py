@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("pip", "python", "python3", "pytest", "tolaria", "bash", "ruff", "mypy", "pre-commit", "vgpu/run")
+_NO_COMMANDS = (["python"], ["python", "-m"], ["pip"], ["bash"])  # named in the text
 _SHELLS = ("", "sh", "bash", "shell", "console")
 
 
@@ -96,7 +97,7 @@ def _command(line: str) -> str | None:
     """What is typed, if the line is a command."""
     text = re.split(r"\s{2,}|\s+#\s", line.removeprefix("$ "))[0].strip()
     words = [word for word in text.split() if not re.fullmatch(r"[A-Z_]+=\S+", word)]
-    if not words or words[0] not in PROGRAMS or (words[0] in ("python", "pip", "bash") and len(words) == 1):
+    if not words or words[0] not in PROGRAMS or words in _NO_COMMANDS:
         return None
     return text
 
@@ -119,12 +120,15 @@ class Known:
 
 _INSTALLED = Known(installs=True)
 _CI = Known(skip="it runs the tests and this script in environments of its own")
+_HOURS = Known(skip="it takes hours; bash .ci/run --all runs it")
 _VGPU = Known(skip="it needs a CUDA build and the virtual CUDA device, which is not part of the project")
+_SANITIZE = "[--calls 20000] [--only address|undefined] [--folder FOLDER] [TEST...]"
 _PICTURE = "--inject nan-loss@150 --inject nan-buffer@1340 --inject spike@1900"
 _SMOKE = "python -m pytest bench --smoke -q --benchmark-json=smoke.json"
 
 KNOWN: dict[str, Known] = {
     "bash .ci/run": _CI,
+    "bash .ci/run --all": _CI,
     "NVCC_APPEND_FLAGS=-lineinfo pip install .": _INSTALLED,
     'pip install ".[bench]" && python bench/run.py': Known(
         run="python bench/run.py", long=True, installs=True
@@ -134,9 +138,12 @@ KNOWN: dict[str, Known] = {
     "pip install --force-reinstall --no-deps --no-cache-dir .": _INSTALLED,
     'pip install --no-build-isolation -e ".[dev]"': _INSTALLED,
     "pip install .": _INSTALLED,
-    "pip install torch setuptools ninja": _INSTALLED,
+    'pip install torch "setuptools>=77" ninja': _INSTALLED,
     "pre-commit install": Known(needs=("pre-commit",)),
     "pytest": Known(long=True),
+    "pytest -m hypothesis --hypothesis-seed=N": Known(
+        run="pytest -m hypothesis --hypothesis-seed=1", long=True
+    ),
     "python -m build": Known(
         skip="the text says of it that it does not tell for which environment it builds"
     ),
@@ -156,6 +163,9 @@ KNOWN: dict[str, Known] = {
     "python bench/run.py [--quick]": Known(run="python bench/run.py --quick", long=True),
     "python bench/train/drift.py --runs 1000": Known(long=True),
     "python bench/train/growth.py --task digits --seeds 5": Known(long=True),
+    "python build_tools/mutants.py [--backend cpu|cuda] [--file csrc/cpu/stats.cpp ...]": _HOURS,
+    "python build_tools/sanitize.py": _HOURS,
+    f"python build_tools/sanitize.py {_SANITIZE}": _HOURS,
     "python build_tools/ptxas_report.py": Known(long=True, needs=("nvcc",)),
     "python build_tools/ptxas_report.py [--archs 8.0 9.0] [--out docs/kernels.md]": Known(
         run="python build_tools/ptxas_report.py --archs 8.0 --out kernels.md", long=True, needs=("nvcc",)
