@@ -84,7 +84,7 @@ void governor_order_cpu(at::Tensor& state, const at::Tensor& config, int64_t col
 
 // snapshot: copy live bytes to the ordered slot; copy the last known good slot back
 void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& table, int64_t part,
-                          const std::optional<at::Tensor>& mailbox);
+                          const std::optional<at::Tensor>& mailbox, int64_t ticket, bool aside);
 void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
                           const std::optional<at::Tensor>& mailbox);
 
@@ -96,7 +96,7 @@ void governor_step_cuda(at::Tensor& state, const at::Tensor& config, const at::T
 void governor_order_cuda(at::Tensor& state, const at::Tensor& config, int64_t column, int64_t order, int64_t reason,
                          int64_t tensor_index, const std::optional<at::Tensor>& mailbox);
 void snapshot_capture_cuda(at::Tensor& state, int64_t column, const at::Tensor& table, int64_t part,
-                           const std::optional<at::Tensor>& mailbox);
+                           const std::optional<at::Tensor>& mailbox, int64_t ticket, bool aside);
 void snapshot_restore_cuda(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
                            const std::optional<at::Tensor>& mailbox);
 #endif

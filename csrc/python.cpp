@@ -10,6 +10,10 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
+#ifdef TOLARIA_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 #include <optional>
 
@@ -75,6 +79,22 @@ PyObject* judge(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// recording(device) -> the number of the CUDA graph recording that the device's current stream takes part in, 0 for none
+PyObject* tell_recording(PyObject*, PyObject* device) {
+  HANDLE_TH_ERRORS
+  const long index = PyLong_AsLong(device);
+  if (PyErr_Occurred()) return nullptr;
+  unsigned long long id = 0;
+#ifdef TOLARIA_WITH_CUDA
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const auto stream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(index));
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id));
+  if (status == cudaStreamCaptureStatusNone) id = 0;
+#endif
+  return PyLong_FromUnsignedLongLong(id);
+  END_HANDLE_TH_ERRORS
+}
+
 // last_level_cache() -> bytes
 PyObject* tell_last_level_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(last_level_cache()); }
 
@@ -90,6 +110,7 @@ PyObject* set_last_level_cache(PyObject*, PyObject* bytes) {
 extern "C" PyObject* PyInit__C() {
   static PyMethodDef methods[] = {
       {"judge", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&tolaria::judge)), METH_FASTCALL, nullptr},
+      {"recording", &tolaria::tell_recording, METH_O, nullptr},
       {"last_level_cache", &tolaria::tell_last_level_cache, METH_NOARGS, nullptr},
       {"assume_last_level_cache", &tolaria::set_last_level_cache, METH_O, nullptr},
       {nullptr, nullptr, 0, nullptr}};

@@ -58,7 +58,9 @@ TORCH_LIBRARY(tolaria, m) {
   m.def(
       "governor_order_(Tensor(a!) state, Tensor config, int column, int order, int reason, int tensor_index, "
       "Tensor(b!)? mailbox=None) -> ()");
-  m.def("snapshot_capture_(Tensor(a!) state, int column, Tensor table, int part, Tensor(b!)? mailbox=None) -> ()");
+  m.def(
+      "snapshot_capture_(Tensor(a!) state, int column, Tensor table, int part, Tensor(b!)? mailbox=None, int ticket=0, "
+      "bool aside=False) -> ()");
   m.def(
       "snapshot_restore_(Tensor(a!) state, int column, Tensor config, Tensor table, Tensor(b!)? mailbox=None) -> ()");
 }

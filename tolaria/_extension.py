@@ -52,7 +52,7 @@ OPS = (
 )
 """What an extension of these sources registers; one that lacks an op was built from older ones."""
 
-CALLS = ("assume_last_level_cache", "judge", "last_level_cache")
+CALLS = ("assume_last_level_cache", "judge", "last_level_cache", "recording")
 """What its module itself offers, beside torch's dispatcher."""
 
 
@@ -275,6 +275,8 @@ CUDA: bool = LOADED and INFO is not None and INFO.cuda is not None
 
 judge: Callable[..., bool] = sys.modules[NAME].judge if LOADED else _not_loaded
 """What :func:`tolaria.ops.governor.judge_` calls; see csrc/python.cpp."""
+recording: Callable[[int], int] = sys.modules[NAME].recording if LOADED else _not_loaded
+"""The number of the CUDA graph recording that a device's current stream takes part in; 0: none."""
 last_level_cache: Callable[[], int] = sys.modules[NAME].last_level_cache if LOADED else _not_loaded
 """Bytes of the last cache before memory; CPU ops that move more than half of it write past the caches."""
 assume_last_level_cache: Callable[[int], int] = (

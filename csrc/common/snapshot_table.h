@@ -1,8 +1,9 @@
 // The table of captured memory: which bytes go where. An int64 matrix of kTableColumns, on the device of the state.
 //
-// Row 0 is a header; rows of part 0 come first, then those of part 1. Each row is a contiguous run of bytes, so dtype and
-// shape do not matter to a copy; `check` says how to look for non-finite values on the way. The matrix may have spare
-// rows: a CUDA graph keeps its address while the number of rows, which is read on the device, changes.
+// The first two rows are a header; rows of part 0 come first, then those of part 1. Each row is a contiguous run of bytes,
+// so dtype and shape do not matter to a copy; `check` says how to look for non-finite values on the way. A CUDA graph keeps
+// the matrix's address. The number of rows is read on the device and may change; where they outgrow the matrix, they lie
+// elsewhere and the header says where.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,6 +21,9 @@ struct SnapshotHeader {
   // Scratch of the CUDA kernels, 0 and kNoTensor between launches: blocks that are done, first non-finite tensor.
   unsigned long long blocks_done[2];
   unsigned long long first_bad[2];
+  int64_t elsewhere;  // address of the rows, or 0: right behind the header
+  int64_t room;       // for so many, elsewhere
+  int64_t unused[4];
 };
 
 struct SnapshotRow {
@@ -30,7 +34,13 @@ struct SnapshotRow {
   int64_t tensor;   // index of the tensor this run belongs to, for reports
 };
 constexpr int64_t kTableColumns = sizeof(SnapshotRow) / sizeof(int64_t);
-static_assert(sizeof(SnapshotHeader) == sizeof(SnapshotRow), "the header is row 0");
+constexpr int64_t kHeaderRows = 2;
+static_assert(sizeof(SnapshotHeader) == kHeaderRows * sizeof(SnapshotRow), "the header fills the first rows");
+
+C10_HOST_DEVICE inline const SnapshotRow* rows_of(const SnapshotHeader* header) {
+  return header->elsewhere != 0 ? reinterpret_cast<const SnapshotRow*>(header->elsewhere)
+                                : reinterpret_cast<const SnapshotRow*>(header + 1);
+}
 
 constexpr unsigned long long kNoTensor = std::numeric_limits<int64_t>::max();
 
@@ -58,15 +68,19 @@ struct SnapshotTable {
   }
 };
 
+// The table behind `header`, whose matrix has `capacity` rows; where the header can be read.
+C10_HOST_DEVICE inline SnapshotTable table_at(const SnapshotHeader* header, int64_t capacity) {
+  return {header, rows_of(header), header->elsewhere != 0 ? header->room : capacity};
+}
+
 inline SnapshotTable snapshot_table(const at::Tensor& table) {
-  const int64_t* data = table.const_data_ptr<int64_t>();
-  return {reinterpret_cast<const SnapshotHeader*>(data), reinterpret_cast<const SnapshotRow*>(data + kTableColumns),
-          table.size(0) - 1};
+  const auto* header = reinterpret_cast<const SnapshotHeader*>(table.const_data_ptr<int64_t>());
+  return table_at(header, table.size(0) - kHeaderRows);
 }
 
 inline void check_snapshot_table(const at::Tensor& state, const at::Tensor& table) {
   TORCH_CHECK_VALUE(table.scalar_type() == at::kLong && table.dim() == 2 && table.is_contiguous() &&
-                        table.size(1) == kTableColumns && table.size(0) >= 1,
+                        table.size(1) == kTableColumns && table.size(0) >= kHeaderRows,
                     "table: expected a contiguous int64 matrix of ", kTableColumns,
                     " columns made by tolaria.ops.SnapshotTable, got ", table.scalar_type(), " of shape ",
                     table.sizes());

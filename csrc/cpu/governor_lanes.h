@@ -47,6 +47,8 @@ struct GovernorBlock {
   // The moments of their windows, and whether the step was clean: then it is judged, but for what is left to the caller.
   double mean[kCount], m2[kCount], gradient_mean[kCount], gradient_m2[kCount];
   bool is_clean[kCount];
+  // Of a clean step, what its governor's status words said before.
+  double reason[kCount], rollback[kCount], tensor_index[kCount];
 };
 
 // Judges a block in kVectors registers of kBytes. Their windows are summed in turn, since each sum waits for its own
@@ -114,6 +116,9 @@ struct JudgeLanes {
     typename Column::Mask is_clean = (active != 0.0) & f.joins();
     if (s.has_gradient) is_clean &= f.judges_gradient;
     if (math::any(!is_clean)) return false;
+    lanes(block.reason, at) = static_cast<Real>(g[math::field::reason]);
+    lanes(block.rollback, at) = static_cast<Real>(g[math::field::rollback]);
+    lanes(block.tensor_index, at) = static_cast<Real>(g[math::field::tensor_index]);
     math::write_verdict(g, s, m, f, math::kHealthy, false);
     math::shift_full(g, math::memory::history_size, g.losses());
     if (s.has_gradient) math::shift_full(g, math::memory::gradient_size, g.gradients());

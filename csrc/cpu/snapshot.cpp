@@ -89,8 +89,8 @@ struct Copier {
 SnapshotTable checked_table(const at::Tensor& table) {
   const SnapshotTable view = snapshot_table(table);
   const int64_t first = view.header->part0_rows, rows = view.header->rows;
-  TORCH_CHECK_VALUE(0 <= first && first <= rows && rows <= view.capacity, "table: header says ", first, " and ", rows,
-                    " rows, the matrix holds ", view.capacity);
+  TORCH_CHECK_VALUE(0 <= first && first <= rows && rows <= view.capacity && view.header->elsewhere == 0,
+                    "table: header says ", first, " and ", rows, " rows, the matrix holds ", view.capacity);
   return view;
 }
 
@@ -126,7 +126,7 @@ T* address(int64_t base, int64_t offset) {
 }  // namespace
 
 void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& table, int64_t part,
-                          const std::optional<at::Tensor>& mailbox) {
+                          const std::optional<at::Tensor>& mailbox, int64_t ticket, bool /* aside: one memory, one way */) {
   const math::Governor g = governor_at(state, column, mailbox);
   check_snapshot_table(state, table);
   TORCH_CHECK_VALUE(part >= 0 && part < math::kCaptureParts, "part: expected 0 or 1, got ", part);
@@ -149,7 +149,8 @@ void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& t
     }
   });
   const int64_t bad = first_bad.load();
-  math::finish_capture_part(g, static_cast<int>(part), bad == kNone ? -1.0 : static_cast<double>(bad));
+  math::finish_capture_part(g, static_cast<int>(part), bad == kNone ? -1.0 : static_cast<double>(bad),
+                            static_cast<double>(ticket));
 }
 
 void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
@@ -165,7 +166,6 @@ void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& c
     copier.copy(address<char>(row.live, offset), address<const char>(row.slot[slot], offset), bytes);
   });
   math::commit_rollback(g, config.const_data_ptr<double>());
-  math::write_status(g);
 }
 
 }  // namespace tolaria

@@ -5,6 +5,8 @@
 // only cleared there, when every block has read them.
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+
 #include "common/governor_batch.h"
 #include "common/snapshot_table.h"
 #include "cuda/last_block.cuh"
@@ -14,10 +16,14 @@
 namespace tolaria {
 namespace {
 
-// Copies go at the speed of the bus, which few blocks saturate; more would only take multiprocessors from training.
-constexpr int kCaptureBlocksPerMultiprocessor = 1;  // told to ptxas, too: for more it would spill registers
-constexpr int kCaptureMultiprocessorShare = 4;  // a capture uses at most a quarter of the device
-constexpr int kCaptureThreads = cuda::kBlock;
+// On the critical path a copy takes the whole device. Beside training ("aside") it goes at the speed of the bus, which a
+// few small blocks saturate: 16 blocks of 128 threads with four loads of 16 bytes each are 128 KiB in flight, and leave
+// room for a persistent kernel's block on every multiprocessor.
+constexpr int kThreads = cuda::kBlock;
+constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int kAsideThreads = 128;
+constexpr int kAsideBlocks = 16;
+constexpr int kBatch = 4;  // loads in flight per thread
 
 template <typename word_t>
 __device__ bool has_nonfinite(word_t word, int64_t check) {
@@ -42,20 +48,28 @@ __device__ bool has_nonfinite(uint4 v, int64_t check) {
          has_nonfinite(v.w, check);
 }
 
-// One row by one block, word by word; true if a thread met a non-finite value. `words` counts word_t.
-template <typename word_t>
-__device__ bool copy_words(char* target, const char* source, int64_t words, int64_t check) {
+// One row by one block, word by word; true if a thread met a non-finite value. `words` counts word_t. A batch is loaded
+// whole before any of it is stored: the compiler may not move a load over a store that could go to the same place.
+template <int kBlockThreads, typename word_t>
+__device__ bool copy_words(char* __restrict__ target, const char* __restrict__ source, int64_t words, int64_t check) {
   bool bad = false;
-  auto* to = reinterpret_cast<word_t*>(target);
-  const auto* from = reinterpret_cast<const word_t*>(source);
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < words; i += kCaptureThreads) {
-    const word_t word = from[i];
+  auto* __restrict__ to = reinterpret_cast<word_t*>(target);
+  const auto* __restrict__ from = reinterpret_cast<const word_t*>(source);
+  const auto store = [&](int64_t i, word_t word) {
     to[i] = word;
     if constexpr (sizeof(word_t) >= 2) {
       if (check != kCheckNone) bad |= has_nonfinite(word, check);
     }
+  };
+  int64_t i = threadIdx.x;
+  for (; i + (kBatch - 1) * kBlockThreads < words; i += kBatch * kBlockThreads) {
+    word_t batch[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) batch[k] = from[i + k * kBlockThreads];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) store(i + k * kBlockThreads, batch[k]);
   }
+  for (; i < words; i += kBlockThreads) store(i, from[i]);
   return bad;
 }
 
@@ -67,6 +81,7 @@ __device__ int alignment(const void* a, const void* b) {
 
 // The widest words first, then narrower ones for what is left. A searched row is whole elements at addresses aligned to
 // them, so no word is narrower than an element; bytes only occur where nothing is searched.
+template <int kBlockThreads>
 __device__ bool copy_bytes(char* target, const char* source, int64_t bytes, int64_t check) {
   const int width = alignment(target, source);
   int64_t done = 0;
@@ -75,7 +90,7 @@ __device__ bool copy_bytes(char* target, const char* source, int64_t bytes, int6
     using word_t = decltype(word);
     if (!fits) return;
     const int64_t words = (bytes - done) / static_cast<int64_t>(sizeof(word_t));
-    bad |= copy_words<word_t>(target + done, source + done, words, check);
+    bad |= copy_words<kBlockThreads, word_t>(target + done, source + done, words, check);
     done += words * static_cast<int64_t>(sizeof(word_t));
   };
   advance(uint4{}, width >= 16);
@@ -90,30 +105,30 @@ __device__ bool copy_bytes(char* target, const char* source, int64_t bytes, int6
 }
 
 __device__ void zero_bytes(char* target, int64_t bytes) {
-  for (int64_t i = threadIdx.x; i < bytes; i += kCaptureThreads) target[i] = 0;
+  for (int64_t i = threadIdx.x; i < bytes; i += blockDim.x) target[i] = 0;
 }
 
 // The last block has seen the count of all others, each behind its threads' reads of the order and writes. So no block is
 // left that reads the order or the header, which it changes by plain stores: the next launch that reads them is ordered
 // behind this one. One counter a part, since part 1 runs on the side stream beside others; part 0 and the restore share
 // one, being in order on the stream that judges.
-__global__ void __launch_bounds__(kCaptureThreads, kCaptureBlocksPerMultiprocessor)
-    snapshot_capture_kernel(math::Governor g, SnapshotHeader* header, const SnapshotRow* rows, int64_t capacity,
-                            int part) {
+template <int kBlockThreads>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerMultiprocessor)
+    snapshot_capture_kernel(math::Governor g, SnapshotHeader* header, int64_t capacity, int part, double ticket) {
   const double order = g[math::field::capture_order_0 + part];
   if (!(order >= 0.0)) return;  // -1, or NaN
   const int slot = math::slot_index(order);
-  const SnapshotTable table{header, rows, capacity};
+  const SnapshotTable table = table_at(header, capacity);
   const int64_t end = table.end(part);
   for (int64_t r = table.begin(part) + blockIdx.x; r < end; r += gridDim.x) {
     // By reference: a copy in registers cannot be indexed by `slot` and would go to local memory.
-    const SnapshotRow& row = rows[r];
+    const SnapshotRow& row = table.rows[r];
     auto* target = reinterpret_cast<char*>(row.slot[slot]);
     bool bad = false;
     if (row.check == kZeroed) {
       zero_bytes(target, row.bytes);
     } else {
-      bad = copy_bytes(target, reinterpret_cast<const char*>(row.live), row.bytes, row.check);
+      bad = copy_bytes<kBlockThreads>(target, reinterpret_cast<const char*>(row.live), row.bytes, row.check);
     }
     if (__syncthreads_or(bad) && threadIdx.x == 0) {
       atomicMin(&header->first_bad[part], static_cast<unsigned long long>(row.tensor));
@@ -122,33 +137,33 @@ __global__ void __launch_bounds__(kCaptureThreads, kCaptureBlocksPerMultiprocess
   if (cuda::is_last_block(&header->blocks_done[part], gridDim.x) && threadIdx.x == 0) {
     const unsigned long long bad = atomicExch(&header->first_bad[part], kNoTensor);
     header->blocks_done[part] = 0;
-    math::finish_capture_part(g, part, bad == kNoTensor ? -1.0 : static_cast<double>(bad));
+    math::finish_capture_part(g, part, bad == kNoTensor ? -1.0 : static_cast<double>(bad), ticket);
   }
 }
 
-__global__ void __launch_bounds__(kCaptureThreads, kCaptureBlocksPerMultiprocessor)
-    snapshot_restore_kernel(math::Governor g, const double* config, SnapshotHeader* header, const SnapshotRow* rows,
-                            int64_t capacity) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    snapshot_restore_kernel(math::Governor g, const double* config, SnapshotHeader* header, int64_t capacity) {
   if (g[math::field::restore_order] == 0.0) return;
   const int slot = math::slot_index(g[math::field::last_good]);
-  const int64_t end = SnapshotTable{header, rows, capacity}.end(1);
+  const SnapshotTable table = table_at(header, capacity);
+  const int64_t end = table.end(1);
   for (int64_t r = blockIdx.x; r < end; r += gridDim.x) {
-    const SnapshotRow& row = rows[r];
-    copy_bytes(reinterpret_cast<char*>(row.live), reinterpret_cast<const char*>(row.slot[slot]), row.bytes,
-               kCheckNone);
+    const SnapshotRow& row = table.rows[r];
+    copy_bytes<kThreads>(reinterpret_cast<char*>(row.live), reinterpret_cast<const char*>(row.slot[slot]), row.bytes,
+                         kCheckNone);
   }
   if (cuda::is_last_block(&header->blocks_done[0], gridDim.x) && threadIdx.x == 0) {
     header->blocks_done[0] = 0;
     math::commit_rollback(g, config);
-    math::write_status(g);
   }
 }
 
-// Rows are split to this many bytes when the table is made, so one row is a fair share for a block.
-unsigned blocks_for(const at::Tensor& table, int share) {
-  const int64_t limit = std::max(1, cuda::multiprocessors() * kCaptureBlocksPerMultiprocessor / share);
-  return static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(1, table.size(0) - 1), limit));
+// Rows are split when the table is made, so that one is a fair share for a block. How many there are is read on the device.
+unsigned blocks_for(int64_t capacity, int limit) {
+  return static_cast<unsigned>(std::clamp<int64_t>(capacity, 1, limit));
 }
+
+int whole_device() { return cuda::multiprocessors() * kBlocksPerMultiprocessor; }
 
 SnapshotHeader* header_of(const at::Tensor& table) {
   return reinterpret_cast<SnapshotHeader*>(const_cast<int64_t*>(table.const_data_ptr<int64_t>()));
@@ -157,13 +172,21 @@ SnapshotHeader* header_of(const at::Tensor& table) {
 }  // namespace
 
 void snapshot_capture_cuda(at::Tensor& state, int64_t column, const at::Tensor& table, int64_t part,
-                           const std::optional<at::Tensor>& mailbox) {
+                           const std::optional<at::Tensor>& mailbox, int64_t ticket, bool aside) {
   const c10::cuda::CUDAGuard guard(state.device());
   const math::Governor g = governor_at(state, column, mailbox);
   check_snapshot_table(state, table);
   TORCH_CHECK_VALUE(part >= 0 && part < math::kCaptureParts, "part: expected 0 or 1, got ", part);
-  TOLARIA_LAUNCH(snapshot_capture_kernel, blocks_for(table, kCaptureMultiprocessorShare), kCaptureThreads, g,
-                 header_of(table), snapshot_table(table).rows, table.size(0) - 1, static_cast<int>(part));
+  const int64_t capacity = table.size(0) - kHeaderRows;
+  const int copied = static_cast<int>(part);
+  const auto number = static_cast<double>(ticket);
+  if (aside) {
+    TOLARIA_LAUNCH(snapshot_capture_kernel<kAsideThreads>, blocks_for(capacity, kAsideBlocks), kAsideThreads, g,
+                   header_of(table), capacity, copied, number);
+  } else {
+    TOLARIA_LAUNCH(snapshot_capture_kernel<kThreads>, blocks_for(capacity, whole_device()), kThreads, g,
+                   header_of(table), capacity, copied, number);
+  }
 }
 
 void snapshot_restore_cuda(at::Tensor& state, int64_t column, const at::Tensor& config, const at::Tensor& table,
@@ -172,8 +195,9 @@ void snapshot_restore_cuda(at::Tensor& state, int64_t column, const at::Tensor& 
   const math::Governor g = governor_at(state, column, mailbox);
   check_governor_config(state, config);
   check_snapshot_table(state, table);
-  TOLARIA_LAUNCH(snapshot_restore_kernel, blocks_for(table, 1), kCaptureThreads, g, config.const_data_ptr<double>(),
-                 header_of(table), snapshot_table(table).rows, table.size(0) - 1);
+  const int64_t capacity = table.size(0) - kHeaderRows;
+  TOLARIA_LAUNCH(snapshot_restore_kernel, blocks_for(capacity, whole_device()), kThreads, g,
+                 config.const_data_ptr<double>(), header_of(table), capacity);
 }
 
 }  // namespace tolaria

@@ -47,7 +47,8 @@ C10_HOST_DEVICE inline void promote_candidate(const Governor& g) {
   g[field::anchor_step] = g[field::slot_step_0 + slot];
   increment(g[field::promotion_count]);
   cancel_candidate(g);
-  emit(g, kPromotionEvent, g[field::slot_capture_0 + slot], g[field::slot_step_0 + slot]);
+  write_slot_status(g);
+  emit(g, kPromotionEvent, g[field::slot_capture_0 + slot], g[field::slot_step_0 + slot], g[field::slot_ticket_0 + slot]);
 }
 
 // The bookkeeping of a rollback whose tensors are back: the memory of the restored slot judges on from here.
@@ -59,11 +60,13 @@ C10_HOST_DEVICE inline void commit_rollback(const Governor& g, const double* c) 
   g[field::anchor_step] = g[field::step];
   g[field::restored_capture] = g[field::slot_capture_0 + slot];
   g[field::restored_step] = g[field::slot_step_0 + slot];
+  g[field::restored_ticket] = g[field::slot_ticket_0 + slot];
   g[field::restore_order] = 0.0;
   g[field::reward] = one_nan(-c[config::death_penalty]);
   copy_memory(g, 0, 1 + slot);
   cancel_candidate(g);
-  emit(g, kRollbackEvent, g[field::restored_capture], g[field::restored_step]);
+  write_rollback_status(g);
+  emit(g, kRollbackEvent, g[field::restored_capture], g[field::restored_step], g[field::restored_ticket]);
 }
 
 // An order from outside the rule: a manual rollback or capture, or the promotion of the attach-time capture.
@@ -73,7 +76,8 @@ C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order
       g[field::reason] = reason;
       g[field::tensor_index] = tensor;
       g[field::rollback] = 1.0;
-      emit(g, kVerdictEvent, -1.0, -1.0);
+      write_status(g);
+      emit(g, kVerdictEvent, -1.0, -1.0, 0.0);
     }
     g[field::restore_order] = g[field::attached];
     if (g[field::attached] == 0.0) commit_rollback(g, c);
@@ -89,16 +93,17 @@ C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order
   write_status(g);
 }
 
-// A capture part has been copied; `bad` is the index of the first tensor holding a non-finite value, or -1.
-C10_HOST_DEVICE inline void finish_capture_part(const Governor& g, int part, double bad) {
+// A capture part has been copied; `bad` is the index of the first tensor holding a non-finite value, or -1, and `ticket`
+// the host's number of the launch. No status word changes.
+C10_HOST_DEVICE inline void finish_capture_part(const Governor& g, int part, double bad, double ticket) {
   g[field::capture_order_0 + part] = -1.0;
   const int done = parts_in(g[field::candidate_done]) | (1 << part);
   g[field::candidate_done] = done;
   if (bad >= 0.0 && (g[field::candidate_bad] < 0.0 || bad < g[field::candidate_bad])) g[field::candidate_bad] = bad;
   if (done == kAllPartsDone) {
     const int slot = slot_index(g[field::candidate]);
-    emit(g, kCaptureEvent, g[field::slot_capture_0 + slot], g[field::slot_step_0 + slot]);
-    write_status(g);
+    g[field::slot_ticket_0 + slot] = ticket;
+    emit(g, kCaptureEvent, g[field::slot_capture_0 + slot], g[field::slot_step_0 + slot], ticket);
   }
 }
 
@@ -161,7 +166,10 @@ C10_HOST_DEVICE inline int advance_slots(const Governor& g, const double* c, boo
   }
   const bool due = g[field::step] - g[field::anchor_step] >= c[config::snapshot_interval];
   const bool orders = healthy && !paused && due && g[field::candidate] < 0.0 && c[config::log_only] == 0.0;
-  return orders ? order_capture(g) : 0;
+  if (!orders) return 0;
+  const int captured = order_capture(g);
+  write_slot_status(g);
+  return captured;
 }
 
 // The verdict's fields, but for the count of panics, which follows from what is done to the memory.
@@ -224,6 +232,7 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
   if (rollback && !f.poisoned_capture && may_skip(g, c, s)) rollback = false;
   if (reason != kHealthy && !rollback) increment(g.live(memory::skips));
 
+  const VerdictWords before = verdict_words(g);
   write_verdict(g, s, m, f, reason, rollback);
   if (g[field::cooldown_left] > 0.0) g[field::cooldown_left] -= 1.0;
   if (f.joins()) {
@@ -240,11 +249,11 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
   const bool acts = rollback && c[config::log_only] == 0.0;
   const bool attached = g[field::attached] != 0.0;
   g[field::restore_order] = acts && attached ? 1.0 : 0.0;
-  if (reason != kHealthy) emit(g, kVerdictEvent, -1.0, -1.0);
+  write_verdict_status(g, before);
+  if (reason != kHealthy) emit(g, kVerdictEvent, -1.0, -1.0, 0.0);
   const int captured = advance_slots(g, c, reason == kHealthy, paused);
   if (captured > 0) copy_memory(g, captured, 0);
   if (acts && !attached) commit_rollback(g, c);
-  write_status(g);
 }
 
 }  // namespace tolaria::math

@@ -15,10 +15,11 @@ namespace tolaria::math {
   /* Welford statistics of all healthy losses; these never go back */                                    \
   X(life_count) X(life_mean) X(life_m2) X(life_min) X(life_max)                                          \
   X(cooldown_left) X(rollback_count) X(capture_count) X(promotion_count) X(attached)                     \
-  /* the double buffer: candidate -1 means none; candidate_done is a bit per capture part */             \
+  /* the double buffer: candidate -1 means none; candidate_done is a bit per capture part; a ticket is    \
+     the number that the host gave the launch of a capture, 0 where a graph replay made it */             \
   X(last_good) X(candidate) X(candidate_done) X(candidate_bad) X(candidate_healthy) X(anchor_step)       \
-  X(slot_step_0) X(slot_step_1) X(slot_capture_0) X(slot_capture_1)                                      \
-  X(restored_capture) X(restored_step) X(steps_lost) X(events)
+  X(slot_step_0) X(slot_step_1) X(slot_capture_0) X(slot_capture_1) X(slot_ticket_0) X(slot_ticket_1)    \
+  X(restored_capture) X(restored_step) X(restored_ticket) X(steps_lost) X(events)
 
 // What belongs to the state that was judged, so goes back with it; followed by `window` losses, oldest first, and by
 // `window` gradient norms.
@@ -36,11 +37,13 @@ namespace tolaria::math {
 // A mailbox row: status words, then a ring of records. The device writes it, the host only reads.
 #define TOLARIA_GOVERNOR_STATUS(X)                                                                       \
   X(events) X(step) X(reason) X(rollback) X(rollback_count) X(restored_capture) X(restored_step)         \
-  X(last_good_capture) X(last_good_step) X(capture_count) X(promotion_count) X(tensor_index) X(anchor_step)
+  X(last_good_capture) X(last_good_step) X(capture_count) X(promotion_count) X(tensor_index) X(anchor_step)     \
+  X(restored_ticket) X(last_good_ticket)
 #define TOLARIA_GOVERNOR_RECORD(X)                                                                       \
   X(kind) X(step) X(reason) X(rollback) X(loss) X(mean) X(std) X(threshold_absolute)                     \
   X(threshold_statistical) X(threshold_multiplier) X(gradient_norm) X(gradient_threshold) X(drift)       \
-  X(panics) X(tensor_index) X(capture_id) X(capture_step) X(steps_lost) X(rollback_count)
+  X(panics) X(tensor_index) X(capture_id) X(capture_step) X(steps_lost) X(rollback_count)  \
+  X(ticket)
 
 #define TOLARIA_ENTRY(name) name,
 namespace field {

@@ -55,28 +55,66 @@ C10_HOST_DEVICE inline void publish() {
 #endif
 }
 
-// The rollback count comes last: a host that sees it move finds the words that describe that rollback.
-C10_HOST_DEVICE inline void write_status(const Governor& g) {
+// Status words. Every store crosses the bus, so each transition writes the words that it changes and no others; and it
+// writes them before it counts its event, so that a host which has heard of the event finds them. The rollback count is
+// written last: a host that sees it move finds the words that describe that rollback.
+
+// The words of a verdict that stay the same over clean steps.
+struct VerdictWords {
+  double reason, rollback, tensor_index;
+};
+
+C10_HOST_DEVICE inline VerdictWords verdict_words(const Governor& g) {
+  return {g[field::reason], g[field::rollback], g[field::tensor_index]};
+}
+
+C10_HOST_DEVICE inline void write_verdict_status(const Governor& g, const VerdictWords& before) {
+  if (g.mailbox == nullptr) return;
+  double* s = g.mailbox;
+  const VerdictWords now = verdict_words(g);
+  s[status::step] = g[field::step];
+  if (now.reason != before.reason) s[status::reason] = now.reason;
+  if (now.rollback != before.rollback) s[status::rollback] = now.rollback;
+  if (now.tensor_index != before.tensor_index) s[status::tensor_index] = now.tensor_index;
+}
+
+C10_HOST_DEVICE inline void write_slot_status(const Governor& g) {
   if (g.mailbox == nullptr) return;
   double* s = g.mailbox;
   const int good = slot_index(g[field::last_good]);
-  s[status::step] = g[field::step];
-  s[status::reason] = g[field::reason];
-  s[status::rollback] = g[field::rollback];
-  s[status::restored_capture] = g[field::restored_capture];
-  s[status::restored_step] = g[field::restored_step];
   s[status::last_good_capture] = g[field::slot_capture_0 + good];
   s[status::last_good_step] = g[field::slot_step_0 + good];
+  s[status::last_good_ticket] = g[field::slot_ticket_0 + good];
   s[status::capture_count] = g[field::capture_count];
   s[status::promotion_count] = g[field::promotion_count];
-  s[status::tensor_index] = g[field::tensor_index];
+  s[status::anchor_step] = g[field::anchor_step];
+}
+
+C10_HOST_DEVICE inline void write_rollback_status(const Governor& g) {
+  if (g.mailbox == nullptr) return;
+  double* s = g.mailbox;
+  s[status::restored_capture] = g[field::restored_capture];
+  s[status::restored_step] = g[field::restored_step];
+  s[status::restored_ticket] = g[field::restored_ticket];
   s[status::anchor_step] = g[field::anchor_step];
   publish();
   s[status::rollback_count] = g[field::rollback_count];
 }
 
+// All of them, whatever they were.
+C10_HOST_DEVICE inline void write_status(const Governor& g) {
+  if (g.mailbox == nullptr) return;
+  double* s = g.mailbox;
+  s[status::step] = g[field::step];
+  s[status::reason] = g[field::reason];
+  s[status::rollback] = g[field::rollback];
+  s[status::tensor_index] = g[field::tensor_index];
+  write_slot_status(g);
+  write_rollback_status(g);
+}
+
 C10_HOST_DEVICE inline void write_record(const Governor& g, double sequence, EventKind kind, double capture_id,
-                                         double capture_step) {
+                                         double capture_step, double ticket) {
   double* r = g.mailbox + status::count + ring_place(sequence, g.ring_records) * record::count;
   r[record::kind] = kind;
   r[record::step] = g[field::step];
@@ -97,14 +135,16 @@ C10_HOST_DEVICE inline void write_record(const Governor& g, double sequence, Eve
   r[record::capture_step] = capture_step;
   r[record::steps_lost] = g[field::steps_lost];
   r[record::rollback_count] = g[field::rollback_count];
+  r[record::ticket] = ticket;
 }
 
 // Appends one record to the ring, if there is one; the count of records is written after the record itself.
-C10_HOST_DEVICE inline void emit(const Governor& g, EventKind kind, double capture_id, double capture_step) {
+C10_HOST_DEVICE inline void emit(const Governor& g, EventKind kind, double capture_id, double capture_step,
+                                 double ticket) {
   const double sequence = g[field::events], following = one_nan(sequence + 1.0);
   g[field::events] = following;
   if (g.mailbox == nullptr) return;
-  if (g.ring_records > 0) write_record(g, sequence, kind, capture_id, capture_step);
+  if (g.ring_records > 0) write_record(g, sequence, kind, capture_id, capture_step, ticket);
   publish();
   g.mailbox[status::events] = following;
 }

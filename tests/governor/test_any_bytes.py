@@ -176,18 +176,18 @@ def test_on_cuda_no_row_outside_the_table_is_read(header: tuple[int, int]) -> No
     live, fence = torch.ones(3, device="cuda"), torch.full((3,), 7.0, device="cuda")
     pair = (torch.zeros(3, device="cuda"), torch.zeros(3, device="cuda"))
     table = ops.SnapshotTable([ops.SnapshotEntry(live, pair, 0, 0)], device="cuda")
-    row = table.data[1:2].clone()
+    row = table.data[2:3].clone()
     row[0, :3] = fence.data_ptr()
     row[0, 0] = live.data_ptr()
-    room = torch.cat([table.data[:2], row.expand(6, -1)]).contiguous()
+    room = torch.cat([table.data[:3], row.expand(6, -1)]).contiguous()
     room[0, :2] = torch.tensor(header)
     for call in ("capture_0", "capture_1", "restore"):
         state, config = ops.governor_state(1, device="cuda"), GovernorConfig().to_tensor(2.3, "cuda")
         ops.governor_order_(state, config, 0, Order.CAPTURE)
         state[ops.StateField.restore_order] = 1.0
         if call == "restore":
-            torch.ops.tolaria.snapshot_restore_(state, 0, config, room[:2], None)
+            torch.ops.tolaria.snapshot_restore_(state, 0, config, room[:3], None)
         else:
-            torch.ops.tolaria.snapshot_capture_(state, 0, room[:2], int(call[-1]), None)
+            torch.ops.tolaria.snapshot_capture_(state, 0, room[:3], int(call[-1]), None)
         torch.cuda.synchronize()
         assert bool((fence == 7.0).all())

@@ -84,5 +84,5 @@ def take_over(state: Tensor, saved: Tensor) -> None:
     state[StateField.attached] = fresh[StateField.attached]
     for field in range(StateField.capture_order_0, StateField.restore_order + 1):
         state[field] = fresh[field]
-    for field in range(StateField.last_good, StateField.slot_capture_1 + 1):
+    for field in range(StateField.last_good, StateField.slot_ticket_1 + 1):
         state[field] = fresh[field]

@@ -25,6 +25,7 @@ _CHECK_KIND = {
 }
 _ZEROED = 5
 _COLUMNS = 6
+_HEADER_ROWS = 2
 _NO_TENSOR = 2**63 - 1
 _BLOCK_BYTES = 1 << 16
 """Most bytes of a row on CUDA: a fair share for one block (256 16-byte words a thread group)."""
@@ -53,9 +54,11 @@ class PreparedRows:
     entries: tuple[SnapshotEntry, ...]
     """By part."""
     matrix: Tensor
-    """int64 ``(1 + rows, 6)``: the header and the rows; page-locked if the table is on CUDA."""
+    """int64 ``(2 + rows, 6)``: the header and the rows; page-locked if the table is on CUDA."""
     data: Tensor
     """The memory of the table that the matrix goes to; the matrix itself on the CPU."""
+    elsewhere: Tensor | None = None
+    """Where the rows go, if they have outgrown that memory."""
 
 
 class SnapshotTable:
@@ -64,17 +67,19 @@ class SnapshotTable:
     The compiled ops read no row outside ``data``, but nobody can check an address: write no rows yourself.
 
     Attributes:
-        data: int64 ``(1 + capacity, 6)`` on ``device``, what the compiled ops read: a header, then the rows
-            of part 0, then of part 1, then spare room on CUDA, so that recorded graphs stay valid while the
-            structure changes.
+        data: int64 ``(2 + capacity, 6)`` on ``device``, what the compiled ops read: a header, then the rows
+            of part 0, then of part 1, then spare room. On CUDA it never moves, since recorded graphs know its
+            address: rows that outgrow it lie elsewhere, and the header says where.
         entries: the tensors behind the rows.
     """
 
     def __init__(self, entries: Sequence[SnapshotEntry] = (), *, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        empty = torch.zeros(1, _COLUMNS, dtype=torch.int64, device=self.device)
+        empty = torch.zeros(_HEADER_ROWS, _COLUMNS, dtype=torch.int64, device=self.device)
         self._rows = PreparedRows((), empty, empty)
         self._on_the_way: tuple[object, ...] = ()
+        self._outside: list[Tensor] = []
+        """Room outside, each twice the one before; none goes, since a replay may be reading it."""
         self.update(entries)
 
     @property
@@ -111,14 +116,23 @@ class SnapshotTable:
         by_part = tuple(sorted(entries, key=lambda entry: entry.part))
         parts = [[row for e in by_part if e.part == part for row in self._rows_of(e)] for part in (0, 1)]
         rows = sum(map(len, parts))
-        header = [len(parts[0]), rows, 0, 0, _NO_TENSOR, _NO_TENSOR]
-        matrix = torch.tensor([header, *parts[0], *parts[1]], dtype=torch.int64, device="cpu")
+        header = [[len(parts[0]), rows, 0, 0, _NO_TENSOR, _NO_TENSOR], [0] * _COLUMNS]
+        matrix = torch.tensor([*header, *parts[0], *parts[1]], dtype=torch.int64, device="cpu")
         if self.device.type == "cpu":
             return PreparedRows(by_part, matrix, matrix)
-        data = self.data
-        if len(matrix) > len(data):
+        data, elsewhere = self.data, None
+        if len(data) <= 2 * _HEADER_ROWS:  # nothing was ever in it
             data = torch.zeros(2 * len(matrix), _COLUMNS, dtype=torch.int64, device=self.device)
-        return PreparedRows(by_part, matrix.pin_memory(), data)
+        elif not self.fits(rows):
+            elsewhere = self._room_for(rows)
+            matrix[1, :2] = torch.tensor([elsewhere.data_ptr(), len(elsewhere)])
+        return PreparedRows(by_part, matrix.pin_memory(), data, elsewhere)
+
+    def _room_for(self, rows: int) -> Tensor:
+        """Room outside the table, twice as much as is needed."""
+        if not self._outside or rows > len(self._outside[-1]):
+            self._outside.append(torch.zeros(2 * rows, _COLUMNS, dtype=torch.int64, device=self.device))
+        return self._outside[-1]
 
     def adopt(self, rows: PreparedRows) -> None:
         """The second half: ``rows`` take effect, in one statement on the CPU.
@@ -130,9 +144,18 @@ class SnapshotTable:
             self._rows = rows
             return
         self._on_the_way = (rows, self._rows, self._on_the_way)
-        rows.data[: len(rows.matrix)].copy_(rows.matrix, non_blocking=True)
+        uploaded = rows.matrix
+        if rows.elsewhere is not None:
+            rows.elsewhere[: len(uploaded) - _HEADER_ROWS].copy_(uploaded[_HEADER_ROWS:], non_blocking=True)
+            uploaded = uploaded[:_HEADER_ROWS]
+        rows.data[: len(uploaded)].copy_(uploaded, non_blocking=True)
         self._rows = rows
         self._on_the_way = ()
+
+    def clear(self) -> None:
+        """Take the rows away, on the device as well: whoever still reads the table finds none."""
+        self.data[0, :2] = 0
+        self._rows = PreparedRows((), self._rows.matrix, self.data)
 
     def _check_devices(self, entries: Sequence[SnapshotEntry]) -> None:
         device = self.data.device
@@ -153,7 +176,7 @@ class SnapshotTable:
 
     def fits(self, rows: int) -> bool:
         """Whether so many rows fit without a new address."""
-        return rows < len(self.data)
+        return rows <= len(self.data) - _HEADER_ROWS
 
     def _rows_of(self, entry: SnapshotEntry) -> Iterator[list[int]]:
         check = _CHECK_KIND.get(entry.live.dtype, 0) if entry.report_index >= 0 else 0
@@ -172,7 +195,13 @@ class SnapshotTable:
 
 
 def snapshot_capture_(
-    state: Tensor, column: int, table: SnapshotTable, part: int, mailbox: Tensor | None = None
+    state: Tensor,
+    column: int,
+    table: SnapshotTable,
+    part: int,
+    mailbox: Tensor | None = None,
+    ticket: int = 0,
+    aside: bool = False,
 ) -> None:
     """Copy a part of ``table`` to the slot governor ``column`` was ordered to fill; nothing without an order.
 
@@ -186,12 +215,14 @@ def snapshot_capture_(
         table: what to copy.
         part: 0 or 1.
         mailbox: where the capture event goes once both parts are done.
+        ticket: a number of the caller's for this launch, stored beside the capture; 0: none.
+        aside: on CUDA, leave nearly all of the device to what runs beside the copy.
 
     Raises:
         ValueError: ``part`` or ``column`` is out of range.
     """
     if _backend.fused(state):
-        torch.ops.tolaria.snapshot_capture_.default(state, column, table.data, part, mailbox)
+        torch.ops.tolaria.snapshot_capture_.default(state, column, table.data, part, mailbox, ticket, aside)
         return
     kept = [e for e in table.entries if e.part == part]
     reference.snapshot_capture_(
@@ -202,6 +233,7 @@ def snapshot_capture_(
         [e.report_index if e.live.dtype in _CHECK_KIND else -1 for e in kept],
         part,
         mailbox,
+        ticket,
     )
 
 

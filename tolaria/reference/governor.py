@@ -36,7 +36,11 @@ from tolaria.reference.governor_state import (
     entries_in,
     parts_in,
     slot_index,
+    verdict_words,
+    write_rollback_status,
+    write_slot_status,
     write_status,
+    write_verdict_status,
 )
 
 _S, _M = StateField, MemoryField
@@ -70,7 +74,9 @@ def _promote_candidate(g: Governors, rows: Tensor) -> None:
     g.move(_S.anchor_step, rows, capture_step)
     g.put(_S.promotion_count, rows, g[_S.promotion_count] + 1.0)
     _cancel_candidate(g, rows)
-    emit(g, rows, EventKind.PROMOTION, g.by_slot(slot, _S.slot_capture_0), capture_step)
+    write_slot_status(g, rows)
+    capture, ticket = g.by_slot(slot, _S.slot_capture_0), g.by_slot(slot, _S.slot_ticket_0)
+    emit(g, rows, EventKind.PROMOTION, capture, capture_step, ticket)
 
 
 def commit_rollback(g: Governors, rows: Tensor) -> None:
@@ -82,12 +88,14 @@ def commit_rollback(g: Governors, rows: Tensor) -> None:
     g.move(_S.anchor_step, rows, g[_S.step])
     g.move(_S.restored_capture, rows, g.by_slot(slot, _S.slot_capture_0))
     g.move(_S.restored_step, rows, g.by_slot(slot, _S.slot_step_0))
+    g.move(_S.restored_ticket, rows, g.by_slot(slot, _S.slot_ticket_0))
     g.put(_S.restore_order, rows, 0.0)
     g.put(_S.reward, rows, -g.setting(ConfigField.death_penalty))
     kept = torch.where(slot == 0, g.block(1), g.block(2))
     g.block(0).copy_(torch.where(rows, kept, g.block(0)))
     _cancel_candidate(g, rows)
-    emit(g, rows, EventKind.ROLLBACK, g[_S.restored_capture], g[_S.restored_step])
+    write_rollback_status(g, rows)
+    emit(g, rows, EventKind.ROLLBACK, g[_S.restored_capture], g[_S.restored_step], g[_S.restored_ticket])
 
 
 def _push(g: Governors, rows: Tensor, size_field: MemoryField, window: Tensor, value: Tensor) -> None:
@@ -134,7 +142,9 @@ def _advance_slots(g: Governors, rows: Tensor, healthy: Tensor, paused: Tensor) 
     _promote_candidate(g, counted & (g[_S.candidate_healthy] >= g.setting(ConfigField.probation)))
     due = g[_S.step] - g[_S.anchor_step] >= g.setting(ConfigField.snapshot_interval)
     acts = g.setting(ConfigField.log_only) == 0
-    _order_capture(g, rows & healthy & ~paused & due & (g[_S.candidate] < 0) & acts)
+    ordered = rows & healthy & ~paused & due & (g[_S.candidate] < 0) & acts
+    _order_capture(g, ordered)
+    write_slot_status(g, ordered)
 
 
 def governor_step_(
@@ -217,6 +227,7 @@ def governor_step_(
     g.put(skips, rows & ~healthy & ~rollback, g[skips] + 1.0)
 
     known = size > 0
+    before = verdict_words(g)
     g.put(_S.step, rows, g[_S.step] + 1.0)
     g.put(_S.reason, rows, reason)
     g.put(_S.rollback, rows, rollback.to(x))
@@ -238,10 +249,10 @@ def governor_step_(
     acts = rollback & (c(ConfigField.log_only) == 0)
     attached = g[_S.attached] != 0
     g.put(_S.restore_order, rows, (acts & attached).to(x))
+    write_verdict_status(g, rows, before)
     emit(g, rows & ~healthy, EventKind.VERDICT, -1.0, -1.0)
     _advance_slots(g, rows & attached, healthy, paused)
     commit_rollback(g, rows & acts & ~attached)
-    write_status(g, rows)
 
 
 def governor_order_(
@@ -265,6 +276,7 @@ def governor_order_(
         g.put(_S.reason, fresh, float(reason))
         g.put(_S.tensor_index, fresh, float(tensor_index))
         g.put(_S.rollback, fresh, 1.0)
+        write_status(g, fresh)
         emit(g, fresh, EventKind.VERDICT, -1.0, -1.0)
         g.move(_S.restore_order, row, g[_S.attached])
         commit_rollback(g, row & (g[_S.attached] == 0))
@@ -280,7 +292,9 @@ def governor_order_(
     write_status(g, row)
 
 
-def finish_capture_part(state: Tensor, column: int, part: int, bad: int, mailbox: Tensor | None) -> None:
+def finish_capture_part(
+    state: Tensor, column: int, part: int, bad: int, mailbox: Tensor | None, ticket: int
+) -> None:
     """A capture part has been copied; ``bad`` is the index of the first non-finite tensor, or -1."""
     g = Governors(state, None, mailbox)
     mine = state[:, column]
@@ -294,5 +308,6 @@ def finish_capture_part(state: Tensor, column: int, part: int, bad: int, mailbox
         row = torch.zeros(state.shape[1], dtype=torch.bool, device=state.device)
         row[column] = True
         slot = g[_S.candidate]
-        emit(g, row, EventKind.CAPTURE, g.by_slot(slot, _S.slot_capture_0), g.by_slot(slot, _S.slot_step_0))
-        write_status(g, row)
+        mine[_S.slot_ticket_0 + int(slot_index(slot[column]))] = float(ticket)
+        capture, step = g.by_slot(slot, _S.slot_capture_0), g.by_slot(slot, _S.slot_step_0)
+        emit(g, row, EventKind.CAPTURE, capture, step, float(ticket))

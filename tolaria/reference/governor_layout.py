@@ -28,8 +28,8 @@ StateField = IntEnum(
         "cooldown_left", "rollback_count", "capture_count", "promotion_count", "attached",
         # the double buffer
         "last_good", "candidate", "candidate_done", "candidate_bad", "candidate_healthy", "anchor_step",
-        "slot_step_0", "slot_step_1", "slot_capture_0", "slot_capture_1",
-        "restored_capture", "restored_step", "steps_lost", "events",
+        "slot_step_0", "slot_step_1", "slot_capture_0", "slot_capture_1", "slot_ticket_0", "slot_ticket_1",
+        "restored_capture", "restored_step", "restored_ticket", "steps_lost", "events",
     ],
     start=0,
 )  # fmt: skip
@@ -60,7 +60,7 @@ StatusField = IntEnum(
     [
         "events", "step", "reason", "rollback", "rollback_count", "restored_capture", "restored_step",
         "last_good_capture", "last_good_step", "capture_count", "promotion_count", "tensor_index",
-        "anchor_step",
+        "anchor_step", "restored_ticket", "last_good_ticket",
     ],
     start=0,
 )  # fmt: skip
@@ -72,6 +72,7 @@ RecordField = IntEnum(
         "threshold_absolute", "threshold_statistical", "threshold_multiplier",
         "gradient_norm", "gradient_threshold", "drift", "panics", "tensor_index",
         "capture_id", "capture_step", "steps_lost", "rollback_count",
+        "ticket",
     ],
     start=0,
 )  # fmt: skip
@@ -191,8 +192,11 @@ def _row_stride(n: int) -> int:
 
 
 def governor_mailbox(n: int = 1, *, records: int = 64, pin_memory: bool = False) -> Tensor:
-    """An empty mailbox for ``n`` governors with a ring of ``records`` events each: float64, in CPU memory."""
+    """A mailbox for ``n`` fresh governors with a ring of ``records`` events each: float64, in CPU memory."""
     if records < 1:
         raise ValueError(f"records: expected at least 1, got {records}")
     width = len(StatusField) + records * len(RecordField)
-    return torch.zeros(n, width, dtype=torch.float64, pin_memory=pin_memory)
+    mailbox = torch.zeros(n, width, dtype=torch.float64, pin_memory=pin_memory)
+    for word in (StatusField.tensor_index, StatusField.restored_capture, StatusField.restored_step):
+        mailbox[:, word] = -1.0
+    return mailbox

@@ -100,7 +100,9 @@ class Governors:
         return torch.where(slot_index(slot) == 0, self[field], self[field + 1])
 
 
-def emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: Value, capture_step: Value) -> None:
+def emit(
+    g: Governors, rows: Tensor, kind: EventKind, capture_id: Value, capture_step: Value, ticket: Value = 0.0
+) -> None:
     """Append a record for each of ``rows`` to the rings; it reads the device, so it is not sync-free."""
     sequence = g[_S.events].clone()
     g.put(_S.events, rows, sequence + 1.0)
@@ -108,11 +110,9 @@ def emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: Value, capture
     if g.mailbox is None or not bool(rows.any()):
         return
     records = (g.mailbox.shape[1] - len(StatusField)) // len(RecordField)
-    filled = {
-        RecordField.kind: torch.full_like(sequence, kind),
-        RecordField.capture_id: torch.as_tensor(capture_id, dtype=sequence.dtype).expand_as(sequence),
-        RecordField.capture_step: torch.as_tensor(capture_step, dtype=sequence.dtype).expand_as(sequence),
-    }
+    given = {RecordField.capture_id: capture_id, RecordField.capture_step: capture_step}
+    given |= {RecordField.kind: float(kind), RecordField.ticket: ticket}
+    filled = {f: torch.as_tensor(v, dtype=sequence.dtype).expand_as(sequence) for f, v in given.items()}
     columns = [filled[f] if f in filled else g[StateField[f.name]] for f in RecordField]
     table = torch.stack([column.to(sequence.device) for column in columns], dim=1).to(g.mailbox.device)
     for row in rows.nonzero().flatten().tolist():
@@ -122,16 +122,56 @@ def emit(g: Governors, rows: Tensor, kind: EventKind, capture_id: Value, capture
         g.mailbox[row, StatusField.events] = following[row]
 
 
+# Status words: each transition brings those up to date that it changes, before it counts its event.
+
+_VERDICT_WORDS = (StatusField.reason, StatusField.rollback, StatusField.tensor_index)
+_SLOT_WORDS = {
+    StatusField.last_good_capture: _S.slot_capture_0,
+    StatusField.last_good_step: _S.slot_step_0,
+    StatusField.last_good_ticket: _S.slot_ticket_0,
+}
+_COUNTS = (StatusField.capture_count, StatusField.promotion_count, StatusField.anchor_step)
+_ROLLBACK_WORDS = (
+    StatusField.restored_capture, StatusField.restored_step, StatusField.restored_ticket,
+    StatusField.anchor_step, StatusField.rollback_count,
+)  # fmt: skip
+
+
+def _tell(g: Governors, rows: Tensor, word: StatusField, value: Tensor) -> None:
+    if g.mailbox is not None:
+        target = g.mailbox[:, word]
+        target.copy_(torch.where(rows, value, target.to(value.device)))
+
+
+def verdict_words(g: Governors) -> list[Tensor]:
+    """What of a verdict stays the same over clean steps, as it is now."""
+    return [g[StateField[word.name]].clone() for word in _VERDICT_WORDS]
+
+
+def write_verdict_status(g: Governors, rows: Tensor, before: list[Tensor]) -> None:
+    """The words of a verdict, where they are not what they were before."""
+    _tell(g, rows, StatusField.step, g[_S.step])
+    for word, old in zip(_VERDICT_WORDS, before, strict=True):
+        _tell(g, rows & (g[StateField[word.name]] != old), word, g[StateField[word.name]])
+
+
+def write_slot_status(g: Governors, rows: Tensor) -> None:
+    """What a promotion or the order for a capture changes."""
+    for word, field in _SLOT_WORDS.items():
+        _tell(g, rows, word, g.by_slot(g[_S.last_good], field))
+    for word in _COUNTS:
+        _tell(g, rows, word, g[StateField[word.name]])
+
+
+def write_rollback_status(g: Governors, rows: Tensor) -> None:
+    """What a rollback changes."""
+    for word in _ROLLBACK_WORDS:
+        _tell(g, rows, word, g[StateField[word.name]])
+
+
 def write_status(g: Governors, rows: Tensor) -> None:
-    """Bring the status words of ``rows`` up to date."""
-    if g.mailbox is None:
-        return
-    good = g[_S.last_good]
-    derived = {
-        StatusField.last_good_capture: g.by_slot(good, _S.slot_capture_0),
-        StatusField.last_good_step: g.by_slot(good, _S.slot_step_0),
-    }
-    words = [derived[f] if f in derived else g[StateField[f.name]] for f in list(StatusField)[1:]]
-    table = torch.stack(words, dim=1).to(g.mailbox.device)
-    target = g.mailbox[:, 1 : len(StatusField)]
-    target.copy_(torch.where(rows.to(g.mailbox.device).unsqueeze(1), table, target))
+    """All status words of ``rows``."""
+    for word in (StatusField.step, *_VERDICT_WORDS):
+        _tell(g, rows, word, g[StateField[word.name]])
+    write_slot_status(g, rows)
+    write_rollback_status(g, rows)

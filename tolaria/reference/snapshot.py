@@ -10,7 +10,7 @@ from torch import Tensor
 from tolaria.reference.governor import commit_rollback, finish_capture_part
 from tolaria.reference.governor_checks import check_column, check_governors, check_part
 from tolaria.reference.governor_layout import StateField
-from tolaria.reference.governor_state import Governors, slot_index, write_status
+from tolaria.reference.governor_state import Governors, slot_index
 
 
 def first_nonfinite(tensors: Sequence[Tensor]) -> int:
@@ -32,6 +32,7 @@ def snapshot_capture_(
     checked: Sequence[int],
     part: int,
     mailbox: Tensor | None = None,
+    ticket: int = 0,
 ) -> None:
     """Reference of :func:`tolaria.ops.snapshot_capture_`; ``checked``: a report index, or -1, per tensor."""
     check_governors(state, None, mailbox)
@@ -45,7 +46,7 @@ def snapshot_capture_(
         torch._foreach_copy_([pair[slot] for pair in slots], list(live))
     watched = [(index, pair[slot]) for index, pair in zip(checked, slots, strict=True) if index >= 0]
     bad = first_nonfinite([t for _, t in watched])
-    finish_capture_part(state, column, part, watched[bad][0] if bad >= 0 else -1, mailbox)
+    finish_capture_part(state, column, part, watched[bad][0] if bad >= 0 else -1, mailbox, ticket)
 
 
 def snapshot_restore_(
@@ -68,4 +69,3 @@ def snapshot_restore_(
     row = torch.zeros(state.shape[1], dtype=torch.bool, device=state.device)
     row[column] = True
     commit_rollback(g, row)
-    write_status(g, row)
