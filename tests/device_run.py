@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,11 @@ def no_host_sync() -> Iterator[None]:
             warnings.simplefilter("ignore")  # it says that it is a prototype
             torch.cuda.set_sync_debug_mode("error")
         yield
+
+
+def usual_schedule() -> str:
+    """The virtual device's schedule outside tests that choose their own."""
+    return os.environ.get("VGPU_SCHEDULE", "random:1")
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from device_run import no_host_sync
+from device_run import no_host_sync, usual_schedule
 from torch import Tensor, nn
 
 from tolaria.errors import SnapshotError
@@ -38,7 +38,7 @@ def schedule(request: pytest.FixtureRequest) -> Iterator[str]:
     vgpu.schedule(request.param)
     yield request.param
     torch.cuda.synchronize()
-    vgpu.schedule("random:1")
+    vgpu.schedule(usual_schedule())
 
 
 def linear(value: float | None = None) -> nn.Module:
@@ -242,7 +242,8 @@ def test_loading_a_governor_is_no_rollback() -> None:
 def test_no_memory_for_a_new_engine_leaves_the_governor_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Guarded()
     run.step(1)
-    saved, before = run.governor.state_dict(), dict(vars(run.governor))
+    other = TolariaGovernor(linear(), [], config=run.governor.config.replace(window=24))
+    saved, before = other.state_dict(), dict(vars(run.governor))
 
     def exhausted(nbytes: int) -> Tensor:
         raise MemoryError("no pages left")

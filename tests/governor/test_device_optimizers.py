@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_run import no_host_sync
+from device_run import no_host_sync, usual_schedule
 from torch import Tensor, nn
 
 from tolaria.errors import TolariaError
@@ -194,7 +194,7 @@ def test_host_counters_follow_however_late_the_host_hears() -> None:
     run.governor.synchronize()
     assert {float(s["step"]) for s in run.optimizer.state.values()} == {5.0}
     if vgpu is not None:
-        vgpu.schedule("random:1")
+        vgpu.schedule(usual_schedule())
 
 
 def test_undo_copies_are_laid_out_before_a_graph() -> None:

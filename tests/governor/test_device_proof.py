@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from device_proof import FAULTS, Log, ProofRun
-from device_run import no_host_sync
+from device_run import no_host_sync, usual_schedule
 from torch import Tensor, nn
 
 from tolaria import ops
@@ -42,7 +42,7 @@ def schedules(names: list[str]) -> Iterator[str]:
             yield name
     finally:
         torch.cuda.synchronize()
-        vgpu.schedule("random:1")
+        vgpu.schedule(usual_schedule())
 
 
 def told(kind: str, steps: int, names: list[str]) -> dict[str, tuple[Log, Tensor]]:
@@ -101,7 +101,7 @@ def trained() -> object:
 
 
 def test_the_optimizers_wait_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    control(trained, lambda: monkeypatch.setattr(device_engine, "_before_optimizer_step", lambda *_: None))
+    control(trained, lambda: monkeypatch.setattr(device_engine, "before_optimizer_step", lambda *_: None))
 
 
 def test_the_side_streams_wait_for_the_judge_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +135,11 @@ def seldom() -> object:
 
 
 def test_the_judges_wait_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    control(seldom, lambda: monkeypatch.setattr(device_engine.DeviceEngine, "judged", _judged_alone))
+    control(seldom, lambda: monkeypatch.setattr(device_engine.DeviceEngine, "judging", _judging_alone))
 
 
-def _judged_alone(engine: device_engine.DeviceEngine) -> None:
-    engine._judged = max(engine._judged, engine.step_count) + 1
+def _judging_alone(engine: device_engine.DeviceEngine) -> None:
+    engine._next = max(engine._judged, engine.step_count) + 1
 
 
 def undone_by_hand() -> object:
@@ -154,8 +154,7 @@ def undone_by_hand() -> object:
             parameter.fill_(3.0)
     governor.snapshot()
     engine.order(ops.Order.ROLLBACK)
-    for _ in engine.restore():
-        pass
+    engine.restore()
     torch.randn(8, device="cuda").sum()
     torch.cuda.synchronize()
     slots = [float(place.slots[s].min()) for place in engine.slots.places.values() for s in (0, 1)]
@@ -186,8 +185,8 @@ def regrown() -> object:
 
 
 def test_the_structure_changes_wait_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sync_structure(engine: device_engine.DeviceEngine) -> Iterator[object]:
-        yield from super(device_engine.DeviceEngine, engine).sync_structure()
+    def sync_structure(engine: device_engine.DeviceEngine) -> None:
+        super(device_engine.DeviceEngine, engine).sync_structure()
 
     control(
         regrown, lambda: monkeypatch.setattr(device_engine.DeviceEngine, "sync_structure", sync_structure)

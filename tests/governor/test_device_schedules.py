@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_run import Run
+from device_run import Run, usual_schedule
 from torch import nn
 
 from tolaria import ops
@@ -26,7 +26,7 @@ def test_capture_is_really_pending_while_the_next_forward_is_enqueued() -> None:
     before = run.governor.poll()
     run.step()
     torch.cuda.synchronize()
-    vgpu.schedule("random:1")
+    vgpu.schedule(usual_schedule())
     assert not any(e.kind == "capture" for e in before)
     assert any(e.kind == "capture" for e in run.governor.synchronize())
 
@@ -45,9 +45,8 @@ def test_capture_writes_exactly_the_state_in_wide_words() -> None:
     governor.snapshot()
     torch.cuda.synchronize()
     kernels = vgpu.stats()["kernel_launches"]
-    (capture,) = [
-        counts for name, counts in kernels.items() if "snapshot_capture" in name or "snapshot_cu" in name
-    ]
+    captures = [counts for name, counts in kernels.items() if "snapshot_capture" in name]
+    capture = {key: sum(counts[key] for counts in captures) for key in captures[0]}
     state_bytes = governor._engine.slots.table.nbytes
     assert state_bytes <= capture["global_store_bytes"] <= state_bytes + 4096
     assert capture["global_store_sectors"] * 32 <= 1.05 * capture["global_store_bytes"]
@@ -139,8 +138,7 @@ def test_full_ring_drops_events_and_keeps_the_truth() -> None:
     loss = torch.full((), float("nan"), device="cuda")
     for _ in range(20):
         governor._judge(loss, None)
-        for _ in governor._engine.act():
-            pass
+        governor._engine.act()
     torch.cuda.synchronize()
     events = governor.poll()
     assert events[0].kind == "droppedevents"

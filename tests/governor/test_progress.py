@@ -131,25 +131,25 @@ def test_the_count_goes_on_after_a_resume(weights_only: bool) -> None:
 
 def test_dropped_events_neither_end_a_run_nor_hide_its_end() -> None:
     governor = make(event_capacity=3, max_rollbacks=1000, snapshot_interval=4, probation=1)
-    reads, governor._drain = governor._drain, lambda: None  # type: ignore[method-assign]
+    follow, governor._follow = governor._follow, lambda: None  # type: ignore[method-assign]
     live_through(governor, [6] * 30)  # each of them restores a capture of its own; nobody looks
-    reads()
+    follow()
     assert governor.rollback_count == 30
     live_through(governor, [0] * 30)  # one and the same
-    governor._drain = reads  # type: ignore[method-assign]
+    governor._follow = follow  # type: ignore[method-assign]
     with pytest.raises(TrainingDivergedError, match="no progress"):
         live_through(governor, [0] * 6)
 
 
 def test_an_end_heard_late_is_an_end() -> None:
     governor = make(snapshot_interval=20, probation=1)
-    reads, governor._drain = governor._drain, lambda: None  # type: ignore[method-assign]
+    follow, governor._follow = governor._follow, lambda: None  # type: ignore[method-assign]
     live_through(governor, [1, 2, 3, 4, 5, 30])
+    follow()
     assert governor.last_good_step > 0, "a newer capture was promoted since"
     with pytest.raises(TrainingDivergedError, match="followed by 2, 3, 4, 5 healthy steps"):
-        reads()
+        governor.step(1.0)
     governor.step(1.0)
-    reads()
 
 
 def test_rows_of_a_bank_are_counted_apart() -> None:

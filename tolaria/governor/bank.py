@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria import ops
-from tolaria.governor import uncovered
+from tolaria.governor import graphs, uncovered
 from tolaria.governor.attach import (
     check_listed,
     check_settings,
@@ -23,10 +23,12 @@ from tolaria.governor.attach import (
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import EventQueue, GovernorEvent, MailboxReader
+from tolaria.governor.events import GovernorEvent, MailboxReader
 from tolaria.governor.finite_state import would_roll_back
+from tolaria.governor.following import Follower
 from tolaria.governor.policy import RollbackPolicy
-from tolaria.governor.sinks import Sink, deliver
+from tolaria.governor.sinks import Sink
+from tolaria.governor.telemetry import Telemetry
 from tolaria.governor.tracked import Stateful, TrackedState
 from tolaria.ops import PanicReason, StateField, StatusField
 
@@ -70,17 +72,19 @@ class GovernorBank:
         self.config = config or GovernorConfig()
         self.random_guess_loss = resolve_random_guess_loss(num_classes, random_guess_loss)
         self._device = torch.device(device)
-        self._sinks = list(sinks)
+        self._telemetry = Telemetry(sinks, _MAX_EVENTS_KEPT)
         self._state = ops.governor_state(n, window=self.config.window, attached=False, device=device)
         self._settings = self.config.to_tensor(self.random_guess_loss, device)
         self._mailbox = make_mailbox(n, min(self.config.event_capacity, 16), self._state.device)
         boxes = self._mailbox.numpy()
         self._readers = [MailboxReader(boxes[i], i, -self.config.death_penalty) for i in range(n)]
-        self._written = boxes[:, 0]
+        self._written = boxes[:, StatusField.events]
         self._seen = np.zeros(n)
         self._engines: dict[int, Engine] = {}
-        self._policies: dict[int, RollbackPolicy] = {}
-        self._events = EventQueue(_MAX_EVENTS_KEPT)
+        self._followers = [self._follower(i, None) for i in range(n)]
+
+    def _follower(self, i: int, engine: Engine | None) -> Follower:
+        return Follower(self._readers[i], engine, RollbackPolicy(self.config), self._telemetry)
 
     def __len__(self) -> int:
         return self._state.shape[1]
@@ -133,18 +137,28 @@ class GovernorBank:
             self._state[:, i] = before
             raise
         self._engines[i] = engine
-        self._policies[i] = RollbackPolicy(self.config)
+        self._followers[i] = self._follower(i, engine)
         uncovered.watch(tracked)
-        self._tell(engine.attach_event())
+        self._telemetry.add([engine.attach_event()])
+        self._telemetry.deliver()
 
     def detach(self, i: int) -> None:
         """Let go of row ``i``'s model and slots; the row is judged on."""
-        engine = self._engines.pop(i, None)
-        if engine is not None:
+        engine = self._engines.get(i)
+        if engine is None:
+            return
+        graphs.refuse_recording(self._state.device, "detach")
+        engine.synchronize()  # sync: nothing is heard of later
+        try:
+            self._followers[i].hear()
+            self._followers[i].follow()
+        finally:
             uncovered.unwatch(engine.tracked)
             engine.close()
-        self._policies.pop(i, None)
-        self._state[StateField.attached, i] = 0.0
+            del self._engines[i]
+            self._followers[i] = self._follower(i, None)
+            self._state[StateField.attached, i] = 0.0
+            self._state[StateField.restore_order, i] = 0.0
 
     def step(
         self, losses: Tensor, *, active: Tensor | None = None, gradient_norms: Tensor | None = None
@@ -166,21 +180,32 @@ class GovernorBank:
             TrainingDivergedError: an attached row rolls back too often.
         """
         for engine in self._engines.values():
-            engine.judged()
+            engine.judging()
+        if graphs.is_recording(self._state.device):
+            graphs.outlive(self._state, self._settings, self._mailbox)
         state_bad = self._state_flags(losses, active, gradient_norms)
         ops.governor_step_(
             self._state, self._settings, losses, None, active, self._mailbox, gradient_norms, state_bad
         )
+        for engine in self._engines.values():
+            engine.judged(surely=active is None)
         mask = None if active is None else active.reshape(-1)
-        for i, engine in self._engines.items():
-            # An inactive row keeps its orders; the CPU would look at them again, so it is passed over.
-            if mask is None or mask.is_cuda or bool(mask[i]):
-                for event in engine.act():
-                    self._tell(event)
+        try:
+            for i, engine in self._engines.items():
+                # An inactive row keeps its orders; the CPU would look at them again, so it is passed over.
+                if mask is None or mask.is_cuda or bool(mask[i]):
+                    engine.act()
+        finally:
+            self._hear()
+            for i, engine in self._engines.items():
+                self._followers[i].follow()
+                self._followers[i].mark.set(engine.tracked)
         reward = self._state[StateField.reward].to(torch.float32)
         if mask is not None:
-            reward = torch.where(mask, reward, 0.0)
-        self._drain()
+            reward = torch.where(mask.bool(), reward, 0.0)
+        self._telemetry.deliver()
+        for i in self._engines:
+            self._followers[i].policy.check_budget()
         return reward
 
     def _state_flags(
@@ -201,9 +226,12 @@ class GovernorBank:
         return flags
 
     def poll(self) -> list[GovernorEvent]:
-        """Events that arrived since the last call; never waits."""
-        self._drain()
-        return self._events.take()
+        """Events that arrived since the last call; never waits. As :meth:`TolariaGovernor.poll`, it tells."""
+        self._hear()
+        for i in list(self._engines):
+            self._followers[i].follow_between_steps()
+        self._telemetry.deliver()
+        return self._telemetry.take()
 
     @property
     def reasons(self) -> list[PanicReason]:
@@ -215,23 +243,11 @@ class GovernorBank:
         """Rollbacks of every row."""
         return [reader.status(StatusField.rollback_count) for reader in self._readers]
 
-    def _drain(self) -> None:
-        for i in np.flatnonzero(self._written != self._seen).tolist():
-            engine = self._engines.get(i)
-            names = engine.slots.names if engine else []
-            nbytes = engine.slots.table.nbytes if engine else 0
-            self._seen[i] = self._written[i]
-            events = list(self._readers[i].read(names, nbytes))
-            if engine:
-                engine.learn(events)
-                engine.reconcile()
-            for event in events:
-                if engine:
-                    self._policies[i].hear(event, engine.tracked)
-                self._tell(event)
-            if i in self._policies:
-                self._policies[i].check_budget()
-
-    def _tell(self, event: GovernorEvent) -> None:
-        self._events.add(event)
-        deliver(self._sinks, event)
+    def _hear(self) -> None:
+        """Queue what has arrived, of the rows where something has."""
+        if graphs.is_recording(self._state.device):
+            return
+        moved = self._written != self._seen
+        self._seen[:] = self._written
+        for i in {*np.flatnonzero(moved).tolist(), *self._engines}:
+            self._followers[i].hear()

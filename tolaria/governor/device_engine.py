@@ -4,18 +4,22 @@ Every step the host launches the restore, which returns at once unless the judge
 capture may be due, the two capture launches: what anybody may change next (buffers, scaler, rates, alpha) on
 the current stream, and parameters with optimizer state on a side stream, under the next forward and backward.
 Nothing is read back: the host learns of rollbacks from the mailbox's status words, and puts the host-side
-parts back then.
+parts back then. Which parts those are, the device says: a capture carries the ticket of its launch
+(:mod:`tolaria.governor.host_parts`). The host counts the judgements that it really enqueued only to know when
+a capture may be due.
 
 Who must wait for a capture in flight: the optimizer (its step pre-hook does), the judge and the restore
-(``act`` does), a structure change (``sync_structure`` does). Each waits for itself and nobody clears the
-event for others. Memory that a launch may still touch is not given back before it is done: not to another
-stream when a tensor is replaced (``record_stream``), not to the system when the governor goes (``_let_go``).
+(``judging`` does), ``load_state_dict`` of any module, a structure change (``sync_structure`` does). Each
+waits for itself and nobody clears the event for others. Memory that a launch may still touch is not given
+back before it is done: not to another stream when a tensor is replaced (``record_stream``), not to the system
+when the governor goes (``_let_go``). What a recorded graph holds the address of outlives the governor
+(:mod:`tolaria.governor.graphs`); the replays then find a judge without slots, and a table without rows.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -25,52 +29,22 @@ from torch.utils.hooks import RemovableHandle
 
 from tolaria import ops
 from tolaria.errors import TolariaError
+from tolaria.governor import graphs
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import CaptureEvent, GovernorEvent, MailboxReader, SeedCulledEvent
+from tolaria.governor.flight import Flight, LoadHooks, before_optimizer_step
+from tolaria.governor.host_parts import HostParts
 from tolaria.governor.host_state import HostState, HostValues
-from tolaria.governor.memory import allocate
+from tolaria.governor.seed_flags import SeedFlags
 from tolaria.governor.tracked import TrackedState
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 
 
-class _Flight:
-    """The capture that may be in flight on the side stream, and who has waited for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.started = False
-        self.users: dict[int, torch.cuda.Stream] = {}
-        """Every stream that this governor's own launches went to."""
-        self._waited: set[int] = set()
-        self.recorded: _Flight | None = None
-        """The capture at the head of the CUDA graph that is being recorded."""
-
-    def launched(self) -> None:
-        self.done.record(self.stream)
-        self.started = True
-        self._waited.clear()
-
-    def join(self) -> None:
-        """Make the current stream wait for the capture, once a stream."""
-        stream = torch.cuda.current_stream(self.stream.device)
-        self.users[stream.cuda_stream] = stream
-        if self.started and stream.cuda_stream not in self._waited:
-            stream.wait_event(self.done)
-            self._waited.add(stream.cuda_stream)
-
-    def wait(self) -> None:
-        """Join; while a graph is being recorded, join the capture at its head, if there is one."""
-        if not torch.cuda.is_current_stream_capturing():
-            self.join()
-        elif self.recorded is not None:
-            self.recorded.join()
-
-
 class DeviceEngine(Engine):
     """Snapshots and rollbacks of a model on one CUDA device; arguments as for :class:`Engine`."""
+
+    is_late = True
 
     def __init__(
         self,
@@ -82,28 +56,35 @@ class DeviceEngine(Engine):
         reader: MailboxReader,
         tracked: TrackedState,
     ) -> None:
-        self._flight = _Flight(tracked.device)
+        graphs.catch_up()
+        self._flight = Flight(tracked.device)
         self._handles: list[RemovableHandle] = []
-        self._host: dict[int, HostState] = {}
-        self._judged = 0
+        self._load_hooks = LoadHooks(self._flight, self._handles)
+        self._parts = HostParts()
+        self._judged = self._next = 0
+        self._maybe_judged = self._heard_step = 0
         self._known_rollbacks = 0
-        self._seed_flags: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        self._seed_flags = SeedFlags(tracked.device)
         self._moved: list[Optimizer] = []
         super().__init__(column, state, config, settings, mailbox, reader, tracked)
-        with torch.cuda.device(tracked.device):
-            self.adopt_current_state()
+        try:
+            with torch.cuda.device(tracked.device):
+                self.adopt_current_state()
+        except BaseException:
+            for handle in self._handles:
+                handle.remove()
+            raise
         for optimizer in tracked.optimizers:
             self.hook(optimizer)
-        waiting = _BeforeLoading(self._flight)
-        loading = tracked.model.register_load_state_dict_pre_hook(waiting)  # type: ignore[no-untyped-call]
-        self._handles.append(loading)
-        memory = (self.slots, self._state, self._settings, mailbox)
-        self._finalizer = weakref.finalize(self, _let_go, self._flight, self._handles, memory)
+        memory = (self.slots, self._settings, mailbox, self._seed_flags)
+        self._finalizer = weakref.finalize(
+            self, _let_go, self._flight, self._handles, state, column, self.slots.table, memory
+        )
 
     def hook(self, optimizer: Optimizer) -> None:
         """Make ``optimizer`` wait for a capture in flight before it changes what is being captured."""
         # The hooks know the flight alone: an optimizer that lives on must not keep the engine and its slots.
-        handle = optimizer.register_step_pre_hook(partial(_before_optimizer_step, self._flight))
+        handle = optimizer.register_step_pre_hook(partial(before_optimizer_step, self._flight))
         self._handles += [handle, optimizer.register_load_state_dict_post_hook(self._moved.append)]
 
     def wait(self) -> None:
@@ -121,74 +102,108 @@ class DeviceEngine(Engine):
 
     # -- every step ------------------------------------------------------------------------------------------
 
-    def judged(self) -> None:
-        """A judgement is about to be enqueued: it must see a finished capture."""
-        self.wait()
-        self._judged = max(self._judged, self.step_count) + 1
+    def is_recording(self) -> bool:
+        """Whether a CUDA graph is being recorded on the current stream."""
+        return graphs.is_recording(self.tracked.device)
 
-    def act(self) -> Iterator[GovernorEvent]:
-        """Enqueue the restore, and the captures if one may be due."""
-        if torch.cuda.is_current_stream_capturing():
+    def judging(self) -> None:
+        """A judgement is about to be enqueued: it must see a finished capture."""
+        if self.is_recording():
             self._check_recordable()
+            self._outlive()
+        else:
+            graphs.catch_up()
+        self.wait()
+        step = self.step_count
+        if step != self._heard_step:
+            self._heard_step, self._maybe_judged = step, 0
+        self._judged = max(self._judged, step)
+        self._next = self._judged + 1
+
+    def judged(self, *, surely: bool = True) -> None:
+        """A judgement was enqueued. One that was recorded has not happened; its replays are heard of."""
+        if self.is_recording():
+            return
+        if surely:
+            self._judged = self._next
+        else:
+            self._maybe_judged += 1
+
+    def act(self) -> None:
+        """Enqueue the restore, and the captures if one may be due."""
+        number = graphs.recording(self.tracked.device)
+        if number:
             self._launch_restore()
-            if self._flight.recorded is None:
+            if self._flight.recorded_in(number) is None:
                 self._capture_here()
-            self._flight.recorded = None
             return
         if self._structure_moved():
-            yield from self.sync_structure(leave_out=True)
+            self.sync_structure(leave_out=True)
         self._launch_restore()
-        due = self._judged - self._reader.status(StatusField.anchor_step) >= self._config.snapshot_interval
-        if due and not self._config.log_only:
-            self._capture_aside()
+        if self._may_be_due() and not self._config.log_only:
+            self._capture_aside(self.host_parts())
         if self.seed_holders:
-            yield from self._check_seeds()
+            self._check_seeds()
+
+    def _may_be_due(self) -> bool:
+        last = self._judged + self._maybe_judged
+        return last - self._reader.status(StatusField.anchor_step) >= self._config.snapshot_interval
 
     def begin_step(self) -> None:
         """Head of a recorded step: capture what the step before ordered, beside the forward and backward."""
-        if not torch.cuda.is_current_stream_capturing():
+        if not self.is_recording():
             return
         self._check_recordable()
-        self._flight.recorded = _Flight(self.tracked.device)
-        self._fork(self._flight.recorded)
+        self._outlive()
+        self._fork(self._flight.begin_recorded(), 0)
+
+    def _outlive(self) -> None:
+        graphs.outlive(self._state, self._settings, self._mailbox, self.slots.table.data)
 
     def _launch_restore(self) -> None:
         ops.snapshot_restore_(self._state, self._column, self._settings, self.slots.table, self._mailbox)
 
-    def _fork(self, flight: _Flight) -> None:
+    def _fork(self, flight: Flight, ticket: int) -> None:
         current = torch.cuda.current_stream(self.tracked.device)
-        table = self.slots.table
-        ops.snapshot_capture_(self._state, self._column, table, 0, self._mailbox)
+        arguments = self._state, self._column, self.slots.table
+        ops.snapshot_capture_(*arguments, 0, self._mailbox, ticket)
         flight.ready.record(current)
         flight.stream.wait_event(flight.ready)
         with torch.cuda.stream(flight.stream):
-            ops.snapshot_capture_(self._state, self._column, table, 1, self._mailbox)
+            # Slots on the device are filled at its own speed, in no time; others at the speed of the bus.
+            beside = self._config.storage != "device"
+            ops.snapshot_capture_(*arguments, 1, self._mailbox, ticket, aside=beside)
         flight.launched()
 
-    def _capture_aside(self) -> None:
-        self.slots.check_whole()
-        host = HostState.of(self.tracked)  # first: what cannot say its state must not leave half a capture
-        self._fork(self._flight)
-        self._keep_host_state(host, self._judged)
+    def _capture_aside(self, host: HostState) -> None:
+        """Launch the captures of a state whose host-side parts, which may refuse to be told, are ``host``."""
+        self._fork(self._flight, self._keep(host))
 
-    def _capture_here(self) -> None:
+    def _capture_here(self, ticket: int = 0) -> None:
         for part in (0, 1):
-            ops.snapshot_capture_(self._state, self._column, self.slots.table, part, self._mailbox)
+            ops.snapshot_capture_(self._state, self._column, self.slots.table, part, self._mailbox, ticket)
 
-    def _keep_host_state(self, host: HostState, captured_step: int) -> None:
+    def _keep(self, host: HostState) -> int:
+        """File ``host`` for a capture about to be launched, and let go of what cannot come back any more."""
         host.keys = self.slots.live_keys()
-        self._host[captured_step] = host
-        good = self._reader.status(StatusField.last_good_step)
-        for step in [s for s in self._host if s < good]:
-            if any(step < other <= good for other in self._host):
-                del self._host[step]
+        status = self._reader.status
+        good = status(StatusField.last_good_capture), status(StatusField.last_good_ticket)
+        # Read behind them: a rollback to an older capture that nobody has followed yet may still need it.
+        if status(StatusField.rollback_count) == self._known_rollbacks:
+            self._parts.confirm(*good)
+        return self._parts.issue(host, self._judged)
 
     def learn(self, events: Sequence[GovernorEvent]) -> None:
         """Keep the host-side parts of captures that graph replays made, which no Python code saw."""
+
+        def of_now() -> HostState:
+            host = HostState.of(self.tracked)
+            host.keys = self.slots.live_keys()
+            return host
+
         for event in events:
-            if isinstance(event, CaptureEvent) and event.capture_step > max(self._host):
-                self._judged = max(self._judged, event.capture_step)
-                self._keep_host_state(HostState.of(self.tracked), event.capture_step)
+            if isinstance(event, CaptureEvent):
+                self._parts.heard(event.capture_id, event.ticket, event.capture_step, of_now)
 
     @property
     def enqueued_step(self) -> int:
@@ -197,10 +212,7 @@ class DeviceEngine(Engine):
 
     def correct_host_values(self, optimizer: Optimizer, right: HostValues) -> None:
         """The captures after a step that turned out to be skipped keep these host-side values instead."""
-        for step, values in list(right.items())[1:]:
-            for host in self._host[step].optimizers if step in self._host else ():
-                if host.optimizer is optimizer:
-                    host.values = values
+        self._parts.correct(optimizer, right)
 
     # -- structure -------------------------------------------------------------------------------------------
 
@@ -209,15 +221,15 @@ class DeviceEngine(Engine):
         moved, self._moved[:] = bool(self._moved), []
         return moved or self._watch.has_moved()
 
-    def sync_structure(self, *, leave_out: bool = False) -> Iterator[GovernorEvent]:
+    def sync_structure(self, *, leave_out: bool = False) -> None:
         """As the base class; the device is done with the old table before it is changed."""
-        if torch.cuda.is_current_stream_capturing():
+        if self.is_recording():
             raise self._not_recordable("its structure changed since the last eager step")
         self.wait()
-        restorable = frozenset[Hashable]().union(*(host.keys for host in self._host.values()))
         before = [place.live for place in self.slots.places.values()] + [self.slots.table.data]
-        self.slots.keep(restorable)
-        yield from super().sync_structure(leave_out=leave_out)
+        self.slots.keep(self._parts.keys())
+        super().sync_structure(leave_out=leave_out)
+        self._load_hooks.cover(module for *_, module in self.tracked.walk().modules)
         # What is let go may be used by launches on streams that its allocator knows nothing of.
         for tensor in [*before, self.slots.table.data]:
             for stream in (self._flight.stream, torch.cuda.current_stream(self.tracked.device)):
@@ -243,26 +255,28 @@ class DeviceEngine(Engine):
 
     # -- by hand and reconciliation --------------------------------------------------------------------------
 
-    def capture(self) -> Iterator[GovernorEvent]:
-        """Copy the state to the slot that was ordered by hand."""
+    def snapshot(self) -> None:
+        """Capture now, by hand."""
         if self._structure_moved():
-            yield from self.sync_structure()
+            self.sync_structure()
+        host = self.host_parts()
+        self.order(Order.CAPTURE)
         self._judged = max(self._judged, self.step_count)
-        self._capture_aside()
+        self._capture_aside(host)
 
-    def restore(self) -> Iterator[GovernorEvent]:
+    def restore(self) -> None:
         """Enqueue a restore whose order was given by hand."""
         self.wait()
         if self._structure_moved():
-            yield from self.sync_structure(leave_out=True)
+            self.sync_structure(leave_out=True)
         self._launch_restore()
         self.tell_left_out()
 
-    def restore_again(self) -> Iterator[GovernorEvent]:
+    def restore_again(self) -> None:
         """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
         self.wait()
         if self._structure_moved():
-            yield from self.sync_structure(leave_out=True)
+            self.sync_structure(leave_out=True)
         ops.snapshot_restore_(self._state_with_order(), self._column, self._settings, self.slots.table, None)
         self._reconcile(again=True)  # the host-side parts once more, too
 
@@ -271,89 +285,89 @@ class DeviceEngine(Engine):
         self.wait()
         super().order(order, reason, tensor)
 
-    def adopt_current_state(self) -> None:
-        """Capture the state as it is and make it the last known good one at once; waits for the device."""
-        self.synchronize()
-        for _ in self.sync_structure():
-            pass
-        host = HostState.of(self.tracked)
+    def _capture_and_promote(self, host: HostState) -> None:
+        self._parts.clear()
         self.order(Order.CAPTURE)
-        self._capture_here()
-        bad = int(self._state[StateField.candidate_bad, self._column])  # sync: attach, reset and loading only
-        if bad >= 0:
-            raise ValueError(
-                f"model: expected a finite state, got NaN or infinity in {self.slots.names[bad]}"
-            )
+        self._capture_here(self._keep(host))
         self.order(Order.PROMOTE)
         self.synchronize()
         self._judged, self._known_rollbacks = self.step_count, self._reader.status(StatusField.rollback_count)
-        self._host.clear()
-        self._keep_host_state(host, self._judged)
+
+    def is_behind(self) -> bool:
+        """Whether the device has rolled back since the last :meth:`reconcile`."""
+        return self._reader.status(StatusField.rollback_count) != self._known_rollbacks
 
     def reconcile(self) -> None:
         """Put host-side parts back if the device has rolled back since the last look. Plain loads alone."""
-        count = self._reader.status(StatusField.rollback_count)
-        if count != self._known_rollbacks and not torch.cuda.is_current_stream_capturing():
-            self._known_rollbacks = count
+        if self.is_behind() and not self.is_recording():
             self._reconcile(again=False)
 
     def _reconcile(self, *, again: bool) -> None:
-        step = self._reader.status(StatusField.restored_step)
-        known = [s for s in self._host if s <= step]
-        host = self._host[max(known)] if known else self._host[min(self._host)]
+        count, capture, ticket = self._last_rollback()
+        host = self._parts.of(capture, ticket)
         missing = [key for key, place in self.slots.places.items() if not place.is_live and key in host.keys]
         if missing:
             # sync: state was cleared by hand, rare
             slot = int(self._state[StateField.last_good, self._column])
             for key, tensor in self.slots.missing_live(slot, host.keys):
                 self.tracked.recreate(key, tensor)
-        host.load_into(self.tracked, keep_fresh=True, again=again)
+        try:
+            host.load_into(self.tracked, keep_fresh=True, again=again)
+        except Exception:
+            self._known_rollbacks = count  # an extra refused; everything else is back
+            raise
+        self._known_rollbacks = count
         self.tell_left_out()
+
+    def _last_rollback(self) -> tuple[int, int, int]:
+        """Rollbacks so far, and the capture and ticket of the last: words that belong together."""
+        status = self._reader.status
+        while True:
+            count = status(StatusField.rollback_count)
+            restored = status(StatusField.restored_capture), status(StatusField.restored_ticket)
+            if status(StatusField.rollback_count) == count:
+                return count, *restored
 
     # -- seeds -----------------------------------------------------------------------------------------------
 
-    def _check_seeds(self) -> Iterator[GovernorEvent]:
+    def _check_seeds(self) -> None:
         """Search incubating seeds on the device now and then; cull the one whose flag has arrived."""
+        interval = self._config.seed_check_interval
         for name, holder in self.seed_holders:
-            flag, searched = self._seed_flags.get(name, (None, []))
-            if flag is not None and float(flag.numpy()[0]) > 0:
-                del self._seed_flags[name]
-                self.tracked.retire(searched)
-                if holder.incubating_tensors():
-                    holder.cull()
-                    yield SeedCulledEvent(step=self.step_count, row=self._column, name=name)
-                continue
-            interval = self._config.seed_check_interval
-            tensors = holder.incubating_tensors() if interval and self._judged % interval == 0 else []
-            if tensors:
-                if flag is None:
-                    flag = allocate(8, self.tracked.device).view(torch.float64).zero_()
-                flag.copy_(ops.tensor_stats(tensors)[2:3], non_blocking=True)
-                self._seed_flags[name] = (flag, tensors)
+            tensors = holder.incubating_tensors()
+            if self._seed_flags.found(name, tensors):
+                self.tracked.retire(tensors)
+                holder.cull()
+                self.untold.append(SeedCulledEvent(step=self.step_count, row=self._column, name=name))
+            elif tensors and interval and self._judged % interval == 0:
+                self._seed_flags.search(name, tensors)
 
 
-def _before_optimizer_step(flight: _Flight, *_: object) -> None:
-    flight.wait()
-
-
-class _BeforeLoading:
-    """The model's hook; a copied or pickled model is not governed, so there it does nothing."""
-
-    def __init__(self, flight: _Flight | None = None) -> None:
-        self._flight = flight
-
-    def __call__(self, *_: object) -> None:
-        if self._flight is not None:
-            self._flight.wait()
-
-    def __reduce__(self) -> tuple[type[_BeforeLoading], tuple[()]]:
-        return _BeforeLoading, ()
-
-
-def _let_go(flight: _Flight, handles: list[RemovableHandle], memory: object) -> None:
+def _let_go(
+    flight: Flight,
+    handles: list[RemovableHandle],
+    state: Tensor,
+    column: int,
+    table: ops.SnapshotTable,
+    memory: object,
+) -> None:
     """The end of an engine: no launch may still touch ``memory``, which lives as long as the arguments."""
     for handle in handles:
         handle.remove()
+    again = partial(_let_go, flight, [], state, column, table, memory)
+    if graphs.is_postponed(flight.device, again):
+        return
     for stream in (flight.stream, *flight.users.values()):
         if not stream.query():
             stream.synchronize()  # sync: when a governor goes while its work is under way
+    if graphs.is_kept(state):
+        graphs.disarm(flight.device, partial(_take_slots_away, state, column, table))
+
+
+def _take_slots_away(state: Tensor, column: int, table: ops.SnapshotTable) -> None:
+    """Make what a graph may replay touch nothing but ``state`` and the mailbox, which outlive it."""
+    for field in (StateField.attached, StateField.restore_order):
+        state[field, column] = 0.0
+    for field in (StateField.candidate, StateField.capture_order_0, StateField.capture_order_1):
+        state[field, column] = -1.0
+    table.clear()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,9 @@ from tolaria.ops import Order, PanicReason, StateField, StatusField
 class Engine(ABC):
     """What both kinds of engine share.
 
+    Attributes:
+        is_late: whether the host hears of a rollback only some time after it happened.
+
     Args:
         column: which governor of ``state`` gives the orders.
         state: float64 ``(fields, n)``.
@@ -47,6 +51,8 @@ class Engine(ABC):
         ValueError: a parameter is not finite.
         SnapshotError: there is no memory for the slots, or a tensor cannot be copied byte by byte.
     """
+
+    is_late = False
 
     def __init__(
         self,
@@ -65,6 +71,8 @@ class Engine(ABC):
         self._mailbox = mailbox
         self._reader = reader
         self.tracked = tracked
+        self.untold: deque[GovernorEvent] = deque()
+        """Events that the ops cannot know, for whoever calls to tell once the work is done."""
         self.slots = Slots(tracked.device, config.storage)
         self.defer_panics = False
         """Leave a poisoned capture to the next judgement, where ranks agree, instead of panicking at once."""
@@ -85,34 +93,96 @@ class Engine(ABC):
     # -- what an engine does ---------------------------------------------------------------------------------
 
     @abstractmethod
-    def act(self) -> Iterator[GovernorEvent]:
-        """Carry out what the last judgement ordered; yields events that the ops cannot know."""
+    def act(self) -> None:
+        """Carry out what the last judgement ordered."""
 
     @abstractmethod
-    def capture(self) -> Iterator[GovernorEvent]:
-        """Copy the state to the slot that was ordered by hand."""
+    def snapshot(self) -> None:
+        """Capture now, by hand.
+
+        Raises:
+            SnapshotError: the state cannot be captured; nothing was ordered then.
+        """
 
     @abstractmethod
-    def restore(self) -> Iterator[GovernorEvent]:
+    def restore(self) -> None:
         """Put the last known good state back, in place; the order must have been given."""
 
     @abstractmethod
-    def restore_again(self) -> Iterator[GovernorEvent]:
+    def restore_again(self) -> None:
         """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
 
     @abstractmethod
-    def adopt_current_state(self) -> None:
-        """Capture the state as it is and make it the last known good one at once; may wait for the device.
+    def _capture_and_promote(self, host: HostState) -> None:
+        """Capture the state, known to be finite, and make it the last known good one at once."""
+
+    def rollback(self) -> None:
+        """Restore now, by hand. What may fail comes before the order."""
+        self.sync_structure(leave_out=True)
+        self.order(Order.ROLLBACK)
+        self.restore()
+
+    def adopt_current_state(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Make the state as it is the last known good one at once; waits for the device.
+
+        Args:
+            prepare: called when nothing can be refused any more, before the capture is ordered.
 
         Raises:
-            ValueError: a covered tensor holds a non-finite value; the last known good state stays what it
-                was.
+            ValueError: a covered tensor holds a non-finite value.
+            SnapshotError: the state cannot be captured. Whatever is raised, no order was given.
         """
+        self.synchronize()
+        if self.slots.places:  # at attach, what is exempt was found just now
+            self.refuse_nonfinite()
+        self.cull_poisoned_seeds()
+        self.sync_structure()
+        host = self.host_parts()
+        prepare()
+        self._capture_and_promote(host)
+
+    def host_parts(self) -> HostState:
+        """The host-side parts of a capture about to be made.
+
+        Raises:
+            SnapshotError: a tensor is not covered, or a part cannot say its state.
+        """
+        self.slots.check_whole()
+        return HostState.of(self.tracked)
+
+    def refuse_nonfinite(self) -> None:
+        """Look at the live tensors that a capture would search; waits for the device.
+
+        Raises:
+            ValueError: one holds a non-finite value.
+        """
+        known = {place.key for place in self.slots.places.values()}
+        searched = [
+            t
+            for t in self.tracked.tensors()
+            if t.watched and not t.zeroed and t.key not in self.slots.exempt
+            if t.key in known or t.kind != "buffer" or not known  # a mask that joins later is exempt
+        ]
+        bad = next((t.name for t in searched if not is_finite(t.tensor)), None)
+        if bad is not None:
+            raise ValueError(f"model: expected a finite state, got NaN or infinity in {bad}")
 
     # Hooks: an engine overrides those it has something to do for.
 
-    def judged(self) -> None:
+    def is_recording(self) -> bool:
+        """Whether a CUDA graph is being recorded, which the host must leave alone."""
+        return False
+
+    def is_behind(self) -> bool:
+        """Whether the device has rolled back since the last :meth:`reconcile`."""
+        return False
+
+    def judging(self) -> None:
         """A judgement is about to be enqueued."""
+        return
+
+    def judged(self, *, surely: bool = True) -> None:
+        """A judgement was enqueued; not ``surely`` where only the device knows whether this row took part."""
         return
 
     def learn(self, events: Sequence[GovernorEvent]) -> None:
@@ -143,6 +213,10 @@ class Engine(ABC):
     def begin_step(self) -> None:
         """Head of a step that is being recorded in a CUDA graph."""
         return
+
+    def renew(self, config: GovernorConfig) -> None:
+        """Go on under other settings, whose tensor has changed in place."""
+        self._config = config
 
     def hook(self, optimizer: Optimizer) -> None:
         """Watch one more optimizer."""
@@ -208,7 +282,7 @@ class Engine(ABC):
         state[StateField.restore_order, self._column] = 1.0
         return state
 
-    def cull_poisoned_seeds(self) -> Iterator[GovernorEvent]:
+    def cull_poisoned_seeds(self) -> None:
         """Cull, alone, every incubating seed that holds a non-finite value; the host cannot have felt it."""
         for name, holder in self.seed_holders:
             tensors = holder.incubating_tensors()
@@ -216,7 +290,7 @@ class Engine(ABC):
                 self.tracked.retire(tensors)
                 holder.cull()
                 self.structure = []
-                yield SeedCulledEvent(step=self.step_count, row=self._column, name=name)
+                self.untold.append(SeedCulledEvent(step=self.step_count, row=self._column, name=name))
 
     def seeds_are_due(self) -> bool:
         """Whether incubating seeds are to be searched at this step."""
@@ -229,7 +303,7 @@ class Engine(ABC):
             self.tracked.optimizers = [o for o in self.tracked.optimizers if o is not optimizer]
             self.slots.forget_optimizer(optimizer)
 
-    def sync_structure(self, *, leave_out: bool = False) -> Iterator[GovernorEvent]:
+    def sync_structure(self, *, leave_out: bool = False) -> None:
         """Look for tensors that came, went or moved, and lay the slots out anew if there are any.
 
         Args:
@@ -253,11 +327,13 @@ class Engine(ABC):
         if changed and known:
             self._coverage.look()
         if changed and known and len(self.slots.places) != known:
-            yield StructureEvent(
-                step=self.step_count,
-                row=self._column,
-                tensors=len(self.slots.places),
-                state_bytes=self.slots.table.nbytes,
+            self.untold.append(
+                StructureEvent(
+                    step=self.step_count,
+                    row=self._column,
+                    tensors=len(self.slots.places),
+                    state_bytes=self.slots.table.nbytes,
+                )
             )
 
     def tell_left_out(self) -> None:
@@ -289,34 +365,41 @@ class HostEngine(Engine):
         self._host: list[HostState | None] = [None, None]
         self.adopt_current_state()
 
-    def act(self) -> Iterator[GovernorEvent]:
-        """Carry out what the last judgement ordered; yields events the ops cannot know."""
+    def act(self) -> None:
+        """Carry out what the last judgement ordered."""
         if self._view[StateField.restore_order]:
-            yield from self.restore()
+            self.restore()
         elif self._view[StateField.capture_order_0] >= 0:
-            yield from self.capture()
+            self.cull_poisoned_seeds()
+            self.sync_structure()
+            self._capture(self.host_parts())
         elif self.tracked.structure() != self.structure:
-            yield from self.sync_structure()
+            self.sync_structure()
         if self.seed_holders and self.seeds_are_due():
-            yield from self.cull_poisoned_seeds()
+            self.cull_poisoned_seeds()
 
-    def sync_structure(self, *, leave_out: bool = False) -> Iterator[GovernorEvent]:
+    def sync_structure(self, *, leave_out: bool = False) -> None:
         """As the base class, where something may have changed."""
         if not self.structure or self._watch.has_moved():
-            yield from super().sync_structure(leave_out=leave_out)
+            super().sync_structure(leave_out=leave_out)
 
-    def capture(self) -> Iterator[GovernorEvent]:
+    def snapshot(self) -> None:
+        """Capture now, by hand."""
+        self.cull_poisoned_seeds()
+        self.sync_structure()
+        host = self.host_parts()
+        self.order(Order.CAPTURE)
+        self._capture(host)
+
+    def _capture(self, host: HostState) -> None:
         """Copy the state to the ordered slot. A non-finite value on the way is a panic and rolls back."""
-        yield from self._copy_to_slot()
+        self._copy_to_slot(host)
         bad = int(self._view[StateField.candidate_bad])
         if bad >= 0 and not self.defer_panics and not self._config.log_only:
             self.order(Order.ROLLBACK, PanicReason.NON_FINITE_STATE, bad)
-            yield from self.restore()
+            self.restore()
 
-    def _copy_to_slot(self) -> Iterator[GovernorEvent]:
-        yield from self.cull_poisoned_seeds()
-        yield from self.sync_structure()
-        host = HostState.of(self.tracked)
+    def _copy_to_slot(self, host: HostState) -> None:
         slot = int(self._view[StateField.capture_order_0])
         self._host[slot] = None  # from here to the end the slot is neither the old capture nor the new one
         for part in (0, 1):
@@ -324,18 +407,16 @@ class HostEngine(Engine):
         host.keys = self.slots.mark_captured(slot)
         self._host[slot] = host
 
-    def restore(self) -> Iterator[GovernorEvent]:
+    def restore(self) -> None:
         """Put the last known good state back, in place; the order must have been given."""
-        yield from self._put_back(self._state, self._mailbox)
+        self._put_back(self._state, self._mailbox)
 
-    def restore_again(self) -> Iterator[GovernorEvent]:
+    def restore_again(self) -> None:
         """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
-        yield from self._put_back(self._state_with_order(), None, again=True)
+        self._put_back(self._state_with_order(), None, again=True)
 
-    def _put_back(
-        self, state: Tensor, mailbox: Tensor | None, *, again: bool = False
-    ) -> Iterator[GovernorEvent]:
-        yield from self.sync_structure(leave_out=True)
+    def _put_back(self, state: Tensor, mailbox: Tensor | None, *, again: bool = False) -> None:
+        self.sync_structure(leave_out=True)
         slot = int(self._view[StateField.last_good])
         host = self._host[slot]
         assert host is not None, "the last known good slot always has its host-side parts"
@@ -346,19 +427,7 @@ class HostEngine(Engine):
         host.load_into(self.tracked, again=again, kept=kept)
         self.tell_left_out()
 
-    def adopt_current_state(self) -> None:
-        """Capture the state as it is and make it the last known good one at once.
-
-        Raises:
-            ValueError: a covered tensor holds a non-finite value; the last known good state stays what it
-                was.
-        """
+    def _capture_and_promote(self, host: HostState) -> None:
         self.order(Order.CAPTURE)
-        for _ in self._copy_to_slot():
-            pass
-        bad = int(self._view[StateField.candidate_bad])
-        if bad >= 0:
-            raise ValueError(
-                f"model: expected a finite state, got NaN or infinity in {self.slots.names[bad]}"
-            )
+        self._copy_to_slot(host)
         self.order(Order.PROMOTE)

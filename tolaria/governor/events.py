@@ -75,6 +75,8 @@ class CaptureEvent(GovernorEvent):
     capture_id: int
     capture_step: int
     bytes: int
+    ticket: int = 0
+    """On CUDA the number of the launch that made it; 0 where the replay of a recorded graph did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +176,10 @@ class MailboxReader:
         """Whether a record waits."""
         return bool(self._status[StatusField.events] != self.told)
 
+    def set_reward(self, reward: float) -> None:
+        """What a rollback costs from now on."""
+        self._reward = reward
+
     def skip_all(self) -> None:
         """Forget what waits."""
         self.told = int(self._status[StatusField.events])
@@ -214,6 +220,7 @@ class MailboxReader:
                 capture_id=capture_id,
                 capture_step=capture_step,
                 bytes=capture_bytes,
+                ticket=int(r[RecordField.ticket]),
             )
         if kind is EventKind.PROMOTION:
             return PromotionEvent(step=step, row=self._row, capture_id=capture_id, capture_step=capture_step)

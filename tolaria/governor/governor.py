@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,18 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.errors import TolariaError
-from tolaria.governor import attach, statistics, uncovered
+from tolaria.governor import attach, graphs, statistics, uncovered
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import agree, agree_on_flag, check_ranks
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import EventQueue, GovernorEvent, MailboxReader, RollbackEvent
+from tolaria.governor.events import GovernorEvent, MailboxReader
 from tolaria.governor.finite_state import would_roll_back
+from tolaria.governor.following import Follower
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.readings import Readings
-from tolaria.governor.sinks import Sink, deliver
+from tolaria.governor.sinks import Sink
 from tolaria.governor.skipping import StepSkipper, remove_hooks
+from tolaria.governor.telemetry import Telemetry
 from tolaria.governor.tracked import Stateful, TrackedState
 from tolaria.governor.verdict import GovernorReport, Verdict
 from tolaria.ops import Order, StateField
@@ -91,9 +94,7 @@ class TolariaGovernor(Readings):
         self.config = config or GovernorConfig()
         self.random_guess_loss = attach.resolve_random_guess_loss(num_classes, random_guess_loss)
         self._group = process_group
-        self._sinks: list[Sink] = list(sinks)
-        self._events = EventQueue()
-        self._last_report: GovernorReport | None = None
+        self._telemetry = Telemetry(sinks)
         tracked = TrackedState(
             model,
             listed,
@@ -107,35 +108,48 @@ class TolariaGovernor(Readings):
         self._running: Engine | None = None
         self._build(tracked)
         uncovered.watch(tracked)
-        self._tell([self._engine.attach_event()])
+        self._telemetry.add([self._engine.attach_event()])
+        self._telemetry.deliver()
 
     def _build(self, tracked: TrackedState) -> None:
         self._skipper: StepSkipper | None = None
         device = tracked.device
         self._state = ops.governor_state(1, window=self.config.window, device=device)
-        scaler = tracked.scaler
-        self._settings = self.config.to_tensor(
-            self.random_guess_loss,
-            device,
-            gradient_may_overflow=scaler is not None and scaler.is_enabled(),
-        )
+        self._settings = self._settings_tensor(tracked)
         self._mailbox = attach.make_mailbox(1, self.config.event_capacity, device)
         self._reader = MailboxReader(self._mailbox.numpy()[0], 0, -self.config.death_penalty)
         self._running = attach.make_engine(
             0, self._state, self.config, self._settings, self._mailbox, self._reader, tracked
         )
         self._running.defer_panics = self._group is not None
+        self._policy = RollbackPolicy(self.config)
+        self._follower = Follower(self._reader, self._running, self._policy, self._telemetry)
+        # Numbers that are judged are written here, on the device, which a stream does without waiting.
+        self._scalar, self._norm = torch.zeros(2, 1, dtype=torch.float64, device=device).unbind()
+        self._flag = torch.zeros(1, dtype=torch.bool, device=device)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start from a state just adopted, under the settings of now."""
         self._reader.skip_all()
         # The loss alone is judged, by this rank alone and on the host: a clean step then takes the shortest
         # way, since between a step and the next every Python frame costs 2 to 3 us (cold caches, Zen 3).
         is_plain = self._group is None and not self.config.gradient_norm
-        self._is_plain = is_plain and device.type == "cpu" and not self.config.skips_before_rollback
-        self._policy = RollbackPolicy(self.config)
-        self._scalar = torch.zeros(1, dtype=torch.float64, device=device)
+        is_plain = is_plain and not self.config.skips_before_rollback
+        self._is_plain = is_plain and self._state.device.type == "cpu"
         self._latest: Verdict | None = None
-        if self.config.skip_anomalous_steps and not self.config.log_only:
-            self._skipper = StepSkipper(self._running)
+        skips = self.config.skip_anomalous_steps and not self.config.log_only
+        if self._skipper is not None and not skips:
+            self._skipper.close()
+            self._skipper = None
+        elif self._skipper is None and skips:
+            self._skipper = StepSkipper(self._engine)
             weakref.finalize(self, remove_hooks, self._skipper.handles)
+        self._follower.skipper = self._skipper
+
+    def _settings_tensor(self, tracked: TrackedState) -> Tensor:
+        overflows = tracked.scaler is not None and tracked.scaler.is_enabled()
+        return self.config.to_tensor(self.random_guess_loss, tracked.device, gradient_may_overflow=overflows)
 
     @property
     def _engine(self) -> Engine:
@@ -195,7 +209,6 @@ class TolariaGovernor(Readings):
         """
         engine = self._running or self._engine  # the property says that there is none any more
         if self._is_plain and isinstance(loss, Tensor) and nonfinite is None and gradient_norm is None:
-            self._latest = None
             must_act = judge_(
                 self._state,
                 self._settings,
@@ -207,26 +220,44 @@ class TolariaGovernor(Readings):
                 engine.tracked.optimizers,
                 engine.structure,
             )
+            self._latest = None
         elif isinstance(loss, Verdict):
             if self._latest is not loss:
                 raise ValueError("loss: expected the verdict that was returned last, got an older one")
             for name, value in (("nonfinite", nonfinite), ("gradient_norm", gradient_norm)):
                 if value is not None:
                     raise ValueError(f"{name}: expected None with a verdict, which is judged already")
-            must_act = True
+            must_act, self._latest = True, None
         else:
             must_act = self._judge(loss, nonfinite, gradient_norm)
-        must_act = must_act or (bool(engine.seed_holders) and engine.seeds_are_due())
-        if must_act:
-            self._tell(engine.act())
-        if self._skipper is not None:
+        if must_act or (engine.seed_holders and engine.seeds_are_due()):
+            self._finish_step(engine)
+        elif self._skipper is not None:
             self._skipper.after_step()
-        if must_act:
-            self._drain()
+
+    def _finish_step(self, engine: Engine) -> None:
+        try:
+            engine.act()
+            if self._skipper is not None:
+                self._skipper.after_step()
+        finally:
+            self._follow()
+        self._tell()
 
     def _mark_step(self) -> None:
         if self._skipper is not None:
             self._skipper.after_step()
+
+    def _follow(self) -> None:
+        """The end of a step: the host does its share of what the device has done."""
+        self._follower.hear()
+        self._follower.follow()
+        self._follower.mark.set(self._engine.tracked)
+
+    def _tell(self) -> None:
+        """Tell the sinks, once everything is done; then end a run that makes no progress."""
+        self._telemetry.deliver()
+        self._policy.check_budget()
 
     def begin_step(self) -> None:
         """Head of a step that is being recorded in a CUDA graph; does nothing elsewhere.
@@ -247,20 +278,21 @@ class TolariaGovernor(Readings):
         if not isinstance(loss, Tensor):
             loss = self._scalar.fill_(attach.as_number("loss", loss))
         if nonfinite is not None and not isinstance(nonfinite, Tensor):
-            nonfinite = torch.tensor(attach.as_flag("nonfinite", nonfinite), device=self._state.device)
+            nonfinite = self._flag.fill_(attach.as_flag("nonfinite", nonfinite))
         gradient: Tensor | None = None
         if isinstance(gradient_norm, Tensor):
             gradient = gradient_norm
         elif gradient_norm is not None:
-            gradient = torch.full_like(self._scalar, attach.as_number("gradient_norm", gradient_norm))
+            gradient = self._norm.fill_(attach.as_number("gradient_norm", gradient_norm))
         elif self.config.gradient_norm:
             gradient = engine.gradient_stats()
-        engine.judged()
+        engine.judging()
+        if engine.is_recording():
+            graphs.outlive(self._scalar, self._norm, self._flag)
         if self._group is not None:
             loss, nonfinite, gradient = agree(self._group, self._state, loss, nonfinite, gradient)
         state_bad = self._state_flag(engine, loss, nonfinite, gradient)
-        self._latest = None
-        return judge_(
+        must_act = judge_(
             self._state,
             self._settings,
             loss,
@@ -272,6 +304,9 @@ class TolariaGovernor(Readings):
             engine.structure,
             state_bad,
         )
+        engine.judged()  # not before: a call that was refused has judged nothing
+        self._latest = None
+        return must_act
 
     def _state_flag(
         self, engine: Engine, loss: Tensor, nonfinite: Tensor | None, gradient: Tensor | None
@@ -297,43 +332,61 @@ class TolariaGovernor(Readings):
         Raises:
             TrainingDivergedError: rollbacks come too often.
         """
-        self._engine.synchronize()  # sync: the report is wanted now
-        self._drain()
-        last = self._last_report
-        if last is not None and (last.step, last.rollback_count) == (self.step_count, self.rollback_count):
-            self._tell(self._engine.restore_again())
-            self._policy.apply(self._engine.tracked)
-            self._mark_step()
-            return last
-        self._engine.order(Order.ROLLBACK)
-        self._tell(self._engine.restore())
-        self._engine.synchronize()
-        self._drain()
+        engine = self._engine
+        self._refuse_recording("execute_rollback")
+        engine.synchronize()  # sync: the report is wanted now
+        self._follower.hear()
+        self._follower.follow()
+        last = self.last_report
+        now = self.step_count, self.rollback_count
+        try:
+            if last is not None and (last.step, last.rollback_count) == now:
+                engine.restore_again()
+                self._policy.apply(engine.tracked)
+            else:
+                engine.rollback()
+                engine.synchronize()
+        finally:
+            self._follow()
         self._mark_step()
-        assert self._last_report is not None
-        return self._last_report
+        self._tell()
+        assert self.last_report is not None
+        return self.last_report
+
+    def _refuse_recording(self, call: str) -> None:
+        graphs.refuse_recording(self._engine.tracked.device, call)
 
     def snapshot(self) -> None:
-        """Capture now, on probation; it replaces a candidate, never the last known good state."""
-        self._engine.order(Order.CAPTURE)
-        self._tell(self._engine.capture())
-        self._drain()
+        """Capture now, on probation; it replaces a candidate, never the last known good state.
+
+        Raises:
+            SnapshotError: the state cannot be captured; the candidate is what it was then.
+        """
+        engine = self._engine
+        self._refuse_recording("snapshot")
+        try:
+            engine.snapshot()
+        finally:
+            self._follower.hear()
+            self._follower.follow_between_steps() if engine.is_late else self._follower.follow()
+        self._tell()
 
     def reset(self) -> None:
         """Forget all losses and make the current state the last known good one, as at attach.
 
         Raises:
             ValueError: the current state is not finite; then nothing is forgotten.
+            SnapshotError: the current state cannot be captured; likewise.
         """
-        before = self._state.clone()
-        self._engine.order(Order.FORGET)
-        try:
-            self._engine.adopt_current_state()
-        except Exception:
-            self._state.copy_(before)
-            raise
-        self._policy = RollbackPolicy(self.config)
-        self._drain()
+        engine = self._engine
+        self._refuse_recording("reset")
+        engine.synchronize()  # sync: looks at the state as it is
+        self._follower.hear()
+        self._follower.follow()
+        engine.adopt_current_state(partial(engine.order, Order.FORGET))
+        self._policy = self._follower.policy = RollbackPolicy(self.config)
+        self._follow()
+        self._tell()
 
     def wait(self) -> None:
         """Make the current stream, not the host, wait for a capture in flight (nothing to do on the CPU).
@@ -344,75 +397,85 @@ class TolariaGovernor(Readings):
         self._engine.wait()
 
     def close(self) -> None:
-        """Let go of the model, the hooks and the slots; calls but ``poll`` are errors."""
-        if self._running is not None:
+        """Let go of the model, the hooks and the slots; calls but ``poll`` are errors.
+
+        A rollback that the host has not heard of yet is heard of, and followed.
+        """
+        if self._running is None:
+            return
+        self._refuse_recording("close")
+        self._engine.synchronize()  # sync: nothing is heard of later
+        try:
+            self._follower.hear()
+            self._follower.follow()
+        finally:
             uncovered.unwatch(self._running.tracked)
             self._let_go()
-            self._read_news()
             self._running = self._skipper = None
+            self._follower.engine = self._follower.skipper = None
+        self._telemetry.deliver()
 
     def _let_go(self) -> None:
         if self._skipper is not None:
             self._skipper.close()
         self._engine.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "governor: it watches one model and cannot be copied or pickled; make a new one for the copy and "
+            "hand it state_dict()"
+        )
+
     # -- telemetry -------------------------------------------------------------------------------------------
 
     def poll(self) -> list[GovernorEvent]:
-        """Events that arrived since the last call, oldest first; never waits.
+        """Events that arrived since the last call, oldest first; never waits, and may be called anywhere.
 
-        Raises:
-            TrainingDivergedError: rollbacks come too often.
+        It only tells. Host-side parts and the policy of a rollback that arrives late are for the end of the
+        next :meth:`step`; between two steps, in the thread that trains, they are put in place here already. A
+        run that ends since rollbacks come too often is ended by the next :meth:`step`, not here.
         """
-        self._drain()
-        return self._events.take()
+        self._follower.hear()
+        if self._latest is None:
+            self._follower.follow_between_steps()
+        self._telemetry.deliver()
+        return self._telemetry.take()
 
     def synchronize(self) -> list[GovernorEvent]:
         """Wait until everything ordered so far is done, then :meth:`poll`."""
+        self._refuse_recording("synchronize")
         self._engine.synchronize()
         return self.poll()
 
     def add_sink(self, sink: Sink) -> None:
         """Call ``sink`` with every event from now on."""
         attach.check_listed(sinks=[sink])
-        self._sinks.append(sink)
-
-    def _tell(self, events: Iterable[GovernorEvent]) -> None:
-        for event in events:
-            self._events.add(event)
-            deliver(self._sinks, event)
-
-    def _drain(self) -> None:
-        if self._reader.has_news:
-            self._read_news()
-            self._policy.check_budget()
-
-    def _read_news(self) -> None:
-        slots = self._engine.slots
-        events = list(self._reader.read(slots.names, slots.table.nbytes))
-        self._engine.learn(events)
-        if self._skipper is not None:
-            self._skipper.learn(events)
-        try:
-            self._engine.reconcile()
-        finally:  # an extra that refuses its state takes no event with it
-            for event in events:
-                if isinstance(event, RollbackEvent):
-                    self._last_report = event.report
-                self._policy.hear(event, self._engine.tracked)
-                self._tell([event])
+        self._telemetry.sinks.append(sink)
 
     # -- structure and saving --------------------------------------------------------------------------------
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
-        """Cover another optimizer, for instance that of a seed just germinated."""
+        """Cover another optimizer, for instance that of a seed just germinated.
+
+        Raises:
+            TypeError: it is no optimizer.
+            SnapshotError: its state cannot be covered; it is not added then.
+        """
         tracked = self._engine.tracked
-        if optimizer not in tracked.optimizers:
-            tracked.optimizers += attach.checked_optimizers(tracked.model, [optimizer])
-            self.notify_structure_changed()
-            self._engine.hook(optimizer)
-            if self._skipper is not None:
-                self._skipper.hook(optimizer)
+        if any(known is optimizer for known in tracked.optimizers):
+            return
+        before = list(tracked.optimizers)
+        tracked.optimizers += attach.checked_optimizers(tracked.model, [optimizer])
+        try:
+            self._engine.sync_structure()
+        except BaseException:
+            tracked.optimizers = before
+            raise
+        self._engine.hook(optimizer)
+        if self._skipper is not None:
+            self._skipper.hook(optimizer)
+        self._follower.hear()
+        self._telemetry.deliver()
 
     def remove_optimizer(self, optimizer: Optimizer) -> None:
         """Stop covering an optimizer (one that is not covered is ignored), and say nothing of its steps."""
@@ -426,7 +489,9 @@ class TolariaGovernor(Readings):
 
     def notify_structure_changed(self) -> None:
         """Look at the model's structure now. Optional: the next step, capture or rollback notices growth."""
-        self._tell(self._engine.sync_structure())
+        self._engine.sync_structure()
+        self._follower.hear()
+        self._telemetry.deliver()
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, statistics and counts; no slots. Safe for ``torch.load`` with ``weights_only``."""
@@ -440,16 +505,52 @@ class TolariaGovernor(Readings):
             ValueError, TypeError: ``state`` is not from :meth:`state_dict`, or the model is not finite.
             SnapshotError: there is no memory for the new slots. Whatever is raised, nothing has changed.
         """
-        former, skipper, before = self._engine, self._skipper, dict(vars(self))
+        engine = self._engine
+        self._refuse_recording("load_state_dict")
         config, saved = statistics.read_saved_form(state)
         guess = attach.resolve_random_guess_loss(None, state["random_guess_loss"])
+        policy = RollbackPolicy(config)
+        policy.load_saved_form(state["policy"])
+        engine.synchronize()  # sync: takes the state as it is
+        self._follower.hear()
+        self._follower.follow()
+        before = self.config, self.random_guess_loss
+        fits = saved.shape == self._state.shape and all(
+            getattr(config, name) == getattr(self.config, name) for name in ("storage", "event_capacity")
+        )
+        self.config, self.random_guess_loss = config, guess
         try:
-            self.config, self.random_guess_loss = config, guess
-            self._build(former.tracked)
+            if fits:
+                self._renew(engine, saved)
+            else:
+                self._replace(engine, saved)
+        except BaseException:
+            self.config, self.random_guess_loss = before
+            raise
+        self._policy = self._follower.policy = policy
+        self._begin()
+        self._telemetry.deliver()
+
+    def _renew(self, engine: Engine, saved: Tensor) -> None:
+        """Take ``saved`` over in place: recorded graphs go on being judged."""
+        settings = self._settings_tensor(engine.tracked)
+
+        def take_over() -> None:
+            self._settings.copy_(settings)
             statistics.take_over(self._state, saved)
-            self._engine.adopt_current_state()
-            self._policy.load_saved_form(state["policy"])
-        except Exception:
+
+        engine.adopt_current_state(take_over)
+        engine.renew(self.config)
+        self._reader.set_reward(-self.config.death_penalty)
+
+    def _replace(self, former: Engine, saved: Tensor) -> None:
+        """Take ``saved`` over with memory of another size; a recorded graph finds a judge without slots."""
+        skipper, before = self._skipper, dict(vars(self))
+        try:
+            self._build(former.tracked)
+            self._follower.last_report = before["_follower"].last_report
+            self._engine.adopt_current_state(partial(statistics.take_over, self._state, saved))
+        except BaseException:
             if self._running is not former:
                 self._let_go()
             vars(self).update(before)
@@ -457,4 +558,3 @@ class TolariaGovernor(Readings):
         former.close()
         if skipper is not None:
             skipper.close()
-        self._reader.skip_all()

@@ -7,6 +7,7 @@ from torch import Tensor
 from tolaria.governor import statistics
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.events import MailboxReader
+from tolaria.governor.following import Follower
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.verdict import GovernorReport
 from tolaria.ops import StatusField
@@ -19,7 +20,7 @@ class Readings:
     _state: Tensor
     _reader: MailboxReader
     _policy: RollbackPolicy
-    _last_report: GovernorReport | None
+    _follower: Follower
 
     @property
     def step_count(self) -> int:
@@ -39,7 +40,7 @@ class Readings:
     @property
     def last_report(self) -> GovernorReport | None:
         """The last rollback, as far as the host knows."""
-        return self._last_report
+        return self._follower.last_report
 
     @property
     def offending_steps(self) -> tuple[int, ...]:

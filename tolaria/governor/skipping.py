@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from tolaria.governor import graphs
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import GovernorEvent, RollbackEvent, VerdictEvent
 from tolaria.governor.finite_state import PutBack
@@ -76,6 +77,8 @@ class StepSkipper:
 
     def _set_found_inf(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         lent_to: Any = optimizer  # what fused kernels read is no declared attribute
+        if self._lent.pop(id(optimizer), False):  # the last step raised, and kept what it was lent
+            del lent_to.grad_scale, lent_to.found_inf
         scalers = getattr(optimizer, "found_inf", None)
         self._lent[id(optimizer)] = not hasattr(optimizer, "grad_scale")
         if self._lent[id(optimizer)]:
@@ -104,6 +107,8 @@ class StepSkipper:
     def after_verdict(self, reason: Tensor) -> None:
         """Leave out the optimizer steps up to the next :meth:`after_step` unless ``reason`` ``(1,)`` is 0."""
         if self._on_device:
+            if graphs.is_recording(self._flag.device):
+                graphs.outlive(self._flag)
             self._flag.copy_((reason != 0).view(()))
             self._buffers.put_back(self._flag)
         else:

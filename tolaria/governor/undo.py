@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.errors import TolariaError
+from tolaria.governor import graphs
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.host_state import HostValues, parameter_states
 from tolaria.ops import SnapshotEntry, SnapshotTable, StateField, live_view, slot_view
@@ -37,6 +40,7 @@ class UndoCopy:
         self._seen: list[tuple[int, torch.Size]] = []
         self.copies: list[Tensor] = []
         """What :meth:`put_back` gives the tensors, in their order."""
+        weakref.finalize(self, _clear, self._state, self._table)
 
     def save(self, tensors: Sequence[Tensor]) -> None:
         """Copy ``tensors``.
@@ -48,6 +52,8 @@ class UndoCopy:
         if seen != self._seen:
             self._lay_out([live_view(t) for t in tensors])
             self._seen = seen
+        if graphs.is_recording(self._state.device):
+            graphs.outlive(self._state, self._armed, self._settings, self._table.data)
         self._state.copy_(self._armed)
         ops.snapshot_capture_(self._state, 0, self._table, 0)
 
@@ -70,6 +76,12 @@ class UndoCopy:
         self.copies = places
         entries = [SnapshotEntry(v, (p, p), 0, -1) for v, p in zip(views, places, strict=True)]
         self._table.update(entries)
+
+
+def _clear(state: Tensor, table: SnapshotTable) -> None:
+    """The copy goes: a graph that was recorded with it finds nothing to copy any more."""
+    if graphs.is_kept(state) and not graphs.is_postponed(state.device, partial(_clear, state, table)):
+        graphs.disarm(state.device, table.clear)
 
 
 class HostCounters:

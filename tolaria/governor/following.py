@@ -1,0 +1,148 @@
+"""What the host does about what a governor did: it hears of it, and it follows.
+
+*Hearing* is reading the mailbox by plain loads. Any thread may do so at any time, except while a CUDA graph
+is being recorded, when nothing is heard: what follows would become part of the graph.
+
+*Following* is the host's share of a rollback: host-side parts put back, gradients cleared, learning rates
+lowered. It changes what a training step under way is working with, so it belongs to the end of a step, in the
+thread that trains.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tolaria.governor.engine import Engine
+from tolaria.governor.events import (
+    CaptureEvent,
+    GovernorEvent,
+    MailboxReader,
+    PromotionEvent,
+    RollbackEvent,
+    VerdictEvent,
+)
+from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.skipping import StepSkipper
+from tolaria.governor.telemetry import Telemetry
+from tolaria.governor.tracked import TrackedState
+from tolaria.governor.verdict import GovernorReport
+
+_FOLLOWED = (CaptureEvent, PromotionEvent, RollbackEvent, VerdictEvent)
+
+
+class StepMark:
+    """Remembers the end of a step, and tells whether the next has begun: whether gradients have changed."""
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._parameter: weakref.ref[Tensor] | None = None
+        self._gradient: weakref.ref[Tensor] | None = None
+        self._version = 0
+
+    def set(self, tracked: TrackedState) -> None:
+        """A step ends here; looks at the first gradient there is."""
+        self._thread = threading.get_ident()
+        self._parameter = self._gradient = None
+        for parameter in _parameters(tracked.optimizers):
+            if parameter.grad is not None:
+                self._parameter, self._gradient = weakref.ref(parameter), weakref.ref(parameter.grad)
+                self._version = parameter.grad._version
+                return
+
+    def is_under_way(self, tracked: TrackedState) -> bool:
+        """Whether a step may have begun since; always, for another thread than the one that trains."""
+        if self._thread is not None and self._thread != threading.get_ident():
+            return True
+        stages = getattr(tracked.scaler, "_per_optimizer_states", {}).values()
+        if any(getattr(state.get("stage"), "name", "READY") != "READY" for state in stages):
+            return True
+        if self._gradient is None or self._parameter is None:
+            return any(parameter.grad is not None for parameter in _parameters(tracked.optimizers))
+        parameter, gradient = self._parameter(), self._gradient()
+        if parameter is None or gradient is None:
+            return True
+        return parameter.grad is not gradient or gradient._version != self._version
+
+
+def _parameters(optimizers: list[Optimizer]) -> Iterator[Tensor]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+
+class Follower:
+    """Hears and follows for one governor, or one row of a bank.
+
+    Args:
+        reader: reads its mailbox.
+        engine: its engine; None for a row without a model, for which there is nothing to follow.
+        policy: what a rollback does beside the restore.
+        telemetry: where events go.
+    """
+
+    def __init__(
+        self, reader: MailboxReader, engine: Engine | None, policy: RollbackPolicy, telemetry: Telemetry
+    ) -> None:
+        self._reader = reader
+        self.engine = engine
+        self.policy = policy
+        self._telemetry = telemetry
+        self.skipper: StepSkipper | None = None
+        self.mark = StepMark()
+        self.last_report: GovernorReport | None = None
+        self._heard: list[GovernorEvent] = []
+        self._lock = threading.Lock()  # of what the reader has read, what was heard, and their order
+
+    def hear(self) -> None:
+        """Queue the events that have arrived: what the engine knows, then what the device wrote."""
+        engine = self.engine
+        if engine is not None and engine.is_recording():
+            return
+        if not self._reader.has_news and (engine is None or not engine.untold):
+            return
+        with self._lock:
+            events: list[GovernorEvent] = []
+            while engine is not None and engine.untold:
+                events.append(engine.untold.popleft())
+            slots = engine.slots if engine is not None else None
+            known = (slots.names, slots.table.nbytes) if slots is not None else ([], 0)
+            for event in self._reader.read(*known):
+                events.append(event)
+                if isinstance(event, RollbackEvent):
+                    self.last_report = event.report
+                if engine is not None and isinstance(event, _FOLLOWED):
+                    self._heard.append(event)
+            self._telemetry.add(events)
+
+    def follow(self) -> None:
+        """Do the host's share of what was heard, and of a rollback that the status words alone tell of.
+
+        Raises:
+            SnapshotError: an extra refused its state; everything else is done.
+        """
+        engine = self.engine
+        if engine is None or engine.is_recording():
+            return
+        with self._lock:
+            events, self._heard = self._heard, []
+        if not events and not engine.is_behind():
+            return
+        try:
+            engine.learn(events)
+            if self.skipper is not None:
+                self.skipper.learn(events)
+            engine.reconcile()
+        finally:
+            for event in events:
+                self.policy.hear(event, engine.tracked)
+
+    def follow_between_steps(self) -> None:
+        """Follow late news, unless a step is under way: gradients and rates are left alone until it ends."""
+        engine = self.engine
+        if engine is not None and engine.is_late and not self.mark.is_under_way(engine.tracked):
+            self.follow()
