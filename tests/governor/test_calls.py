@@ -208,7 +208,7 @@ def test_without_memory_nothing_is_half_applied(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_close_lets_go_and_leaves_a_last_poll() -> None:
-    model, optimizer, governor = make(settings={"skip_anomalous_steps": True})
+    model, optimizer, governor = make(settings={"skip_anomalous_steps": True, "skips_before_rollback": 0})
     governor.step(math.nan)
     gone = [weakref.ref(model), weakref.ref(governor._engine.slots.segments[0])]
     governor.close()

@@ -138,6 +138,7 @@ class TolariaGovernor(Readings):
         is_plain = is_plain and not self.config.skips_before_rollback
         self._is_plain = is_plain and self._state.device.type == "cpu"
         self._latest: Verdict | None = None
+        self._is_judged_ahead = False  # a verdict is out: the step that it is about is under way
         skips = self.config.skip_anomalous_steps and not self.config.log_only
         if self._skipper is not None and not skips:
             self._skipper.close()
@@ -183,6 +184,7 @@ class TolariaGovernor(Readings):
             ValueError: ``loss`` has more than one element, or is on another device.
         """
         self._judge(loss, nonfinite, gradient_norm)
+        self._is_judged_ahead = True
         self._latest = verdict = Verdict(self._state[:_VERDICT_FIELDS, 0].clone())
         if self._skipper is not None:
             self._skipper.after_verdict(self._state[StateField.reason])
@@ -227,9 +229,10 @@ class TolariaGovernor(Readings):
             for name, value in (("nonfinite", nonfinite), ("gradient_norm", gradient_norm)):
                 if value is not None:
                     raise ValueError(f"{name}: expected None with a verdict, which is judged already")
-            must_act, self._latest = True, None
+            must_act = True
         else:
             must_act = self._judge(loss, nonfinite, gradient_norm)
+        self._is_judged_ahead = False
         if must_act or (engine.seed_holders and engine.seeds_are_due()):
             self._finish_step(engine)
         elif self._skipper is not None:
@@ -436,7 +439,7 @@ class TolariaGovernor(Readings):
         run that ends since rollbacks come too often is ended by the next :meth:`step`, not here.
         """
         self._follower.hear()
-        if self._latest is None:
+        if not self._is_judged_ahead:
             self._follower.follow_between_steps()
         self._telemetry.deliver()
         return self._telemetry.take()
