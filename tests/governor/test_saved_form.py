@@ -357,3 +357,9 @@ def test_a_loaded_count_of_panics_of_any_size_costs_no_time() -> None:
     governor.step(1e9)
     assert governor.offending_steps[-1] == 2**51 + 1
     assert len(governor.offending_steps) == 4096
+
+
+@pytest.mark.parametrize("name", ["snapshot_interval", "sensitivity", "absolute_threshold", "death_penalty"])
+def test_a_setting_that_no_float64_holds_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected "):
+        GovernorConfig(**{name: 10**400})

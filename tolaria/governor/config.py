@@ -125,7 +125,7 @@ class GovernorConfig:
         found: list[tuple[str, str, object]] = []
         for name, (low, high) in counts.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            if not _is_number(value) or not isinstance(value, int) or not low <= value <= high:
                 limit = f" and at most {int(high)}" if math.isfinite(high) else ""
                 found.append((name, f"an integer of at least {low}{limit}", value))
         for name in ("sensitivity", "multiplier", "drift_threshold", "gradient_multiplier"):
@@ -236,4 +236,7 @@ class GovernorConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    """Whether it is a number that a float64 can hold; not NaN."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**1023
+    return isinstance(value, float) and not math.isnan(value)
