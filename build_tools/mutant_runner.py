@@ -14,13 +14,14 @@ import select
 import signal
 import time
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
 
 MEMORY = 24 << 30  # address space: a mutant may ask for any amount
-PATIENCE = 5.0  # seconds of the processor beyond five times what a test takes without a mutant
+PATIENCE = 2.0  # seconds of the processor beyond five times what a test takes without a mutant
 DEADLOCK = 300.0  # seconds by the clock
 
 
@@ -31,11 +32,18 @@ class Runner:
         self.items = items
         self.seconds: dict[str, float] = {}
         self.kills: dict[str, Counter[str]] = {}
+        self.budget = float(os.environ.get("TOLARIA_MUTANT_BUDGET", "0"))
 
     def ordered(self, file: str) -> list[pytest.Item]:
-        """The tests, the likely killers of a mutant of this file first."""
+        """The tests, the likely killers of a mutant of this file first, as many as the budget allows."""
         kills = self.kills.setdefault(file, Counter())
-        return sorted(self.items, key=lambda item: (-kills[item.nodeid], self.seconds.get(item.nodeid, 0.0)))
+        ordered = sorted(
+            self.items, key=lambda item: (-kills[item.nodeid], self.seconds.get(item.nodeid, 0.0))
+        )
+        if not self.budget:
+            return ordered
+        times = accumulate(self.seconds.get(item.nodeid, 0.0) for item in ordered)
+        return [item for item, seconds in zip(ordered, times, strict=True) if seconds <= self.budget]
 
     def run(
         self, number: int, items: list[pytest.Item], keep_going: bool = False

@@ -58,7 +58,7 @@ inline std::decay_t<T> zero_of(const T&) { return {}; }
 # TOLARIA_MUTANT_ISA=0 or 1 tests the loops for lesser processors (no constant: chosen as the library loads).
 SETTER = """
 #include "cpu/isa.h"
-extern "C" __attribute__((visibility("default"))) void tolaria_set_mutant(int n) {
+extern "C" __attribute__((weak, visibility("default"))) void tolaria_set_mutant(int n) {
   ::mutant::active = n;
 #ifdef TOLARIA_HAS_X86_VARIANTS
   using namespace tolaria::cpu;
@@ -77,6 +77,9 @@ extern "C" __attribute__((visibility("default"))) void tolaria_set_mutant_UNIT(i
   }
 }
 """
+# Mutants are compiled for one use: optimised less. The other sources stay what the compiler's cache knows.
+INCLUDE = '#include "mutant.h"\n'
+FIRST_LINE = defaultdict(lambda: INCLUDE, {".cpp": "#pragma GCC optimize(1)\n" + INCLUDE})
 # The tests that know most of a family of files; the first pattern found in a file's name decides.
 GOVERNOR = "test_lanes.py test_verdicts.py test_options.py test_rollback.py test_bank.py test_any_bytes.py"
 FAMILIES = (
@@ -112,6 +115,9 @@ def parse() -> argparse.Namespace:
         "--launcher", default="", help="a command that runs what follows it, with a CUDA device"
     )
     parser.add_argument("--only-near", action="store_true", help="only the tests of the file's own family")
+    parser.add_argument(
+        "--budget", type=float, default=0.0, help="seconds of tests for a mutant, 0: all tests"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     return parser.parse_args()
 
@@ -175,15 +181,14 @@ class Tree:
         by_file: dict[str, list[Mutant]] = defaultdict(list)
         for mutant in self.mutants:
             by_file[mutant.file].append(mutant)
+        setters = {name for name in by_file if name.endswith(".cpp")} or {"csrc/registration.cpp"}
         self._write("csrc/mutant.h", HEADER.encode())
         for path in sorted((ROOT / "csrc").rglob("*.*")):
             name = path.relative_to(ROOT).as_posix()
             text = path.read_text()
-            if by_file[name] or name == "csrc/registration.cpp" or path.stem in self.units:
-                text = '#include "mutant.h"\n' + rewrite(
-                    text, by_file[name]
-                )  # the rest comes from the compiler's cache
-            if name == "csrc/registration.cpp":
+            if by_file[name] or name in setters or path.stem in self.units:
+                text = FIRST_LINE[path.suffix] + rewrite(text, by_file[name])
+            if name in setters:
                 text += SETTER
             if path.suffix == ".cu" and path.stem in self.units:
                 text += DEVICE_SETTER.replace("UNIT", path.stem)
@@ -347,6 +352,7 @@ def main() -> None:
         return
     if shutil.which("ninja") is None:
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    os.environ["TOLARIA_MUTANT_BUDGET"] = str(args.budget)
     begin = time.monotonic()
     prefix = args.launcher.split()
     tree = Tree(args.backend, mutants)
