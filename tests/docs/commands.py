@@ -33,11 +33,7 @@ class Found:
 def pages() -> list[Path]:
     """Everything that tells people what to type, in the order in which a newcomer meets it."""
     named = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-    scripts = [
-        path
-        for folder in ("examples", "bench", "build_tools")
-        for path in sorted((ROOT / folder).rglob("*.py"))
-    ]
+    scripts = [path for folder in ("examples", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
     return [*named, *scripts]
 
 
@@ -122,7 +118,6 @@ _INSTALLED = Known(installs=True)
 _CI = Known(skip="it runs the tests and this script in environments of its own")
 _HOURS = Known(skip="it takes hours; bash .ci/run --all runs it")
 _VGPU = Known(skip="it needs a CUDA build and the virtual CUDA device, which is not part of the project")
-_SANITIZE = "[--calls 20000] [--only address|undefined] [--folder FOLDER] [TEST...]"
 _PICTURE = "--inject nan-loss@150 --inject nan-buffer@1340 --inject spike@1900"
 _SMOKE = "python -m pytest bench --smoke -q --benchmark-json=smoke.json"
 
@@ -163,13 +158,8 @@ KNOWN: dict[str, Known] = {
     "python bench/run.py [--quick]": Known(run="python bench/run.py --quick", long=True),
     "python bench/train/drift.py --runs 1000": Known(long=True),
     "python bench/train/growth.py --task digits --seeds 5": Known(long=True),
-    "python build_tools/mutants.py [--backend cpu|cuda] [--file csrc/cpu/stats.cpp ...]": _HOURS,
     "python build_tools/sanitize.py": _HOURS,
-    f"python build_tools/sanitize.py {_SANITIZE}": _HOURS,
     "python build_tools/ptxas_report.py": Known(long=True, needs=("nvcc",)),
-    "python build_tools/ptxas_report.py [--archs 8.0 9.0] [--out docs/kernels.md]": Known(
-        run="python build_tools/ptxas_report.py --archs 8.0 --out kernels.md", long=True, needs=("nvcc",)
-    ),
     "python examples/drop_in.py": Known(),
     "python examples/ops_alone.py": Known(),
     "python examples/ppo_agent.py": Known(),
