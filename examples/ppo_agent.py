@@ -136,6 +136,7 @@ def main(updates: int = 25) -> list[float]:
     config = GovernorConfig(
         rule="any", absolute_threshold=50.0, warmup_bound=50.0, multiplier=20.0, min_panics_before_rollback=1,
         snapshot_interval=4, probation=1, min_std=0.5, max_rollbacks=10_000,
+        max_restores_of_one_capture=10_000,  # going back to the start again and again is what it learns from
     )  # fmt: skip
     shares = []
     for update in range(updates):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tolaria import ops
-from tolaria.ops import ConfigField, Order, SnapshotEntry, SnapshotTable, StateField
+from tolaria.ops import ConfigField, Order, RecordField, SnapshotEntry, SnapshotTable, StateField, StatusField
 
 _ODD = [math.nan, math.inf, -math.inf, -0.0, 0.0, 5e-324, 0.5, 1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 12.5, 20.0, 21.0]
 _ODD += [-1.0, -1.5, -5000.0, 2.0**31, 2.0**53, 2.0**53 + 2, 2.0**63, -(2.0**63), 5e7, 1e300, -1e300, 1e19]
@@ -83,7 +83,7 @@ class Scene:
             values = torch.where(damaged, values, sound)
         self.state = Fenced(values, gap=self._draw([0, 1, 3]), device=device)
         records = self._draw([0, 1, 3, 8])
-        width = ops.governor_mailbox(1).shape[1] - 64 * 19 + records * 19
+        width = len(StatusField) + records * len(RecordField)
         mailbox = any_values((self.n, width), source)
         self.mailbox = Fenced(mailbox, pin_memory=device != "cpu") if self._draw([1, 1, 1, 0]) else None
         config = any_values((len(ConfigField),), source)

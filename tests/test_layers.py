@@ -17,7 +17,7 @@ ALLOWED = {
     "_backend": {"_extension", *BASE},
     "ops": {"reference", *BACKEND},
     "nn": {"ops", *BASE},
-    "governor": {"ops", *BASE},
+    "governor": {"ops", "_extension", *BASE},
     "tasks": {"nn", *BASE},
     "train": {"tasks", "nn", "governor", "ops", *BASE},
     "runs": {"train", "tasks", "nn", "governor", "_backend", *BASE},

@@ -22,7 +22,6 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, tolaria
     from tolaria import _extension
-from tolaria._sources import source_digest
     out = tolaria.ops.blend(torch.zeros(3), torch.ones(3), torch.tensor(0.5))
 print(json.dumps({
     "tree": str(_extension.FOLDER), "place": str(_extension.PLACE), "loaded": _extension.LOADED,

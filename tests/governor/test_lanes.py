@@ -22,7 +22,7 @@ from torch import Tensor
 import tolaria
 from tolaria import _extension, ops
 from tolaria.governor import GovernorConfig
-from tolaria.ops import StateField
+from tolaria.ops import RecordField, StateField, StatusField
 
 
 @st.composite
@@ -81,7 +81,8 @@ def test_lanes_equal_the_reference_bit_for_bit(bank: dict[str, Any]) -> None:
     if bank["attached"] == "some":
         fresh[StateField.attached] = torch.arange(n) % 3 % 2
     state = torch.zeros(len(fresh), n + 5, dtype=torch.float64)[:, offset : n + offset].copy_(fresh)
-    box = ops.governor_mailbox(n, records=4)[:, : 13 + 19 * bank["records"]].contiguous()
+    width = len(StatusField) + bank["records"] * len(RecordField)
+    box = ops.governor_mailbox(n, records=4)[:, :width].contiguous()
     source = torch.Generator().manual_seed(bank["seed"])
     with tolaria.backend("fused"):  # windows filled as far as each other's, or each as far as it came
         for loss, flag, _, gradient in steps_of(bank, bank["filled"]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from typing import Any
 
@@ -12,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tolaria
-from tolaria import ops
 from tolaria.errors import ConfigError
 from tolaria.governor import GovernorBank, GovernorConfig, PanicReason, TolariaGovernor, VerdictEvent
-from tolaria.ops import MemoryField, StateField
 
 
 @pytest.fixture(params=["fused", "reference"], autouse=True)
@@ -197,36 +194,6 @@ def test_the_default_follows_skip_anomalous_steps() -> None:
     assert GovernorConfig.strict(skip_anomalous_steps=True).skips_before_rollback == 3
     with pytest.raises(ConfigError, match=r"max_restores.*skips_before_rollback.*lr_factor"):
         GovernorConfig(lr_factor=2, skips_before_rollback=-1, max_restores_of_one_capture=0)
-
-
-def test_a_state_dict_of_version_2_is_converted_and_others_are_refused_by_name() -> None:
-    run = Run(before=False)
-    for _ in range(25):
-        run.step()
-    saved = run.governor.state_dict()
-    assert saved["version"] == 3
-    former = copy.deepcopy(saved)
-    window, fields = run.governor.config.window, len(MemoryField) + 2 * run.governor.config.window
-    skips = [ops.memory_row(which, window, MemoryField.skips) for which in range(3)]
-    former["state"] = saved["state"][[i for i in range(len(saved["state"])) if i not in skips]]
-    assert len(former["state"]) == len(StateField) + 3 * (fields - 1)
-    former["version"] = 2
-    for name in ("skips_before_rollback", "max_restores_of_one_capture"):
-        del former["config"][name]
-    del former["policy"]["progress"]
-    former["config"]["skip_anomalous_steps"] = True  # which then rolled back at a NaN
-    file = io.BytesIO()
-    torch.save(former, file)
-    file.seek(0)
-    other = Run(before=False)
-    other.governor.load_state_dict(torch.load(file, weights_only=True))
-    assert other.governor.history == run.governor.history
-    assert other.governor.lifetime == run.governor.lifetime
-    assert other.governor.step_count == 25
-    assert other.governor.config.skips_before_rollback == 0
-    for version in (1, 4, None):
-        with pytest.raises(ValueError, match=f"version 2 or 3, got {version}"):
-            other.governor.load_state_dict({**saved, "version": version})
 
 
 def test_the_count_survives_a_resume() -> None:

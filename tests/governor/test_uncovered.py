@@ -80,9 +80,9 @@ class Lookahead(Optimizer):
     """Wraps another optimizer, whose groups are its own."""
 
     def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
         self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
-        super().__init__(inner.param_groups, inner.defaults)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.inner.step()
