@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from tolaria import ops
-from tolaria.ops import ConfigField, Order, RecordField, SnapshotEntry, SnapshotTable, StateField, StatusField
+from tolaria.ops import (
+    ConfigField,
+    Order,
+    RecordField,
+    SnapshotEntry,
+    SnapshotTable,
+    StateField,
+    StatusField,
+)
 
 _ODD = [math.nan, math.inf, -math.inf, -0.0, 0.0, 5e-324, 0.5, 1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 12.5, 20.0, 21.0]
 _ODD += [-1.0, -1.5, -5000.0, 2.0**31, 2.0**53, 2.0**53 + 2, 2.0**63, -(2.0**63), 5e7, 1e300, -1e300, 1e19]
