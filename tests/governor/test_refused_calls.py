@@ -71,7 +71,7 @@ class Run:
             "state": governor._state.cpu().view(torch.int64).tolist(),
             "settings": governor._settings.cpu().view(torch.int64).tolist(),
             "mailbox": governor._mailbox.view(torch.int64).tolist(),
-            "places": [(key, place.present, place.is_live) for key, place in engine.slots.places.items()],
+            "places": [(key, place.is_live) for key, place in engine.slots.places.items()],
             "slots": [_bytes(slot) for place in engine.slots.places.values() for slot in place.slots],
             "live": [_bytes(place.live) for place in engine.slots.places.values()],
             "table": engine.slots.table.data[: 2 + len(engine.slots.places)].tolist(),
@@ -244,7 +244,8 @@ def test_a_refused_attach_leaves_the_row_as_it_was(place: str) -> None:
     assert before == after
     assert not optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
     assert bank.poll() == []
-    bank.attach(1, model, optimizer)
+    del scheduler.state_dict
+    bank.attach(1, model, optimizer, schedulers=[scheduler])
     with pytest.raises(ValueError, match="loss"):
         bank.step(torch.ones(2, device=place))
     assert bank.step(losses).tolist() == [0.0] * 3
