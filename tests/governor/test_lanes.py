@@ -81,7 +81,7 @@ def test_lanes_equal_the_reference_bit_for_bit(bank: dict[str, Any]) -> None:
     if bank["attached"] == "some":
         fresh[StateField.attached] = torch.arange(n) % 3 % 2
     state = torch.zeros(len(fresh), n + 5, dtype=torch.float64)[:, offset : n + offset].copy_(fresh)
-    width = len(StatusField) + bank["records"] * len(RecordField)
+    width = len(StatusField) + len(RecordField) * bank["records"]
     box = ops.governor_mailbox(n, records=4)[:, :width].contiguous()
     source = torch.Generator().manual_seed(bank["seed"])
     with tolaria.backend("fused"):  # windows filled as far as each other's, or each as far as it came
