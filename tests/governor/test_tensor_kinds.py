@@ -194,6 +194,8 @@ def test_refused_by_name_with_nothing_half_done(kind: str, later: bool, device: 
         pytest.skip("the virtual device has no such tensors")
     make, why = REFUSED[kind]
     model, odd = nn.Linear(2, 2).to(device), make(device)
+    if kind == "zero_tensor" and not odd._is_zerotensor():
+        pytest.skip("the virtual device makes it an ordinary one")
     if not later:
         model.register_buffer("odd", odd)
         with pytest.raises(SnapshotError, match=rf"^odd: .*{why}"):
@@ -226,8 +228,8 @@ def test_a_rollback_at_the_first_sight_of_what_it_cannot_cover_says_so(device: t
     kept = elements(model.weight)
     with torch.no_grad():
         model.weight.fill_(9.0)
-    model.register_buffer("odd", torch._efficientzerotensor(4, device=device))
-    with pytest.warns(UncoveredWarning, match="odd: .*ZeroTensor"):
+    model.register_buffer("odd", fake(device))
+    with pytest.warns(UncoveredWarning, match="odd: .*FakeTensor"):
         governor.execute_rollback()
     assert torch.equal(elements(model.weight), kept)
     governor.execute_rollback()  # said once

@@ -270,7 +270,6 @@ class DeviceEngine(Engine):
         if self._structure_moved():
             self.sync_structure(leave_out=True)
         self._launch_restore()
-        self.tell_left_out()
 
     def restore_again(self) -> None:
         """Put back once more, uncounted, what the last rollback put back: it may have changed since."""

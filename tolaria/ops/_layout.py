@@ -74,8 +74,9 @@ def _check_has_bytes(tensor: Tensor) -> None:
     if tensor.numel() == 0:
         return
     address, held = _memory_of(tensor)
-    if (address == 0 and held) or torch._is_functional_tensor(tensor):
-        kind = "ZeroTensor" if tensor._is_zerotensor() else type(tensor).__name__
+    is_zero = tensor._is_zerotensor()
+    if (address == 0 and held) or is_zero or torch._is_functional_tensor(tensor):
+        kind = "ZeroTensor" if is_zero else type(tensor).__name__
         raise _refusal(f"a {kind} on {tensor.device} that has none")
     extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + extent + 1) * tensor.element_size()
