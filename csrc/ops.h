@@ -89,6 +89,9 @@ void snapshot_restore_cpu(at::Tensor& state, int64_t column, const at::Tensor& c
                           const std::optional<at::Tensor>& mailbox);
 
 #ifdef TOLARIA_WITH_CUDA
+// Page-locked host memory of exactly so many bytes, uint8, which the device reads and writes by the host's addresses.
+at::Tensor page_locked(int64_t nbytes);
+
 void governor_step_cuda(at::Tensor& state, const at::Tensor& config, const at::Tensor& loss,
                         const std::optional<at::Tensor>& nonfinite, const std::optional<at::Tensor>& active,
                         const std::optional<at::Tensor>& mailbox, const std::optional<at::Tensor>& gradient,

@@ -33,6 +33,9 @@ TORCH_LIBRARY(tolaria, m) {
   m.set_python_module("tolaria.ops._fake");  // a missing fake then names the module to import
 
   m.def("release_idle_outputs() -> int", &tolaria::release_idle_outputs);
+#ifdef TOLARIA_WITH_CUDA
+  m.def("page_locked(int nbytes) -> Tensor", &tolaria::page_locked);
+#endif
 
   m.def("blend(Tensor host, Tensor seed, Tensor alpha) -> Tensor");
   m.def(

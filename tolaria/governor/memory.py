@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
-import weakref
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from tolaria import _extension
 from tolaria.errors import SnapshotError
 
 
@@ -28,7 +28,8 @@ def allocate(nbytes: int, device: torch.device, storage: str = "pinned") -> Tens
     try:
         if device.type != "cuda" or storage == "device":
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        return _page_locked(nbytes)
+        with torch.cuda.device(device):
+            return _page_locked(nbytes)
     except (RuntimeError, OSError, MemoryError) as error:
         kind = (
             "page-locked memory" if device.type == "cuda" and storage == "pinned" else f"memory on {device}"
@@ -40,13 +41,7 @@ def allocate(nbytes: int, device: torch.device, storage: str = "pinned") -> Tens
 
 
 def _page_locked(nbytes: int) -> Tensor:
-    # whole pages of our own: registering shares no page with a neighbour
-    pages = mmap.mmap(-1, max(1, nbytes))
-    whole = torch.frombuffer(pages, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = runtime.cudaHostRegister(whole.data_ptr(), nbytes, 1)  # 1: valid in every CUDA context
-    if int(status) != 0:
-        raise MemoryError(f"cudaHostRegister failed with {status}")
-    # The storage holds the pages; when it lets go of them they are unlocked, before they are unmapped.
-    weakref.finalize(pages, runtime.cudaHostUnregister, whole.data_ptr())
-    return whole[:nbytes]
+    """Host memory that the current device reads and writes by the host's addresses."""
+    if _extension.CUDA:
+        return cast(Tensor, torch.ops.tolaria.page_locked(nbytes))
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
