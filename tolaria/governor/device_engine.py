@@ -353,6 +353,8 @@ def _let_go(
     """The end of an engine: no launch may still touch ``memory``, which lives as long as the arguments."""
     for handle in handles:
         handle.remove()
+    if torch.cuda._is_in_bad_fork():
+        return  # a forked child that ends: it has the addresses, not the device
     again = partial(_let_go, flight, [], state, column, table, memory)
     if graphs.is_postponed(flight.device, again):
         return
