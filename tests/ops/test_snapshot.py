@@ -79,6 +79,27 @@ def inside_guards(values):
     return whole, whole[8 : 8 + len(values)]
 
 
+@pytest.mark.skipif(not _extension.LOADED, reason="needs the compiled extension")
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_what_is_not_finite_is_found_at_any_place_inside_and_nowhere_else(device, dtype):
+    """Every word of a line of 64 bytes, of the last line before the end, and of the rest behind it."""
+    line, config = 64 // dtype.itemsize, GovernorConfig().to_tensor(2.3, device)
+    for size in (line - 1, line, 2 * line + 3) if device.type == "cpu" else (line + 1,):
+        whole, inside = inside_guards(torch.ones(size, dtype=dtype, device=device))
+        whole[:8] = whole[-8:] = float("nan")
+        slots = (torch.zeros_like(inside), torch.zeros_like(inside))
+        table = SnapshotTable([SnapshotEntry(inside, slots, 0, 3)], device=device)
+        state = governor_state(device=device)
+        for place in [None, *range(size)]:
+            if place is not None:
+                inside[place] = float("-inf") if place % 2 else float("nan")
+            give_order(state, config, 0, Order.CAPTURE, PanicReason.MANUAL)
+            torch.ops.tolaria.snapshot_capture_(state, 0, table.data, 0, None)
+            assert int(state[StateField.candidate_bad]) == (-1 if place is None else 3), (size, place)
+            if place is not None:
+                inside[place] = 1
+
+
 SIZES = [1, 5, 31, 32, 33, 64, 100, 2047, 40_001]
 
 
