@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tolaria.governor import GovernorConfig, PromotionEvent, RollbackEvent, TolariaGovernor
 from tolaria.nn import SeedSlot
+from tolaria.ops import StateField
 
 
 @contextmanager
@@ -35,6 +36,13 @@ def no_host_sync() -> Iterator[None]:
 def usual_schedule() -> str:
     """The virtual device's schedule outside tests that choose their own."""
     return os.environ.get("VGPU_SCHEDULE", "random:1")
+
+
+def judged_bits(governor: TolariaGovernor) -> Tensor:
+    """The governor's state, bit by bit, but for tickets: a capture has one where the host hears of it late."""
+    state = governor._state.cpu().view(torch.int64)
+    state[[StateField.slot_ticket_0, StateField.slot_ticket_1, StateField.restored_ticket]] = 0
+    return state
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_run import POISONED, Net, Run, equal, story
+from device_run import POISONED, Net, Run, equal, judged_bits, story
 from torch import Tensor, nn
 
 from tolaria.errors import TolariaError
@@ -49,7 +49,7 @@ def test_same_story_as_on_the_cpu() -> None:
         for loss in losses:
             governor.step(torch.tensor(loss, device=device))
         governor.synchronize()
-        stories.append((governor._state.cpu().view(torch.int64), governor.rollback_count))
+        stories.append((judged_bits(governor), governor.rollback_count))
     assert torch.equal(stories[0][0], stories[1][0])
     assert stories[0][1] == stories[1][1] == 2
 
@@ -207,6 +207,7 @@ def test_whole_guarded_step_in_a_graph() -> None:
     assert run.governor.last_good_step > 20
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_graph_capture_asks_for_capturable_and_a_settled_structure() -> None:
     run = Run(interval=5, fused=False)
     for _ in range(2):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -185,8 +186,8 @@ def regrown() -> object:
 
 
 def test_the_structure_changes_wait_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sync_structure(engine: device_engine.DeviceEngine) -> None:
-        super(device_engine.DeviceEngine, engine).sync_structure()
+    def sync_structure(engine: device_engine.DeviceEngine, **how: Any) -> None:
+        super(device_engine.DeviceEngine, engine).sync_structure(**how)
 
     control(
         regrown, lambda: monkeypatch.setattr(device_engine.DeviceEngine, "sync_structure", sync_structure)
