@@ -58,8 +58,8 @@ class TolariaGovernor(Readings):
         config: settings; None means :class:`GovernorConfig` with its defaults.
         num_classes: for a classifier; the random-guess loss is then ``ln(num_classes)``.
         random_guess_loss: loss of guessing; overrides ``num_classes``. Without either: no lobotomy rule.
-        schedulers: learning-rate schedulers to roll back. Those of torch are found, too; another kind is named
-            in an ``UncoveredWarning``.
+        schedulers: learning-rate schedulers to roll back. Those of torch are found, too; another kind is
+            named in an ``UncoveredWarning``.
         scaler: the ``torch.amp.GradScaler`` in use.
         extras: named objects to roll back too (EMA, sampler): anything with ``state_dict`` and
             ``load_state_dict``.
