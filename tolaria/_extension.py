@@ -52,6 +52,9 @@ OPS = (
 )
 """What an extension of these sources registers; one that lacks an op was built from older ones."""
 
+CUDA_OPS = ("page_locked",)
+"""What one with CUDA kernels registers beside them."""
+
 CALLS = ("assume_last_level_cache", "judge", "last_level_cache", "recording")
 """What its module itself offers, beside torch's dispatcher."""
 
@@ -238,7 +241,8 @@ def _load() -> tuple[BuildInfo | None, Path, TolariaError | None]:
             reason = str(failure).strip().split("\n")[0]
             error = BuildMismatchError(f"{NAME}: cannot be loaded ({reason}); run {rebuild_command(folder)}")
         else:
-            error = _older(OPS, CALLS)
+            with_cuda = info is not None and info.cuda is not None
+            error = _older((*OPS, *CUDA_OPS) if with_cuda else OPS, CALLS)
             outdated = outdated_sentence(FOLDER)
             if error is None and outdated is not None:
                 warnings.warn(f"{NAME}: {outdated}", RuntimeWarning, stacklevel=1)
