@@ -100,6 +100,37 @@ def test_what_is_not_finite_is_found_at_any_place_inside_and_nowhere_else(device
                 inside[place] = 1
 
 
+@pytest.mark.skipif(not _extension.LOADED, reason="needs the compiled extension")
+def test_a_table_of_one_part_of_any_number_of_bytes_is_copied_whole(device):
+    config = GovernorConfig().to_tensor(2.3, device)
+    for size in range(1, 131) if device.type == "cpu" else (1, 64, 65):
+        live = torch.arange(1, size + 1, device=device).to(torch.uint8)
+        for part in (0, 1):  # the other is empty
+            slots = (torch.zeros_like(live), torch.zeros_like(live))
+            table = SnapshotTable([SnapshotEntry(live, slots, part, -1)], device=device)
+            state = governor_state(device=device)
+            give_order(state, config, 0, Order.CAPTURE, PanicReason.MANUAL)
+            for each in (0, 1):
+                torch.ops.tolaria.snapshot_capture_(state, 0, table.data, each, None)
+            assert torch.equal(slots[int(state[StateField.candidate])], live), (size, part)
+
+
+@pytest.mark.skipif(not _extension.LOADED, reason="needs the compiled extension")
+@pytest.mark.parametrize("header", [(-1, 2), (2, 1), (0, 3), (3, 3), (-1, -1)], ids=str)
+def test_a_header_that_does_not_fit_its_table_is_refused(header):
+    tensors = [torch.ones(3) for _ in range(6)]
+    entries = [SnapshotEntry(tensors[k], (tensors[k + 1], tensors[k + 2]), k // 3, -1) for k in (0, 3)]
+    table, state = SnapshotTable(entries), governor_state()
+    config = GovernorConfig().to_tensor(2.3, "cpu")
+    give_order(state, config, 0, Order.CAPTURE, PanicReason.MANUAL)
+    table.data[0, :2] = torch.tensor(header)
+    with pytest.raises(ValueError, match="table: header says"):
+        torch.ops.tolaria.snapshot_capture_(state, 0, table.data, 0, None)
+    give_order(state, config, 0, Order.ROLLBACK, PanicReason.MANUAL)
+    with pytest.raises(ValueError, match="table: header says"):
+        torch.ops.tolaria.snapshot_restore_(state, 0, config, table.data, None)
+
+
 SIZES = [1, 5, 31, 32, 33, 64, 100, 2047, 40_001]
 
 
