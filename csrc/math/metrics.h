@@ -15,7 +15,8 @@ enum MetricsField : int { kLossSum, kCount, kCorrect, kTopkCorrect, kInvalid, kM
 
 // exp(x) for x <= 0: 2^n times 2^f, n the integer nearest to x log2(e) and 2^f a minimax polynomial of degree 5 (9.2e-8
 // relative). log2(e) is rounded, so that with FMA the whole is within 2e-7 + 2e-8 |x| of exp(x), relative: in a sum whose
-// largest term is 1, far terms weigh little. 0 from about -87.7 down, where n = -127 leaves the normal numbers; NaN stays
+// largest term is 1, far terms weigh little. Without FMA (CUDA, processors before AVX2) the product is rounded, too: half a
+// unit of float32, 6e-8 |x| more. 0 from about -87.7 down, where n = -127 leaves the normal numbers; NaN stays
 // NaN. No branch and no call, so that a loop of it becomes vector code.
 C10_HOST_DEVICE inline float exp_nonpositive(float x) {
   constexpr float kLog2e = 1.44269504f;

@@ -34,10 +34,10 @@ def lazily() -> Iterator[Any]:
 class Run:
     """Plain AdamW, which counts its steps on the host, and a scheduler."""
 
-    def __init__(self, *, capturable: bool = False, **settings: Any) -> None:
+    def __init__(self, *, capturable: bool = False, lr: Any = 1e-2, **settings: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Linear(4, 4).cuda()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, capturable=capturable)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, capturable=capturable)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, gamma=0.99)
         config = GovernorConfig(**{"snapshot_interval": 5, "probation": 1, **settings})
         self.governor = TolariaGovernor(
@@ -180,10 +180,8 @@ def test_inactive_rows_are_not_counted() -> None:
 
 
 def test_nothing_is_heard_while_recording(lazily: Any) -> None:
-    run = Run(capturable=True, lr_factor=0.5, max_rollbacks=100)
     rate = torch.tensor(1e-2, device="cuda")
-    run.optimizer.param_groups[0]["lr"] = rate
-    run.governor.notify_structure_changed()
+    run = Run(capturable=True, lr=rate, lr_factor=0.5, max_rollbacks=100)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -93,7 +93,7 @@ def test_large_logits_are_stable(backend, device):
 
 @needs_extension
 def test_the_exponential_keeps_its_bound(device):
-    """The bound of csrc/math/metrics.h, seen through log(1 + exp(-x)); and 0 where float32 ends."""
+    """The bound of csrc/math/metrics.h without FMA, seen through log(1 + exp(-x)); and 0 where float32 ends."""
     for x in torch.linspace(0.0, 14.0, 169, dtype=torch.float64).float().tolist():
         acc = empty(2, device)
         with tolaria.backend("fused"):
@@ -101,7 +101,7 @@ def test_the_exponential_keeps_its_bound(device):
                 acc, torch.tensor([[0.0, -x]], device=device), torch.tensor([0], device=device)
             )
         exact = math.exp(-x)
-        assert abs(math.expm1(acc[0].item()) - exact) <= (2.1e-7 + 2e-8 * x) * exact, x
+        assert abs(math.expm1(acc[0].item()) - exact) <= (2.1e-7 + 8e-8 * x) * exact, x
     for far in (89.0, 200.0, 3e38, INF):
         acc = empty(2, device)
         classification_metrics_(
