@@ -93,7 +93,7 @@ def test_large_logits_are_stable(backend, device):
 
 @needs_extension
 def test_the_exponential_keeps_its_bound(device):
-    """The bound of csrc/math/metrics.h without FMA, seen through log(1 + exp(-x)); and 0 where float32 ends."""
+    """The bound of csrc/math/metrics.h without FMA, seen in log(1 + exp(-x)); 0 where float32 ends."""
     for x in torch.linspace(0.0, 14.0, 169, dtype=torch.float64).float().tolist():
         acc = empty(2, device)
         with tolaria.backend("fused"):
