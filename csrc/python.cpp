@@ -82,7 +82,7 @@ PyObject* judge(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // recording(device) -> the number of the CUDA graph recording that the device's current stream takes part in, 0 for none
 PyObject* tell_recording(PyObject*, PyObject* device) {
   HANDLE_TH_ERRORS
-  const long index = PyLong_AsLong(device);
+  [[maybe_unused]] const long index = PyLong_AsLong(device);
   if (PyErr_Occurred()) return nullptr;
   unsigned long long id = 0;
 #ifdef TOLARIA_WITH_CUDA
