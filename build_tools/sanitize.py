@@ -36,8 +36,17 @@ SANITIZERS = {
     "undefined": ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr"],
 }
 OPTIONS = {
-    # Python never frees all; torch maps memory where the gap of the shadow would be.
-    "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0:detect_stack_use_after_return=1:handle_segv=1",
+    # Python never frees all; torch maps memory where the gap of the shadow would be, and refuses by itself
+    # what is too large.
+    "ASAN_OPTIONS": ":".join(
+        (
+            "detect_leaks=0",
+            "protect_shadow_gap=0",
+            "allocator_may_return_null=1",
+            "detect_stack_use_after_return=1",
+            "handle_segv=1",
+        )
+    ),
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=0",
 }
 SUPPRESSIONS = ""  # none: nothing of torch's is reported (a line here needs its reason)
