@@ -1,7 +1,7 @@
 """Mutation check of the kernels: break one thing at a time, and see that a test fails.
 
     python build_tools/mutants.py [--backend cpu|cuda] [--file csrc/cpu/stats.cpp ...]
-                                  [--kind store index ...] [--share 0.5 --seed 0] [--list]
+                                  [--kind store index ...] [--share 0.5] [--per-file 16] [--seed 0] [--list]
 
 All mutants are built at once, in a copy of the tree (build/mutants/BACKEND), and switched on by number at run
 time (mutant_schemata.py); mutant_runner.py runs the tests for each, those of the file's own family first,
@@ -47,11 +47,16 @@ __host__ __device__ inline __attribute__((always_inline)) bool on(int number) {
 #else
 inline __attribute__((always_inline)) bool on(int number) { return active == number; }
 #endif
-template <class T>
 #ifdef __CUDACC__
-__host__ __device__
+template <class T>
+__host__ __device__ inline std::decay_t<T> zero_of(const T&) { return std::decay_t<T>(); }
+#else
+template <class T>  // an object that stays: a function may return a reference to it
+inline const std::decay_t<T>& zero_of(const T&) {
+  static const std::decay_t<T> zero = std::decay_t<T>();
+  return zero;
+}
 #endif
-inline std::decay_t<T> zero_of(const T&) { return {}; }
 }  // namespace mutant
 #endif
 """
@@ -108,6 +113,7 @@ def parse() -> argparse.Namespace:
         "--kind", nargs="*", default=[], help="only these kinds: store, index, comparison, ..."
     )
     parser.add_argument("--share", type=float, default=1.0, help="the share of the mutants, drawn by --seed")
+    parser.add_argument("--per-file", type=int, help="at most so many of a file, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, nargs="*", help="only these, by the number in --out or --list")
     parser.add_argument("--out", type=Path, help="where the results go")
@@ -140,7 +146,16 @@ def choose(args: argparse.Namespace) -> list[Mutant]:
                     continue
                 if is_drawn if args.number is None else number in args.number:
                     chosen.append(mutant)
-    return chosen
+    return chosen if args.per_file is None else thin(chosen, args.per_file, draw)
+
+
+def thin(mutants: list[Mutant], most: int, draw: random.Random) -> list[Mutant]:
+    """At most so many mutants of a file, in their order."""
+    by_file: dict[str, list[Mutant]] = defaultdict(list)
+    for mutant in mutants:
+        by_file[mutant.file].append(mutant)
+    drawn = [draw.sample(found, min(most, len(found))) for found in by_file.values()]
+    return sorted((mutant for found in drawn for mutant in found), key=lambda mutant: mutant.number)
 
 
 class Tree:

@@ -82,3 +82,25 @@ def test_each_mutant_is_switched_on_by_its_number(tmp_path):
     assert right[1][:4] == (9, 0, 3, 6)
     assert same == ["`<` -> `<=` in `total < 9`", "`9` -> `9 + 1` after `!(total <`"], "total - 9 is 0 there"
     assert behaviour(0) == right
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_function_that_returns_a_reference_still_does(tmp_path):
+    source = """#include "mutant.h"
+#include <vector>
+static const std::vector<int>& same(const std::vector<int>& cells) { return cells; }
+extern "C" int is_same() {
+  std::vector<int> cells(3);
+  const std::vector<int>& seen = same(cells);
+  return &seen == &cells ? 1 : 2;
+}
+"""
+    changed = [m for m in mutant_schemata.mutants_of(source, "same.cpp") if "return cells" in m.what]
+    assert len(changed) == 1
+    changed[0].number = 1
+    (tmp_path / "mutant.h").write_text(mutants.HEADER)
+    (tmp_path / "same.cpp").write_text(mutant_schemata.rewrite(source, changed))
+    library = tmp_path / "same.so"
+    command = ["c++", "-std=c++20", "-shared", "-fPIC", str(tmp_path / "same.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    assert ctypes.CDLL(str(library)).is_same() == 1
