@@ -15,8 +15,9 @@ from tolaria.chaos.faults import (
     list_chaos_faults,
     random_faults,
 )
-from tolaria.chaos.run import ChaosRun, Outcome, execute, task_run
+from tolaria.chaos.run import Outcome, execute, task_run
 from tolaria.chaos.table import ChaosTable, run_table
+from tolaria.chaos.target import ChaosRun
 
 __all__ = [
     "BadLoss",

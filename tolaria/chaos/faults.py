@@ -16,7 +16,7 @@ from tolaria import ops
 from tolaria.errors import TolariaError
 
 if TYPE_CHECKING:
-    from tolaria.chaos.run import ChaosRun
+    from tolaria.chaos.target import ChaosRun
     from tolaria.governor import GovernorEvent
 
 Place = Literal["gradient", "parameter", "moment", "buffer"]

@@ -1,51 +1,27 @@
-"""A training run that can be broken, and what came of it."""
+"""Breaking a training run, and what came of it."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from tolaria.chaos.faults import CaptureInterruptedError, ChaosFault
+from tolaria.chaos.target import ChaosRun
 from tolaria.governor import CaptureEvent, GovernorConfig, RollbackEvent, TolariaGovernor, VerdictEvent
 from tolaria.nn.nest import to_device
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.tasks import TaskSpec, create_model, get_task
 from tolaria.train import validate_and_get_metrics
 from tolaria.train.batch import call_model, for_criterion, split_batch
-
-
-@dataclass(slots=True)
-class ChaosRun:
-    """A model with everything that a plain training loop needs; build a fresh one for every run."""
-
-    model: nn.Module
-    """Inputs to logits."""
-    optimizer: Optimizer
-    """Over its parameters."""
-    batches: Iterable[object]
-    """``(inputs, targets)``; iterated again when it ends."""
-    criterion: Callable[[Tensor, Tensor], Tensor]
-    """Logits and targets to a 0-dim loss."""
-    evaluate: Callable[[nn.Module], float]
-    """The final score, higher is better: an accuracy in percent."""
-    random_guess_loss: float | None = None
-    """For the lobotomy rule; None: off."""
-    task_type: Any = "classification"
-    """``"lm"`` flattens tokens for the criterion."""
-    max_grad_norm: float | None = 1.0
-    """Clip the gradient's norm to this."""
-    config: GovernorConfig = field(default_factory=lambda: GovernorConfig(snapshot_interval=50))
-    """The governor's settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

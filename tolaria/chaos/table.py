@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from tolaria.chaos.faults import ChaosFault, chosen_faults
-from tolaria.chaos.run import ChaosRun, Outcome, checked_start, execute, latest_start
+from tolaria.chaos.run import Outcome, checked_start, execute, latest_start
+from tolaria.chaos.target import ChaosRun
 
 _HEADER = ("fault", "at", "caught", "after", "lost", "restore", "score", "undisturbed")
 
