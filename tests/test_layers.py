@@ -1,6 +1,7 @@
-"""Layers: a package imports only from those below it, and csrc keeps its own order."""
+"""Layers: a package imports only from those below it, no two files import each other; likewise in csrc."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -36,20 +37,24 @@ MODULES += [ROOT / "tolaria" / name for name in ("errors.py", "_extension.py", "
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.parent.name in CSRC)
 
 
-def imported_layers(path):
-    """First name below ``tolaria`` of everything that the module imports."""
+def imported_names(path):
+    """Everything that the module imports, anywhere in it: inside functions and for type checkers, too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [
-                f"{node.module}.{alias.name}" if node.module == "tolaria" else node.module
-                for alias in node.names
-            ]
-        else:
-            continue
-        yield from (name.split(".")[1] for name in names if name.startswith("tolaria."))
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_layers(path):
+    """First name below ``tolaria`` of everything that the module imports."""
+    return {name.split(".")[1] for name in imported_names(path) if name.startswith("tolaria.")}
+
+
+def module_name(path):
+    """The name by which the module is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -57,8 +62,19 @@ def test_module_imports_from_below(path):
     layer = path.relative_to(ROOT / "tolaria").parts[0].removesuffix(".py")
     if layer == "cli":
         return  # may import everything
-    above = set(imported_layers(path)) - ALLOWED[layer] - {layer, "__version__"}
+    above = imported_layers(path) - ALLOWED[layer] - {layer, "__version__"}
     assert not above, f"{path.relative_to(ROOT)} imports from {sorted(above)}"
+
+
+def test_no_files_import_each_other():
+    files = {module_name(path): path for path in (ROOT / "tolaria").rglob("*.py")}
+    imports = {}
+    for module, path in files.items():
+        # `from a.b import c` is the file a/b/c.py, if there is one, and the name c of a.b otherwise
+        names = (name if name in files else name.rpartition(".")[0] for name in imported_names(path))
+        imports[module] = {name for name in names if name in files and name != module}
+    assert sum(map(len, imports.values())) > 300  # it does see them
+    graphlib.TopologicalSorter(imports).prepare()  # a CycleError names the files
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -79,7 +79,7 @@ class Run:
             "covered": [list(map(id, engine.tracked.optimizers)), list(map(id, engine.tracked.schedulers))],
             "policy": governor._policy.saved_form(),
             "rates": [group["lr"] for group in self.optimizer.param_groups],
-            "rollbacks": (engine.tracked.rollbacks, engine.tracked.rates_lowered),
+            "rollbacks": (engine.tracked.lowered.times, engine.tracked.lowered.reflected),
             "latest": governor._latest,
             "report": governor.last_report,
             "config": (governor.config, governor.random_guess_loss),

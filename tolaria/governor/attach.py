@@ -17,8 +17,9 @@ from tolaria.governor.device_engine import DeviceEngine
 from tolaria.governor.engine import Engine, HostEngine
 from tolaria.governor.events import MailboxReader
 from tolaria.governor.memory import allocate
+from tolaria.governor.protocols import Stateful
 from tolaria.governor.sinks import Sink
-from tolaria.governor.tracked import Stateful, TrackedState
+from tolaria.governor.tracked import TrackedState
 
 
 def make_mailbox(n: int, records: int, device: torch.device) -> Tensor:

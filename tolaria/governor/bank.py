@@ -27,9 +27,10 @@ from tolaria.governor.events import GovernorEvent, MailboxReader
 from tolaria.governor.finite_state import would_roll_back
 from tolaria.governor.following import Follower
 from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.protocols import Stateful
 from tolaria.governor.sinks import Sink
 from tolaria.governor.telemetry import Telemetry
-from tolaria.governor.tracked import Stateful, TrackedState
+from tolaria.governor.tracked import TrackedState
 from tolaria.ops import PanicReason, StateField, StatusField
 
 _MAX_EVENTS_KEPT = 65536

@@ -253,7 +253,7 @@ class Engine(ABC):
             exempt=tuple(
                 place.name for place in self.slots.places.values() if place.key in self.slots.exempt
             ),
-            generators=self.tracked.generator_names(),
+            generators=self.tracked.generators.names(),
         )
 
     def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:

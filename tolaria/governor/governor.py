@@ -21,11 +21,12 @@ from tolaria.governor.events import GovernorEvent, MailboxReader
 from tolaria.governor.finite_state import would_roll_back
 from tolaria.governor.following import Follower
 from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.protocols import Stateful
 from tolaria.governor.readings import Readings
 from tolaria.governor.sinks import Sink
 from tolaria.governor.skipping import StepSkipper, remove_hooks
 from tolaria.governor.telemetry import Telemetry
-from tolaria.governor.tracked import Stateful, TrackedState
+from tolaria.governor.tracked import TrackedState
 from tolaria.governor.verdict import GovernorReport, Verdict
 from tolaria.ops import Order, StateField
 from tolaria.ops.governor import judge_

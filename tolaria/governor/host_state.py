@@ -5,23 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria.errors import SnapshotError
 from tolaria.governor import loose_state
 from tolaria.governor.fresh_state import fresh_value
-from tolaria.governor.rng import load_rng_state, rng_state
+from tolaria.governor.grad_scaler import load_scaler_values, scaler_values
 from tolaria.governor.schedules import KeptRates
-
-if TYPE_CHECKING:
-    from tolaria.governor.tracked import TrackedState
-
-SCALER_TENSORS = ("_scale", "_growth_tracker")
-_SCALER_VALUES = ("_init_scale", "_growth_factor", "_backoff_factor", "_growth_interval", "_enabled")
+from tolaria.governor.tracked import TrackedState
 
 HostValues = dict[int, dict[int, dict[str, Any]]]
 """By step, then by the parameter's id: the entries of an optimizer's state that are on the host."""
@@ -51,7 +45,7 @@ class HostState:
     modules: dict[str, dict[str, Any]]
     rng: dict[str, Any]
     rates_lowered: int
-    """How many rollbacks had lowered the learning rates by then."""
+    """How often the learning rates had been lowered by then."""
     keys: frozenset[Hashable] = field(default_factory=frozenset)
     """The places in the slots that the capture filled."""
     restores: int = 0
@@ -65,7 +59,7 @@ class HostState:
             SnapshotError: a scheduler or an extra cannot say its state.
         """
         walk = tracked.walk()
-        tracked.schedules.look(tracked)
+        tracked.find_schedules()
         return cls(
             optimizers=[_optimizer_host(tracked, optimizer) for optimizer in tracked.optimizers],
             parameters=[
@@ -78,15 +72,15 @@ class HostState:
                 _told(f"schedulers[{i}]", scheduler.state_dict)
                 for i, scheduler in enumerate(tracked.schedulers)
             ],
-            scaler=_scaler_host(tracked.scaler),
+            scaler=scaler_values(tracked.scaler),
             extras={
                 name: _told(f"extras[{name!r}]", extra.state_dict)
                 for name, extra in tracked.extras.items()
                 if not isinstance(extra, nn.Module)
             },
             modules={name: module.rollback_state() for name, module in walk.participants},
-            rng=rng_state(tracked),
-            rates_lowered=tracked.rates_lowered,
+            rng=tracked.generators.state(),
+            rates_lowered=tracked.lowered.reflected,
         )
 
     def load_into(
@@ -119,10 +113,9 @@ class HostState:
             else:  # unknown at the capture: it starts afresh
                 optimizer.state.clear()
         kept.put_back()
-        tracked.kept = kept.ids, tracked.rates_lowered
-        tracked.rates_lowered = self.rates_lowered
+        tracked.lowered.restored(self.rates_lowered, kept)
         self._reattach_parameters(tracked)
-        self._load_scaler(tracked.scaler)
+        load_scaler_values(tracked.scaler, self.scaler)
         for name, module in tracked.walk().participants:
             module.load_rollback_state(self.modules.get(name))
         refused = [
@@ -136,14 +129,14 @@ class HostState:
             ),
         ]
         self.restores += not again
-        load_rng_state(tracked, self.rng, max(0, self.restores - 1))
+        tracked.generators.load(self.rng, max(0, self.restores - 1))
         for error in filter(None, refused):
             raise error
 
     def rates_to_keep(self, tracked: TrackedState) -> KeptRates:
         """The rates that a restore leaves alone, since this capture does not know their schedule."""
-        tracked.schedules.look(tracked)
-        return KeptRates(tracked, len(self.schedulers))
+        tracked.find_schedules()
+        return KeptRates(tracked.optimizers, tracked.schedulers, len(self.schedulers))
 
     def _reattach_parameters(self, tracked: TrackedState) -> None:
         """Undo a replacement of parameter objects that the optimizers know nothing of.
@@ -163,15 +156,6 @@ class HostState:
                     parameter.data = current.data
             if has_place:
                 module._parameters[name] = parameter
-
-    def _load_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
-        if scaler is None:
-            return
-        for name, value in self.scaler.items():
-            setattr(scaler, name, value)
-        states = getattr(scaler, "_per_optimizer_states", None)
-        if states is not None:
-            states.clear()  # an unscaling begun on the undone step is void
 
 
 def _told(name: str, state_dict: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -236,9 +220,3 @@ def _load_optimizer(optimizer: Optimizer, captured: OptimizerHost, *, keep_fresh
         if not state:
             del optimizer.state[parameter]
     loose_state.put_back(optimizer, captured.loose, keep=captured.state_keys)
-
-
-def _scaler_host(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
-    """Its numbers; its tensors only where there were none yet, which is a value as well."""
-    values = {name: getattr(scaler, name, None) for name in _SCALER_VALUES}
-    return values | {name: None for name in SCALER_TENSORS if getattr(scaler, name, None) is None}

@@ -100,7 +100,7 @@ class RollbackPolicy:
         if report.reason is not PanicReason.MANUAL:
             self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
             self._progress.restored(report)
-        tracked.rollbacks += 1
+        tracked.lowered.times += 1
         self.apply(tracked)
 
     def _offend(self, first: int, last: int) -> None:
@@ -112,18 +112,18 @@ class RollbackPolicy:
         clear_gradients(tracked)
         # A slot holds the rates of its own time: the factor of every rollback since then applies again. Rates
         # that the restore left alone reflect all but the last.
-        kept, kept_lowered = tracked.kept
-        for is_kept, lowered in ((False, tracked.rates_lowered), (True, kept_lowered)):
-            factor = self._config.lr_factor ** (tracked.rollbacks - lowered)
+        rates = tracked.lowered
+        kept = rates.left_alone
+        for is_kept, reflected in ((False, rates.reflected), (True, rates.reflected_there)):
+            factor = self._config.lr_factor ** (rates.times - reflected)
             if factor != 1.0:
                 scale_learning_rates(
                     [o for o in tracked.optimizers if (id(o) in kept) == is_kept],
                     [s for s in tracked.schedulers if (id(s) in kept) == is_kept],
                     factor,
                 )
-        tracked.rates_lowered = tracked.rollbacks
-        tracked.kept = kept, tracked.rollbacks
-        tracked.schedules.refresh(tracked)
+        rates.caught_up()
+        tracked.schedules.refresh(tracked.optimizers)
 
     def saved_form(self) -> dict[str, Any]:
         """Plain values for :meth:`load_saved_form`."""

@@ -5,69 +5,80 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from tolaria.governor.tracked import TrackedState
 
+@dataclass(frozen=True, slots=True)
+class Generators:
+    """Those of the process and of a device, and more of one's own; or none at all."""
 
-def rng_state(tracked: TrackedState) -> dict[str, Any]:
-    """The state of every generator that ``restore_rng`` covers; empty where it is off."""
-    if not tracked.restore_rng:
-        return {}
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "generators": [g.get_state() for g in tracked.generators],
-    }
-    if tracked.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(tracked.device)
-    return state
+    device: torch.device
+    own: Sequence[torch.Generator] = ()
+    """Beside the default ones."""
+    are_covered: bool = False
+    """False: their state is empty, and is put back as such."""
 
+    def names(self) -> tuple[str, ...]:
+        """What is covered, in words."""
+        if not self.are_covered:
+            return ()
+        device = (f"torch.{self.device}",) if self.device.type == "cuda" else ()
+        own = (f"generator[{i}]" for i in range(len(self.own)))
+        return ("torch.cpu", *device, "python.random", "numpy.random", *own)
 
-def load_rng_state(tracked: TrackedState, state: dict[str, Any], repeats: int) -> None:
-    """Put the generators back to :func:`rng_state`.
+    def state(self) -> dict[str, Any]:
+        """The state of every one of them; empty where they are not covered."""
+        if not self.are_covered:
+            return {}
+        state: dict[str, Any] = {
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=False),
+            "generators": [g.get_state() for g in self.own],
+        }
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
 
-    Args:
-        tracked: whose generators they are.
-        state: what :func:`rng_state` returned.
-        repeats: how often this state was put back before. At 0 the draws are those that followed the
-            capture. Else every generator is seeded anew from its captured state and this number: the same
-            draws would lead to the same bad batch again. Merely to move it on would not do, since draws that
-            are shifted by a few numbers are nearly the same batch.
-    """
-    if not state:
-        return
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    for generator, own in zip(tracked.generators, state["generators"], strict=True):
-        generator.set_state(own)
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], tracked.device)
-    if repeats:
-        _seed_anew(tracked, state, repeats)
+    def load(self, state: dict[str, Any], repeats: int) -> None:
+        """Put them back to :meth:`state`.
 
+        Args:
+            state: what :meth:`state` returned.
+            repeats: how often this state was put back before. At 0 the draws are those that followed the
+                capture. Else every generator is seeded anew from its captured state and this number: the
+                same draws would lead to the same bad batch again. Merely to move it on would not do, since
+                draws that are shifted by a few numbers are nearly the same batch.
+        """
+        if not state:
+            return
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        for generator, own in zip(self.own, state["generators"], strict=True):
+            generator.set_state(own)
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        if repeats:
+            self._seed_anew(state, repeats)
 
-def _seed_anew(tracked: TrackedState, state: dict[str, Any], repeats: int) -> None:
-    own = [
-        (g, _seed(_bytes(s), repeats)) for g, s in zip(tracked.generators, state["generators"], strict=True)
-    ]
-    if "cuda" in state:
-        own.append(
-            (torch.cuda.default_generators[tracked.device.index or 0], _seed(_bytes(state["cuda"]), repeats))
-        )
-    # Not torch.manual_seed, which would seed every device.
-    own.append((torch.default_generator, _seed(_bytes(state["torch"]), repeats)))
-    for generator, seed in own:
-        generator.manual_seed(seed)
-    random.seed(_seed(pickle.dumps(state["python"]), repeats))
-    kind = getattr(np.random, state["numpy"]["bit_generator"])
-    np.random.set_state(kind(_seed(pickle.dumps(state["numpy"]), repeats)).state)
+    def _seed_anew(self, state: dict[str, Any], repeats: int) -> None:
+        seeds = [(g, _seed(_bytes(s), repeats)) for g, s in zip(self.own, state["generators"], strict=True)]
+        if "cuda" in state:
+            default = torch.cuda.default_generators[self.device.index or 0]
+            seeds.append((default, _seed(_bytes(state["cuda"]), repeats)))
+        # Not torch.manual_seed, which would seed every device.
+        seeds.append((torch.default_generator, _seed(_bytes(state["torch"]), repeats)))
+        for generator, seed in seeds:
+            generator.manual_seed(seed)
+        random.seed(_seed(pickle.dumps(state["python"]), repeats))
+        kind = getattr(np.random, state["numpy"]["bit_generator"])
+        np.random.set_state(kind(_seed(pickle.dumps(state["numpy"]), repeats)).state)
 
 
 def _bytes(state: torch.Tensor) -> bytes:

@@ -6,16 +6,15 @@ import copy
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.errors import UncoveredWarning
-
-if TYPE_CHECKING:
-    from tolaria.governor.tracked import TrackedState
+from tolaria.governor.protocols import Stateful
 
 _SCHEDULED = ("lr", "momentum", "betas")
 """What the schedules of torch write to a group at every step."""
@@ -35,41 +34,41 @@ class ScheduleFinder:
         self._moved_by_hand: set[int] = set()
         self._told: list[object] = []
 
-    def look(self, tracked: TrackedState) -> None:
-        """Append the schedules that have turned up since the last look to ``tracked.schedulers``."""
-        hinted = [o for o in tracked.optimizers if self._has_new_hint(o)]
-        moved = [o for o in tracked.optimizers if self._has_moved(o, tracked)]
+    def look(self, optimizers: Sequence[Optimizer], schedulers: list[Stateful]) -> None:
+        """Append the schedules over ``optimizers`` that turned up since the last look to ``schedulers``."""
+        hinted = [o for o in optimizers if self._has_new_hint(o)]
+        moved = [o for o in optimizers if self._has_moved(o, schedulers)]
         if hinted or moved:
             found = _schedules_over([*hinted, *moved])
-            self._cover(tracked, found)
+            self._cover(found, schedulers)
             self._moved_by_hand |= {id(o) for o in moved if not any(reaches(s, o) for s in found)}
-        self.refresh(tracked)
+        self.refresh(optimizers)
 
-    def refresh(self, tracked: TrackedState) -> None:
+    def refresh(self, optimizers: Sequence[Optimizer]) -> None:
         """The rates of now are what they should be: a restore or its policy has set them."""
-        self._rates = {id(o): _rates(o) for o in tracked.optimizers}
+        self._rates = {id(o): _rates(o) for o in optimizers}
 
     def _has_new_hint(self, optimizer: Optimizer) -> bool:
         hints = [vars(optimizer).get("step"), *("initial_lr" in group for group in optimizer.param_groups)]
         seen, self._hints[id(optimizer)] = self._hints.get(id(optimizer)), hints
         return hints != seen and any(hints)
 
-    def _has_moved(self, optimizer: Optimizer, tracked: TrackedState) -> bool:
+    def _has_moved(self, optimizer: Optimizer, schedulers: Sequence[Stateful]) -> bool:
         """Whether a rate has changed and no covered schedule explains it."""
         rates = _rates(optimizer)
         if rates == self._rates.get(id(optimizer), rates) or id(optimizer) in self._moved_by_hand:
             return False
-        return not any(reaches(scheduler, optimizer) for scheduler in tracked.schedulers)
+        return not any(reaches(scheduler, optimizer) for scheduler in schedulers)
 
-    def _cover(self, tracked: TrackedState, found: Sequence[object]) -> None:
+    def _cover(self, found: Sequence[object], schedulers: list[Stateful]) -> None:
         for schedule in found:
-            is_known = any(reaches(known, schedule) for known in tracked.schedulers)
+            is_known = any(reaches(known, schedule) for known in schedulers)
             is_part = any(other is not schedule and reaches(other, schedule) for other in found)
             if is_known or is_part or any(schedule is told for told in self._told):
                 continue
             if isinstance(schedule, LRScheduler) and _tells_its_state(schedule):
-                tracked.schedulers.append(schedule)
-            elif not any(reaches(schedule, known) for known in tracked.schedulers):
+                schedulers.append(schedule)
+            elif not any(reaches(schedule, known) for known in schedulers):
                 self._told.append(schedule)
                 _warn(schedule)
 
@@ -81,13 +80,14 @@ class KeptRates:
     would leave the two at odds to the end of the run.
 
     Args:
-        tracked: what is covered.
-        known: how many of its schedulers the capture knows.
+        optimizers: the covered ones.
+        schedulers: likewise.
+        known: how many of the schedulers the capture knows.
     """
 
-    def __init__(self, tracked: TrackedState, known: int) -> None:
-        late = tracked.schedulers[known:]
-        driven = [o for o in tracked.optimizers if any(reaches(schedule, o) for schedule in late)]
+    def __init__(self, optimizers: Sequence[Optimizer], schedulers: Sequence[Stateful], known: int) -> None:
+        late = schedulers[known:]
+        driven = [o for o in optimizers if any(reaches(schedule, o) for schedule in late)]
         self.ids = frozenset(map(id, [*late, *driven]))
         """Of those schedules and their optimizers."""
         self._late, self._driven = late, driven
@@ -114,6 +114,33 @@ class KeptRates:
                     group[key].copy_(value)
                 else:
                     group[key] = value
+
+
+@dataclass(slots=True)
+class LoweredRates:
+    """How often the learning rates were lowered for good, and how many of those times the live rates reflect.
+
+    A capture holds the rates of its own time, so that a restore brings back older ones: what has been done to
+    the rates since is to be done again.
+    """
+
+    times: int = 0
+    """How often they were lowered so far."""
+    reflected: int = 0
+    """How many of those the rates of now reflect."""
+    left_alone: frozenset[int] = frozenset()
+    """Ids of schedules and optimizers that the last restore left alone; see :class:`KeptRates`."""
+    reflected_there: int = 0
+    """How many of those their rates reflect."""
+
+    def restored(self, reflected: int, kept: KeptRates) -> None:
+        """A capture whose rates reflect so many was put back, all but ``kept``."""
+        self.left_alone, self.reflected_there = kept.ids, self.reflected
+        self.reflected = reflected
+
+    def caught_up(self) -> None:
+        """All rates reflect everything now."""
+        self.reflected = self.reflected_there = self.times
 
 
 def reaches(holder: object, target: object, depth: int = 3) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,51 +12,12 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tolaria.governor.fresh_state import fresh_value
-from tolaria.governor.host_state import SCALER_TENSORS
-from tolaria.governor.schedules import ScheduleFinder
+from tolaria.governor.grad_scaler import SCALER_TENSORS
+from tolaria.governor.protocols import HoldsSeed, Stateful, TakesPartInRollback
+from tolaria.governor.rng import Generators
+from tolaria.governor.schedules import LoweredRates, ScheduleFinder
 
 Kind = Literal["parameter", "buffer", "optimizer", "scaler", "extra"]
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything that can be saved and loaded: a scheduler, an EMA, a sampler."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to come back here."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
-        """Go back to a saved state."""
-        ...
-
-
-class TakesPartInRollback(Protocol):
-    """A module with host-side state of its own, such as a seed slot's stage."""
-
-    def rollback_state(self) -> dict[str, Any]:
-        """Host-side facts at a capture."""
-        ...
-
-    def load_rollback_state(self, captured: dict[str, Any] | None, /) -> None:
-        """Go back to the captured facts (None: it was not there), after the tensors were restored."""
-        ...
-
-    def zero_alpha_tensors(self) -> list[Tensor]:
-        """Alpha tensors that a capture writes as zero: those of seeds that a rollback drops."""
-        ...
-
-
-class HoldsSeed(Protocol):
-    """A module whose seed may incubate: it cannot reach the loss, so a poisoned one is culled alone."""
-
-    def incubating_tensors(self) -> list[Tensor]:
-        """Tensors of the incubating seed; empty without one."""
-        ...
-
-    def cull(self) -> object:
-        """Drop the seed."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +117,9 @@ class TrackedState:
         self.schedulers = list(schedulers)
         self.scaler = scaler
         self.extras = dict(extras or {})
-        self.generators = list(generators)
-        self.restore_rng = restore_rng
+        self.generators = Generators(device, list(generators), restore_rng)
         self.device = device
-        self.rollbacks = 0
-        self.rates_lowered = 0
-        """Rollbacks heard of, and how many of them the rates reflect (a restore brings older rates)."""
-        self.kept: tuple[frozenset[int], int] = (frozenset(), 0)
-        """Ids of schedules and optimizers that the last restore left alone, and what their rates reflect."""
+        self.lowered = LoweredRates()
         self.schedules = ScheduleFinder()
         self._retired = WeakIdKeyDictionary()
 
@@ -270,13 +226,9 @@ class TrackedState:
         """Whether ``value`` is a tensor that a capture copies, so is no host-side part."""
         return isinstance(value, Tensor) and value.device == self.device
 
-    def generator_names(self) -> tuple[str, ...]:
-        """What ``restore_rng`` covers, in words."""
-        if not self.restore_rng:
-            return ()
-        device = (f"torch.{self.device}",) if self.device.type == "cuda" else ()
-        own = (f"generator[{i}]" for i in range(len(self.generators)))
-        return ("torch.cpu", *device, "python.random", "numpy.random", *own)
+    def find_schedules(self) -> None:
+        """Cover the schedules over covered optimizers that have turned up since the last look."""
+        self.schedules.look(self.optimizers, self.schedulers)
 
     def recreate(self, key: Hashable, value: Tensor) -> None:
         """Give a covered tensor that its owner dropped or replaced by one of another form back to it."""

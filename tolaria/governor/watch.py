@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tolaria.governor.host_state import SCALER_TENSORS
+from tolaria.governor.grad_scaler import SCALER_TENSORS
 from tolaria.governor.tracked import TrackedState, TrackedTensor, Walk
 
 _DTYPE = operator.attrgetter("dtype")
