@@ -3,6 +3,7 @@
 from tolaria import _startup  # the first of all imports
 from tolaria._backend import backend, current_mode
 from tolaria._host_allocator import HostAllocatorTuning, release_host_memory, tune_host_allocator
+from tolaria._moved import install as _answer_for_former_paths
 from tolaria.errors import (
     BuildMismatchError,
     ConfigError,
@@ -80,4 +81,5 @@ __all__ = [
     "validate_device",
 ]
 
+_answer_for_former_paths()
 _startup.raise_again()

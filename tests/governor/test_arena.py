@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tolaria.errors import SnapshotError
-from tolaria.governor.arena import ALIGN, Arena, Block, Segment
+from tolaria.snapshot.arena import ALIGN, Arena, Block, Segment
 
 
 def new_segment(nbytes: int) -> Segment:

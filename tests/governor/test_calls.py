@@ -24,8 +24,8 @@ from tolaria.governor import (
     RollbackEvent,
     TolariaGovernor,
     VerdictEvent,
-    slots,
 )
+from tolaria.snapshot import slots
 
 
 class Smoothed(nn.Module):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tolaria.errors import SnapshotError
 from tolaria.governor import GovernorConfig, TolariaGovernor
-from tolaria.governor import memory as slot_memory
 from tolaria.nn import SeedSlot
+from tolaria.snapshot import memory as slot_memory
 
 pytestmark = pytest.mark.cuda
 
@@ -112,7 +112,7 @@ def test_what_no_covered_optimizer_steps_may_change_at_any_time(schedule: str) -
     target = copy.deepcopy(run.model).requires_grad_(False)
     run.model.add_module("target", target)
     average = copy.deepcopy(target)  # the hooks of a governed model must not stand in the way
-    run.governor._engine.tracked.extras["average"] = average
+    run.governor._engine.covered.extras["average"] = average
     mine = [run.model.weight, run.model.bias]
     run.model.forward = lambda x: nn.functional.linear(x, *mine)  # type: ignore[method-assign]
     states: dict[int, list[Tensor]] = {}
@@ -208,7 +208,7 @@ def test_seeds_that_come_and_go_leave_no_memory_behind() -> None:
 def test_host_far_behind_loses_no_rollback_though_the_ring_is_tiny(schedule: str) -> None:
     run = Guarded(event_capacity=3, lr_factor=0.5, max_rollbacks=1000)
     scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda _: 1.0)
-    run.governor._engine.tracked.schedulers.append(scheduler)
+    run.governor._engine.covered.schedulers.append(scheduler)
     for i in range(1, 121):
         run.step(i, poison=i in (50, 51, 100))
     run.governor.synchronize()
@@ -225,7 +225,7 @@ def test_host_far_behind_loses_no_rollback_though_the_ring_is_tiny(schedule: str
 def test_loading_a_governor_is_no_rollback() -> None:
     run = Guarded()
     scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 10)
-    run.governor._engine.tracked.schedulers.append(scheduler)
+    run.governor._engine.covered.schedulers.append(scheduler)
     for i in range(1, 8):
         run.step(i, poison=i == 7)
     run.governor.synchronize()

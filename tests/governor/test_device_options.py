@@ -40,7 +40,7 @@ def test_judging_the_gradient_costs_one_launch_and_no_wait() -> None:
     vgpu = pytest.importorskip("vgpu", reason="counts come from the virtual device")
     run = Run()
     run.step()
-    for optimizer in run.governor._engine.tracked.optimizers:
+    for optimizer in run.governor._engine.covered.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.ones_like(parameter)

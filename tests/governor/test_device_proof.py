@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tolaria import ops
 from tolaria.governor import GovernorConfig, TolariaGovernor, device_engine
-from tolaria.governor.tracked import TrackedTensor
+from tolaria.snapshot.covered import CoveredTensor
 
 pytestmark = pytest.mark.cuda
 
@@ -117,7 +117,7 @@ def test_the_side_streams_wait_for_the_judge_is_needed(monkeypatch: pytest.Monke
 
 
 def test_what_others_mutate_must_be_copied_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    control(trained, lambda: monkeypatch.setattr(TrackedTensor, "part", property(lambda _: 1)))
+    control(trained, lambda: monkeypatch.setattr(CoveredTensor, "part", property(lambda _: 1)))
 
 
 def seldom() -> object:

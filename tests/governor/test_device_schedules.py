@@ -9,7 +9,8 @@ from torch import nn
 
 from tolaria import ops
 from tolaria.errors import SnapshotError
-from tolaria.governor import GovernorConfig, TolariaGovernor, memory
+from tolaria.governor import GovernorConfig, TolariaGovernor
+from tolaria.snapshot import memory
 
 pytestmark = pytest.mark.cuda
 

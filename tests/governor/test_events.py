@@ -89,7 +89,7 @@ def test_full_ring_counts_what_it_dropped_and_the_status_stays_right() -> None:
 
 def test_log_only_never_acts() -> None:
     governor = make(settings={"log_only": True})
-    weight = governor._engine.tracked.model.get_parameter("weight")
+    weight = governor._engine.covered.model.get_parameter("weight")
     before = weight.detach().clone()
     for _ in range(20):
         governor.step(1.0)

@@ -19,8 +19,8 @@ from tolaria.governor import (
     StructureEvent,
     TolariaGovernor,
 )
-from tolaria.governor.host_parts import HostParts
 from tolaria.ops import StatusField, governor_mailbox, governor_state, governor_step_
+from tolaria.snapshot.host_parts import HostParts
 
 
 class Interrupting:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tolaria.errors import SnapshotError
 from tolaria.governor import GovernorConfig, TolariaGovernor
-from tolaria.governor import slots as slots_module
+from tolaria.snapshot import slots as slots_module
 
 FILES = ("slots", "place", "arena", "engine", "watch")
 LAYING_OUT = (*(f"governor/{name}.py" for name in FILES), "ops/snapshot.py", "ops/_layout.py")

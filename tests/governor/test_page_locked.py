@@ -13,8 +13,8 @@ from torch import nn
 from tolaria import _extension, ops
 from tolaria.errors import SnapshotError
 from tolaria.governor import GovernorConfig, TolariaGovernor
-from tolaria.governor import memory as slot_memory
-from tolaria.governor.memory import allocate
+from tolaria.snapshot import memory as slot_memory
+from tolaria.snapshot.memory import allocate
 
 pytestmark = pytest.mark.cuda
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import tolaria
 from tolaria import _extension
 from tolaria.governor import GovernorConfig, TolariaGovernor
-from tolaria.governor import slots as slot_memory
 from tolaria.governor.device_engine import DeviceEngine
 from tolaria.governor.engine import HostEngine
+from tolaria.snapshot import slots as slot_memory
 
 
 @pytest.fixture(
@@ -76,10 +76,10 @@ class Run:
             "live": [_bytes(place.live) for place in engine.slots.places.values()],
             "table": engine.slots.table.data[: 2 + len(engine.slots.places)].tolist(),
             "exempt": set(engine.slots.exempt),
-            "covered": [list(map(id, engine.tracked.optimizers)), list(map(id, engine.tracked.schedulers))],
+            "covered": [list(map(id, engine.covered.optimizers)), list(map(id, engine.covered.schedulers))],
             "policy": governor._policy.saved_form(),
             "rates": [group["lr"] for group in self.optimizer.param_groups],
-            "rollbacks": (engine.tracked.lowered.times, engine.tracked.lowered.reflected),
+            "rollbacks": (engine.covered.lowered.times, engine.covered.lowered.reflected),
             "latest": governor._latest,
             "report": governor.last_report,
             "config": (governor.config, governor.random_guess_loss),

@@ -93,7 +93,7 @@ def test_every_field_that_indexes_counts_or_selects_is_checked(name: str, row: i
         crafted["state"][row] = value
         assert_refused(governor, crafted, rf"state\.{name}: expected .*, got ")
     with torch.no_grad():
-        weight = governor._engine.tracked.model.get_parameter("weight")
+        weight = governor._engine.covered.model.get_parameter("weight")
         kept = weight.clone()
         weight.fill_(NAN)
     governor.step(NAN)

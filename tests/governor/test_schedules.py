@@ -179,7 +179,7 @@ def test_what_cannot_be_covered_for_sure_is_named_once(kind: Callable[[Optimizer
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run.train(scheduler, 40, bad=(5, 15))
-    assert run.governor._engine.tracked.schedulers == []
+    assert run.governor._engine.covered.schedulers == []
 
 
 class Wrapped:
@@ -207,7 +207,7 @@ def test_schedules_handed_over_are_covered_once() -> None:
     wrapped = Wrapped(outer, run.optimizer)
     run.attach(schedulers=[wrapped])
     run.train(wrapped, 30, bad=(12,))
-    assert run.governor._engine.tracked.schedulers == [wrapped]
+    assert run.governor._engine.covered.schedulers == [wrapped]
 
 
 @pytest.mark.filterwarnings("error")
@@ -220,7 +220,7 @@ def test_nobody_elses_schedule_is_touched() -> None:
         run.optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)  # by hand, as many loops do
         run.governor.step(1.0)
     run.governor.step(math.nan)
-    assert run.governor._engine.tracked.schedulers == []
+    assert run.governor._engine.covered.schedulers == []
 
 
 @pytest.mark.filterwarnings("error")
@@ -231,7 +231,7 @@ def test_a_schedule_that_is_gone_is_not_missed() -> None:
     assert gone() is None
     run.attach()
     run.train(lrs.StepLR(run.optimizer, 5), 25, bad=(20,))
-    assert len(run.governor._engine.tracked.schedulers) == 1
+    assert len(run.governor._engine.covered.schedulers) == 1
 
 
 def test_rows_of_a_bank_find_theirs() -> None:

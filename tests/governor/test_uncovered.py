@@ -104,7 +104,7 @@ def test_others_are_not_spoken_of() -> None:
     governor = TolariaGovernor(model, optimizer, extras={"average": average})
     theirs = TolariaGovernor(other, Adam(other.parameters()))
     twin = copy.deepcopy(model)
-    step(other, theirs._engine.tracked.optimizers[0])
+    step(other, theirs._engine.covered.optimizers[0])
     step(twin, SGD(twin.parameters(), lr=0.1))
     for _ in range(3):
         governor.step(step(model, optimizer))
@@ -186,7 +186,7 @@ def test_loops_cover_the_optimizers_that_they_see() -> None:
     assert governor.rollback_count == 1
     third = SGD(model.parameters(), lr=0.1)
     train_epoch_normal(model, batches(3), nn.CrossEntropyLoss(), third, "cpu", governor=governor)
-    assert third in governor._engine.tracked.optimizers
+    assert third in governor._engine.covered.optimizers
 
 
 def test_warnings_may_be_errors() -> None:

@@ -1,5 +1,8 @@
 """The governor: judge a loss, take snapshots, roll back, tell."""
 
+from typing import TYPE_CHECKING
+
+from tolaria import _moved
 from tolaria.governor.bank import GovernorBank
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.events import (
@@ -39,3 +42,9 @@ __all__ = [
     "Verdict",
     "VerdictEvent",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Submodules that have moved."""
+        return _moved.submodule(__name__, name)

@@ -16,10 +16,10 @@ from tolaria.governor.config import GovernorConfig
 from tolaria.governor.device_engine import DeviceEngine
 from tolaria.governor.engine import Engine, HostEngine
 from tolaria.governor.events import MailboxReader
-from tolaria.governor.memory import allocate
-from tolaria.governor.protocols import Stateful
 from tolaria.governor.sinks import Sink
-from tolaria.governor.tracked import TrackedState
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.memory import allocate
+from tolaria.snapshot.protocols import Stateful
 
 
 def make_mailbox(n: int, records: int, device: torch.device) -> Tensor:
@@ -37,11 +37,11 @@ def make_engine(
     settings: Tensor,
     mailbox: Tensor,
     reader: MailboxReader,
-    tracked: TrackedState,
+    covered: CoveredState,
 ) -> Engine:
-    """The engine for the device that ``tracked`` is on."""
-    kind = DeviceEngine if tracked.device.type == "cuda" else HostEngine
-    return kind(column, state, config, settings, mailbox, reader, tracked)
+    """The engine for the device that ``covered`` is on."""
+    kind = DeviceEngine if covered.device.type == "cuda" else HostEngine
+    return kind(column, state, config, settings, mailbox, reader, covered)
 
 
 def checked_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria import ops
-from tolaria.governor import graphs, uncovered
+from tolaria.governor import uncovered
 from tolaria.governor.attach import (
     check_listed,
     check_settings,
@@ -24,14 +24,15 @@ from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import GovernorEvent, MailboxReader
-from tolaria.governor.finite_state import would_roll_back
 from tolaria.governor.following import Follower
+from tolaria.governor.judging import would_roll_back
 from tolaria.governor.policy import RollbackPolicy
-from tolaria.governor.protocols import Stateful
 from tolaria.governor.sinks import Sink
 from tolaria.governor.telemetry import Telemetry
-from tolaria.governor.tracked import TrackedState
 from tolaria.ops import PanicReason, StateField, StatusField
+from tolaria.snapshot import graphs
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.protocols import Stateful
 
 _MAX_EVENTS_KEPT = 65536
 
@@ -118,7 +119,7 @@ class GovernorBank:
             raise RuntimeError(
                 f"model: it is on {device}, the bank on {self._state.device}; put both on one device"
             )
-        tracked = TrackedState(
+        covered = CoveredState(
             model,
             listed,
             schedulers=schedulers,
@@ -132,14 +133,14 @@ class GovernorBank:
         self._state[StateField.events, i] = before[StateField.events]
         try:
             engine = make_engine(
-                i, self._state, self.config, self._settings, self._mailbox, self._readers[i], tracked
+                i, self._state, self.config, self._settings, self._mailbox, self._readers[i], covered
             )
         except Exception:
             self._state[:, i] = before
             raise
         self._engines[i] = engine
         self._followers[i] = self._follower(i, engine)
-        uncovered.watch(tracked)
+        uncovered.watch(covered)
         self._telemetry.add([engine.attach_event()])
         self._telemetry.deliver()
 
@@ -154,7 +155,7 @@ class GovernorBank:
             self._followers[i].hear()
             self._followers[i].follow()
         finally:
-            uncovered.unwatch(engine.tracked)
+            uncovered.unwatch(engine.covered)
             engine.close()
             del self._engines[i]
             self._followers[i] = self._follower(i, None)
@@ -200,7 +201,7 @@ class GovernorBank:
             self._hear()
             for i, engine in self._engines.items():
                 self._followers[i].follow()
-                self._followers[i].mark.set(engine.tracked)
+                self._followers[i].mark.set(engine.covered)
         reward = self._state[StateField.reward].to(torch.float32)
         if mask is not None:
             reward = torch.where(mask.bool(), reward, 0.0)

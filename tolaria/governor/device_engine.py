@@ -5,7 +5,7 @@ capture may be due, the two capture launches: what anybody may change next (buff
 the current stream, and parameters with optimizer state on a side stream, under the next forward and backward.
 Nothing is read back: the host learns of rollbacks from the mailbox's status words, and puts the host-side
 parts back then. Which parts those are, the device says: a capture carries the ticket of its launch
-(:mod:`tolaria.governor.host_parts`). The host counts the judgements that it really enqueued only to know when
+(:mod:`tolaria.snapshot.host_parts`). The host counts the judgements that it really enqueued only to know when
 a capture may be due.
 
 Who must wait for a capture in flight: the optimizer (its step pre-hook does), the judge and the restore
@@ -13,7 +13,7 @@ Who must wait for a capture in flight: the optimizer (its step pre-hook does), t
 waits for itself and nobody clears the event for others. Memory that a launch may still touch is not given
 back before it is done: not to another stream when a tensor is replaced (``record_stream``), not to the system
 when the governor goes (``_let_go``). What a recorded graph holds the address of outlives the governor
-(:mod:`tolaria.governor.graphs`); the replays then find a judge without slots, and a table without rows.
+(:mod:`tolaria.snapshot.graphs`); the replays then find a judge without slots, and a table without rows.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from torch.utils.hooks import RemovableHandle
 
 from tolaria import ops
 from tolaria.errors import TolariaError
-from tolaria.governor import graphs
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import CaptureEvent, GovernorEvent, MailboxReader, SeedCulledEvent
-from tolaria.governor.flight import Flight, LoadHooks, before_optimizer_step
-from tolaria.governor.host_parts import HostParts
-from tolaria.governor.host_state import HostState, HostValues
 from tolaria.governor.seed_flags import SeedFlags
-from tolaria.governor.tracked import TrackedState
 from tolaria.ops import Order, PanicReason, StateField, StatusField
+from tolaria.snapshot import graphs
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.flight import Flight, LoadHooks, before_optimizer_step
+from tolaria.snapshot.host_parts import HostParts
+from tolaria.snapshot.host_state import HostState, HostValues
 
 
 class DeviceEngine(Engine):
@@ -54,27 +54,27 @@ class DeviceEngine(Engine):
         settings: Tensor,
         mailbox: Tensor,
         reader: MailboxReader,
-        tracked: TrackedState,
+        covered: CoveredState,
     ) -> None:
         graphs.catch_up()
-        self._flight = Flight(tracked.device)
+        self._flight = Flight(covered.device)
         self._handles: list[RemovableHandle] = []
         self._load_hooks = LoadHooks(self._flight, self._handles)
         self._parts = HostParts()
         self._judged = self._next = 0
         self._maybe_judged = self._heard_step = 0
         self._known_rollbacks = 0
-        self._seed_flags = SeedFlags(tracked.device)
+        self._seed_flags = SeedFlags(covered.device)
         self._moved: list[Optimizer] = []
-        super().__init__(column, state, config, settings, mailbox, reader, tracked)
+        super().__init__(column, state, config, settings, mailbox, reader, covered)
         try:
-            with torch.cuda.device(tracked.device):
+            with torch.cuda.device(covered.device):
                 self.adopt_current_state()
         except BaseException:
             for handle in self._handles:
                 handle.remove()
             raise
-        for optimizer in tracked.optimizers:
+        for optimizer in covered.optimizers:
             self.hook(optimizer)
         memory = (self.slots, self._settings, mailbox, self._seed_flags)
         self._finalizer = weakref.finalize(
@@ -93,7 +93,7 @@ class DeviceEngine(Engine):
 
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
-        torch.cuda.current_stream(self.tracked.device).synchronize()  # sync: asked for by name
+        torch.cuda.current_stream(self.covered.device).synchronize()  # sync: asked for by name
         self._flight.stream.synchronize()
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class DeviceEngine(Engine):
 
     def is_recording(self) -> bool:
         """Whether a CUDA graph is being recorded on the current stream."""
-        return graphs.is_recording(self.tracked.device)
+        return graphs.is_recording(self.covered.device)
 
     def judging(self) -> None:
         """A judgement is about to be enqueued: it must see a finished capture."""
@@ -131,7 +131,7 @@ class DeviceEngine(Engine):
 
     def act(self) -> None:
         """Enqueue the restore, and the captures if one may be due."""
-        number = graphs.recording(self.tracked.device)
+        number = graphs.recording(self.covered.device)
         if number:
             self._launch_restore()
             if self._flight.recorded_in(number) is None:
@@ -164,7 +164,7 @@ class DeviceEngine(Engine):
         ops.snapshot_restore_(self._state, self._column, self._settings, self.slots.table, self._mailbox)
 
     def _fork(self, flight: Flight, ticket: int) -> None:
-        current = torch.cuda.current_stream(self.tracked.device)
+        current = torch.cuda.current_stream(self.covered.device)
         arguments = self._state, self._column, self.slots.table
         ops.snapshot_capture_(*arguments, 0, self._mailbox, ticket)
         flight.ready.record(current)
@@ -197,7 +197,7 @@ class DeviceEngine(Engine):
         """Keep the host-side parts of captures that graph replays made, which no Python code saw."""
 
         def of_now() -> HostState:
-            host = HostState.of(self.tracked)
+            host = HostState.of(self.covered)
             host.keys = self.slots.live_keys()
             return host
 
@@ -229,16 +229,16 @@ class DeviceEngine(Engine):
         before = [place.live for place in self.slots.places.values()] + [self.slots.table.data]
         self.slots.keep(self._parts.keys())
         super().sync_structure(leave_out=leave_out)
-        self._load_hooks.cover(module for *_, module in self.tracked.walk().modules)
+        self._load_hooks.cover(module for *_, module in self.covered.walk().modules)
         # What is let go may be used by launches on streams that its allocator knows nothing of.
         for tensor in [*before, self.slots.table.data]:
-            for stream in (self._flight.stream, torch.cuda.current_stream(self.tracked.device)):
+            for stream in (self._flight.stream, torch.cuda.current_stream(self.covered.device)):
                 tensor.record_stream(stream)
 
     def _check_recordable(self) -> None:
-        if self._watch.has_moved() and not self.slots.is_current(self.tracked.tensors()):
+        if self._watch.has_moved() and not self.slots.is_current(self.covered.tensors()):
             raise self._not_recordable("its structure changed since the last eager step")
-        for i, optimizer in enumerate(self.tracked.optimizers):
+        for i, optimizer in enumerate(self.covered.optimizers):
             for group in optimizer.param_groups:
                 if group.get("capturable", True) is False:
                     raise self._not_recordable(
@@ -309,9 +309,9 @@ class DeviceEngine(Engine):
             # sync: state was cleared by hand, rare
             slot = int(self._state[StateField.last_good, self._column])
             for key, tensor in self.slots.missing_live(slot, host.keys):
-                self.tracked.recreate(key, tensor)
+                self.covered.recreate(key, tensor)
         try:
-            host.load_into(self.tracked, keep_fresh=True, again=again)
+            host.load_into(self.covered, keep_fresh=True, again=again)
         except Exception:
             self._known_rollbacks = count  # an extra refused; everything else is back
             raise
@@ -335,7 +335,7 @@ class DeviceEngine(Engine):
         for name, holder in self.seed_holders:
             tensors = holder.incubating_tensors()
             if self._seed_flags.found(name, tensors):
-                self.tracked.retire(tensors)
+                self.covered.retire(tensors)
                 holder.cull()
                 self.untold.append(SeedCulledEvent(step=self.step_count, row=self._column, name=name))
             elif tensors and interval and self._judged % interval == 0:

@@ -21,15 +21,15 @@ from tolaria import ops
 from tolaria.errors import UncoveredWarning
 from tolaria.governor import uncovered
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.coverage import Coverage, check_unsharded
 from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, SeedCulledEvent, StructureEvent
-from tolaria.governor.finite_state import StateCheck
-from tolaria.governor.host_state import HostState, HostValues
-from tolaria.governor.place import is_finite
-from tolaria.governor.slots import Slots, check_coverable
-from tolaria.governor.tracked import TrackedState
-from tolaria.governor.watch import StructureWatch
 from tolaria.ops import Order, PanicReason, StateField, StatusField
+from tolaria.snapshot.coverage import Coverage, check_unsharded
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.finite_state import StateCheck
+from tolaria.snapshot.host_state import HostState, HostValues
+from tolaria.snapshot.place import is_finite
+from tolaria.snapshot.slots import Slots, check_coverable
+from tolaria.snapshot.watch import StructureWatch
 
 
 class Engine(ABC):
@@ -45,7 +45,7 @@ class Engine(ABC):
         settings: the same as a tensor.
         mailbox: where the ops write events.
         reader: reads that mailbox's row.
-        tracked: what is covered.
+        covered: what is covered.
 
     Raises:
         ValueError: a parameter is not finite.
@@ -62,7 +62,7 @@ class Engine(ABC):
         settings: Tensor,
         mailbox: Tensor,
         reader: MailboxReader,
-        tracked: TrackedState,
+        covered: CoveredState,
     ) -> None:
         self._column = column
         self._state = state
@@ -70,19 +70,19 @@ class Engine(ABC):
         self._settings = settings
         self._mailbox = mailbox
         self._reader = reader
-        self.tracked = tracked
+        self.covered = covered
         self.untold: deque[GovernorEvent] = deque()
         """Events that the ops cannot know, for whoever calls to tell once the work is done."""
-        self.slots = Slots(tracked.device, config.storage)
+        self.slots = Slots(covered.device, config.storage)
         self.defer_panics = False
         """Leave a poisoned capture to the next judgement, where ranks agree, instead of panicking at once."""
-        self.structure = tracked.structure()
-        self.seed_holders = tracked.walk().seed_holders
-        self._watch = StructureWatch(tracked)
-        self.state_check = StateCheck(tracked, self.slots, self._watch)
-        check_unsharded(tracked)
+        self.structure = covered.structure()
+        self.seed_holders = covered.walk().seed_holders
+        self._watch = StructureWatch(covered)
+        self.state_check = StateCheck(covered, self.slots, self._watch)
+        check_unsharded(covered)
         self._find_exempt()
-        self._coverage = Coverage(tracked)
+        self._coverage = Coverage(covered)
         self._coverage.look(attaching=True)
 
     @property
@@ -148,7 +148,7 @@ class Engine(ABC):
             SnapshotError: a tensor is not covered, or a part cannot say its state.
         """
         self.slots.check_whole()
-        return HostState.of(self.tracked)
+        return HostState.of(self.covered)
 
     def refuse_nonfinite(self) -> None:
         """Look at the live tensors that a capture would search; waits for the device.
@@ -159,7 +159,7 @@ class Engine(ABC):
         known = {place.key for place in self.slots.places.values()}
         searched = [
             t
-            for t in self.tracked.tensors()
+            for t in self.covered.tensors()
             if t.watched and not t.zeroed and t.key not in self.slots.exempt
             if t.key in known or t.kind != "buffer" or not known  # a mask that joins later is exempt
         ]
@@ -230,9 +230,9 @@ class Engine(ABC):
 
     def _find_exempt(self) -> None:
         """Tensors that are non-finite from the start are copied but not searched; a parameter may not be."""
-        tracked = self.tracked.tensors()
-        check_coverable(tracked)
-        bad = [t for t in tracked if not is_finite(t.tensor)]
+        covered = self.covered.tensors()
+        check_coverable(covered)
+        bad = [t for t in covered if not is_finite(t.tensor)]
         broken = [t.name for t in bad if t.kind == "parameter"]
         if broken:
             raise ValueError(
@@ -253,7 +253,7 @@ class Engine(ABC):
             exempt=tuple(
                 place.name for place in self.slots.places.values() if place.key in self.slots.exempt
             ),
-            generators=self.tracked.generators.names(),
+            generators=self.covered.generators.names(),
         )
 
     def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
@@ -269,7 +269,7 @@ class Engine(ABC):
         aside = {id(t) for _, holder in self.seed_holders for t in holder.incubating_tensors()}
         gradients = [
             p.grad._values() if p.grad.is_sparse else p.grad
-            for optimizer in self.tracked.optimizers
+            for optimizer in self.covered.optimizers
             for group in optimizer.param_groups
             for p in group["params"]
             if p.grad is not None and id(p) not in aside
@@ -287,7 +287,7 @@ class Engine(ABC):
         for name, holder in self.seed_holders:
             tensors = holder.incubating_tensors()
             if tensors and float(ops.tensor_stats(tensors)[2]) > 0:
-                self.tracked.retire(tensors)
+                self.covered.retire(tensors)
                 holder.cull()
                 self.structure = []
                 self.untold.append(SeedCulledEvent(step=self.step_count, row=self._column, name=name))
@@ -299,8 +299,8 @@ class Engine(ABC):
 
     def remove_optimizer(self, optimizer: Optimizer) -> None:
         """Stop covering ``optimizer``; the captures forget it too."""
-        if any(known is optimizer for known in self.tracked.optimizers):
-            self.tracked.optimizers = [o for o in self.tracked.optimizers if o is not optimizer]
+        if any(known is optimizer for known in self.covered.optimizers):
+            self.covered.optimizers = [o for o in self.covered.optimizers if o is not optimizer]
             self.slots.forget_optimizer(optimizer)
 
     def sync_structure(self, *, leave_out: bool = False) -> None:
@@ -314,11 +314,11 @@ class Engine(ABC):
                 next act looks again.
         """
         known = len(self.slots.places)
-        walk = self.tracked.walk()
-        tensors = self.tracked.tensors(walk)
+        walk = self.covered.walk()
+        tensors = self.covered.tensors(walk)
         self._watch.forget()  # whatever happens from here on, the next look finds a change
         changed = self.slots.sync(tensors, leave_out=leave_out)
-        self.structure = self.tracked.structure()
+        self.structure = self.covered.structure()
         self.seed_holders = walk.seed_holders
         if not self.slots.left_out:
             self._watch.mark(walk, tensors)
@@ -338,7 +338,7 @@ class Engine(ABC):
 
     def tell_left_out(self) -> None:
         """Warn of live tensors that a restore has left alone, unless an error has named them before."""
-        if self.slots.left_out and (new := self.slots.untold(self.tracked.tensors())):
+        if self.slots.left_out and (new := self.slots.untold(self.covered.tensors())):
             warnings.warn(
                 "governor: a rollback leaves alone what no capture can hold: "
                 + "; ".join(f"{name}: {why}" for name, why in new.items()),
@@ -358,9 +358,9 @@ class HostEngine(Engine):
         settings: Tensor,
         mailbox: Tensor,
         reader: MailboxReader,
-        tracked: TrackedState,
+        covered: CoveredState,
     ) -> None:
-        super().__init__(column, state, config, settings, mailbox, reader, tracked)
+        super().__init__(column, state, config, settings, mailbox, reader, covered)
         self._view: npt.NDArray[np.float64] = state.numpy()[:, column]
         self._host: list[HostState | None] = [None, None]
         self.adopt_current_state()
@@ -373,7 +373,7 @@ class HostEngine(Engine):
             self.cull_poisoned_seeds()
             self.sync_structure()
             self._capture(self.host_parts())
-        elif self.tracked.structure() != self.structure:
+        elif self.covered.structure() != self.structure:
             self.sync_structure()
         if self.seed_holders and self.seeds_are_due():
             self.cull_poisoned_seeds()
@@ -421,10 +421,10 @@ class HostEngine(Engine):
         host = self._host[slot]
         assert host is not None, "the last known good slot always has its host-side parts"
         for key, tensor in self.slots.missing_live(slot, host.keys):
-            self.tracked.recreate(key, tensor)
-        kept = host.rates_to_keep(self.tracked)
+            self.covered.recreate(key, tensor)
+        kept = host.rates_to_keep(self.covered)
         ops.snapshot_restore_(state, self._column, self._settings, self.slots.table, mailbox)
-        host.load_into(self.tracked, again=again, kept=kept)
+        host.load_into(self.covered, again=again, kept=kept)
         self.tell_left_out()
 
     def _capture_and_promote(self, host: HostState) -> None:

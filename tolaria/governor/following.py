@@ -29,8 +29,8 @@ from tolaria.governor.events import (
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.skipping import StepSkipper
 from tolaria.governor.telemetry import Telemetry
-from tolaria.governor.tracked import TrackedState
 from tolaria.governor.verdict import GovernorReport
+from tolaria.snapshot.covered import CoveredState
 
 _FOLLOWED = (CaptureEvent, PromotionEvent, RollbackEvent, VerdictEvent)
 
@@ -44,25 +44,25 @@ class StepMark:
         self._gradient: weakref.ref[Tensor] | None = None
         self._version = 0
 
-    def set(self, tracked: TrackedState) -> None:
+    def set(self, covered: CoveredState) -> None:
         """A step ends here; looks at the first gradient there is."""
         self._thread = threading.get_ident()
         self._parameter = self._gradient = None
-        for parameter in _parameters(tracked.optimizers):
+        for parameter in _parameters(covered.optimizers):
             if parameter.grad is not None:
                 self._parameter, self._gradient = weakref.ref(parameter), weakref.ref(parameter.grad)
                 self._version = parameter.grad._version
                 return
 
-    def is_under_way(self, tracked: TrackedState) -> bool:
+    def is_under_way(self, covered: CoveredState) -> bool:
         """Whether a step may have begun since; always, for another thread than the one that trains."""
         if self._thread is not None and self._thread != threading.get_ident():
             return True
-        stages = getattr(tracked.scaler, "_per_optimizer_states", {}).values()
+        stages = getattr(covered.scaler, "_per_optimizer_states", {}).values()
         if any(getattr(state.get("stage"), "name", "READY") != "READY" for state in stages):
             return True
         if self._gradient is None or self._parameter is None:
-            return any(parameter.grad is not None for parameter in _parameters(tracked.optimizers))
+            return any(parameter.grad is not None for parameter in _parameters(covered.optimizers))
         parameter, gradient = self._parameter(), self._gradient()
         if parameter is None or gradient is None:
             return True
@@ -139,10 +139,10 @@ class Follower:
             engine.reconcile()
         finally:
             for event in events:
-                self.policy.hear(event, engine.tracked)
+                self.policy.hear(event, engine.covered)
 
     def follow_between_steps(self) -> None:
         """Follow late news, unless a step is under way: gradients and rates are left alone until it ends."""
         engine = self.engine
-        if engine is not None and engine.is_late and not self.mark.is_under_way(engine.tracked):
+        if engine is not None and engine.is_late and not self.mark.is_under_way(engine.covered):
             self.follow()

@@ -13,23 +13,24 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.errors import TolariaError
-from tolaria.governor import attach, graphs, statistics, uncovered
+from tolaria.governor import attach, statistics, uncovered
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import agree, agree_on_flag, check_ranks
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import GovernorEvent, MailboxReader
-from tolaria.governor.finite_state import would_roll_back
 from tolaria.governor.following import Follower
+from tolaria.governor.judging import would_roll_back
 from tolaria.governor.policy import RollbackPolicy
-from tolaria.governor.protocols import Stateful
 from tolaria.governor.readings import Readings
 from tolaria.governor.sinks import Sink
 from tolaria.governor.skipping import StepSkipper, remove_hooks
 from tolaria.governor.telemetry import Telemetry
-from tolaria.governor.tracked import TrackedState
 from tolaria.governor.verdict import GovernorReport, Verdict
 from tolaria.ops import Order, StateField
 from tolaria.ops.governor import judge_
+from tolaria.snapshot import graphs
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.protocols import Stateful
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,7 +98,7 @@ class TolariaGovernor(Readings):
         self.random_guess_loss = attach.resolve_random_guess_loss(num_classes, random_guess_loss)
         self._group = process_group
         self._telemetry = Telemetry(sinks)
-        tracked = TrackedState(
+        covered = CoveredState(
             model,
             listed,
             schedulers=schedulers,
@@ -108,20 +109,20 @@ class TolariaGovernor(Readings):
             device=attach.single_device(model, listed),
         )
         self._running: Engine | None = None
-        self._build(tracked)
-        uncovered.watch(tracked)
+        self._build(covered)
+        uncovered.watch(covered)
         self._telemetry.add([self._engine.attach_event()])
         self._telemetry.deliver()
 
-    def _build(self, tracked: TrackedState) -> None:
+    def _build(self, covered: CoveredState) -> None:
         self._skipper: StepSkipper | None = None
-        device = tracked.device
+        device = covered.device
         self._state = ops.governor_state(1, window=self.config.window, device=device)
-        self._settings = self._settings_tensor(tracked)
+        self._settings = self._settings_tensor(covered)
         self._mailbox = attach.make_mailbox(1, self.config.event_capacity, device)
         self._reader = MailboxReader(self._mailbox.numpy()[0], 0, -self.config.death_penalty)
         self._running = attach.make_engine(
-            0, self._state, self.config, self._settings, self._mailbox, self._reader, tracked
+            0, self._state, self.config, self._settings, self._mailbox, self._reader, covered
         )
         self._running.defer_panics = self._group is not None
         self._policy = RollbackPolicy(self.config)
@@ -150,9 +151,9 @@ class TolariaGovernor(Readings):
             weakref.finalize(self, remove_hooks, self._skipper.handles)
         self._follower.skipper = self._skipper
 
-    def _settings_tensor(self, tracked: TrackedState) -> Tensor:
-        overflows = tracked.scaler is not None and tracked.scaler.is_enabled()
-        return self.config.to_tensor(self.random_guess_loss, tracked.device, gradient_may_overflow=overflows)
+    def _settings_tensor(self, covered: CoveredState) -> Tensor:
+        overflows = covered.scaler is not None and covered.scaler.is_enabled()
+        return self.config.to_tensor(self.random_guess_loss, covered.device, gradient_may_overflow=overflows)
 
     @property
     def _engine(self) -> Engine:
@@ -221,7 +222,7 @@ class TolariaGovernor(Readings):
                 self._mailbox,
                 None,
                 self._reader.told,
-                engine.tracked.optimizers,
+                engine.covered.optimizers,
                 engine.structure,
             )
             self._latest = None
@@ -257,7 +258,7 @@ class TolariaGovernor(Readings):
         """The end of a step: the host does its share of what the device has done."""
         self._follower.hear()
         self._follower.follow()
-        self._follower.mark.set(self._engine.tracked)
+        self._follower.mark.set(self._engine.covered)
 
     def _tell(self) -> None:
         """Tell the sinks, once everything is done; then end a run that makes no progress."""
@@ -305,7 +306,7 @@ class TolariaGovernor(Readings):
             self._mailbox,
             gradient,
             self._reader.told,
-            engine.tracked.optimizers,
+            engine.covered.optimizers,
             engine.structure,
             state_bad,
         )
@@ -347,7 +348,7 @@ class TolariaGovernor(Readings):
         try:
             if last is not None and (last.step, last.rollback_count) == now:
                 engine.restore_again()
-                self._policy.apply(engine.tracked)
+                self._policy.apply(engine.covered)
             else:
                 engine.rollback()
                 engine.synchronize()
@@ -359,7 +360,7 @@ class TolariaGovernor(Readings):
         return self.last_report
 
     def _refuse_recording(self, call: str) -> None:
-        graphs.refuse_recording(self._engine.tracked.device, call)
+        graphs.refuse_recording(self._engine.covered.device, call)
 
     def snapshot(self) -> None:
         """Capture now, on probation; it replaces a candidate, never the last known good state.
@@ -414,7 +415,7 @@ class TolariaGovernor(Readings):
             self._follower.hear()
             self._follower.follow()
         finally:
-            uncovered.unwatch(self._running.tracked)
+            uncovered.unwatch(self._running.covered)
             self._let_go()
             self._running = self._skipper = None
             self._follower.engine = self._follower.skipper = None
@@ -466,15 +467,15 @@ class TolariaGovernor(Readings):
             TypeError: it is no optimizer.
             SnapshotError: its state cannot be covered; it is not added then.
         """
-        tracked = self._engine.tracked
-        if any(known is optimizer for known in tracked.optimizers):
+        covered = self._engine.covered
+        if any(known is optimizer for known in covered.optimizers):
             return
-        before = list(tracked.optimizers)
-        tracked.optimizers += attach.checked_optimizers(tracked.model, [optimizer])
+        before = list(covered.optimizers)
+        covered.optimizers += attach.checked_optimizers(covered.model, [optimizer])
         try:
             self._engine.sync_structure()
         except BaseException:
-            tracked.optimizers = before
+            covered.optimizers = before
             raise
         self._engine.hook(optimizer)
         if self._skipper is not None:
@@ -490,7 +491,7 @@ class TolariaGovernor(Readings):
     def add_scheduler(self, scheduler: Stateful) -> None:
         """Cover another learning-rate scheduler."""
         attach.check_listed(schedulers=[scheduler])
-        self._engine.tracked.schedulers.append(scheduler)
+        self._engine.covered.schedulers.append(scheduler)
 
     def notify_structure_changed(self) -> None:
         """Look at the model's structure now. Optional: the next step, capture or rollback notices growth."""
@@ -538,7 +539,7 @@ class TolariaGovernor(Readings):
 
     def _renew(self, engine: Engine, saved: Tensor) -> None:
         """Take ``saved`` over in place: recorded graphs go on being judged."""
-        settings = self._settings_tensor(engine.tracked)
+        settings = self._settings_tensor(engine.covered)
 
         def take_over() -> None:
             self._settings.copy_(settings)
@@ -552,7 +553,7 @@ class TolariaGovernor(Readings):
         """Take ``saved`` over with memory of another size; a recorded graph finds a judge without slots."""
         skipper, before = self._skipper, dict(vars(self))
         try:
-            self._build(former.tracked)
+            self._build(former.covered)
             self._follower.last_report = before["_follower"].last_report
             self._engine.adopt_current_state(partial(statistics.take_over, self._state, saved))
         except BaseException:

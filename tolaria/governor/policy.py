@@ -13,29 +13,29 @@ from tolaria.errors import TrainingDivergedError
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.events import GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
 from tolaria.governor.progress import Progress, plain_report, report_of
-from tolaria.governor.tracked import TrackedState, named_modules
 from tolaria.governor.verdict import GovernorReport
 from tolaria.ops import PanicReason
+from tolaria.snapshot.covered import CoveredState, named_modules
 
 _MAX_OFFENDING = 4096
 _SCALED_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
-def clear_gradients(tracked: TrackedState) -> None:
+def clear_gradients(covered: CoveredState) -> None:
     """Drop every gradient, and with it what was accumulated, since it belongs to the undone state.
 
     On CUDA gradients are zeroed where they are: a recorded graph keeps their addresses.
     """
-    if tracked.device.type == "cuda":
-        tracked.model.zero_grad(set_to_none=False)
-        for optimizer in tracked.optimizers:
+    if covered.device.type == "cuda":
+        covered.model.zero_grad(set_to_none=False)
+        for optimizer in covered.optimizers:
             optimizer.zero_grad(set_to_none=False)
         return
-    for _, module in named_modules(tracked.model):
+    for _, module in named_modules(covered.model):
         for parameter in module._parameters.values():
             if parameter is not None:
                 parameter.grad = None
-    for optimizer in tracked.optimizers:
+    for optimizer in covered.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -82,10 +82,10 @@ class RollbackPolicy:
         )
         self.offending_steps: deque[int] = deque(maxlen=_MAX_OFFENDING)
 
-    def hear(self, event: GovernorEvent, tracked: TrackedState) -> None:
+    def hear(self, event: GovernorEvent, covered: CoveredState) -> None:
         """Take note of an event, in the order in which they happened; act on a rollback."""
         if isinstance(event, RollbackEvent):
-            self.after_rollback(event.report, tracked)
+            self.after_rollback(event.report, covered)
         elif isinstance(event, PromotionEvent):
             self._progress.promoted()
         elif isinstance(event, VerdictEvent):
@@ -93,37 +93,37 @@ class RollbackPolicy:
             if self._config.skips_before_rollback and not event.rollback:
                 self._offend(event.step, event.step)
 
-    def after_rollback(self, report: GovernorReport, tracked: TrackedState) -> None:
+    def after_rollback(self, report: GovernorReport, covered: CoveredState) -> None:
         """Clear gradients, lower learning rates, note the steps that led here."""
         self._history.append(report)
         self._unchecked = True
         if report.reason is not PanicReason.MANUAL:
             self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
             self._progress.restored(report)
-        tracked.lowered.times += 1
-        self.apply(tracked)
+        covered.lowered.times += 1
+        self.apply(covered)
 
     def _offend(self, first: int, last: int) -> None:
         first = max(first, last - _MAX_OFFENDING + 1)  # a loaded count of panics may be of any size
         self.offending_steps.extend(s for s in range(first, last + 1) if s not in self.offending_steps)
 
-    def apply(self, tracked: TrackedState) -> None:
+    def apply(self, covered: CoveredState) -> None:
         """Clear gradients and lower the learning rates that were just put back."""
-        clear_gradients(tracked)
+        clear_gradients(covered)
         # A slot holds the rates of its own time: the factor of every rollback since then applies again. Rates
         # that the restore left alone reflect all but the last.
-        rates = tracked.lowered
+        rates = covered.lowered
         kept = rates.left_alone
         for is_kept, reflected in ((False, rates.reflected), (True, rates.reflected_there)):
             factor = self._config.lr_factor ** (rates.times - reflected)
             if factor != 1.0:
                 scale_learning_rates(
-                    [o for o in tracked.optimizers if (id(o) in kept) == is_kept],
-                    [s for s in tracked.schedulers if (id(s) in kept) == is_kept],
+                    [o for o in covered.optimizers if (id(o) in kept) == is_kept],
+                    [s for s in covered.schedulers if (id(s) in kept) == is_kept],
                     factor,
                 )
         rates.caught_up()
-        tracked.schedules.refresh(tracked.optimizers)
+        covered.schedules.refresh(covered.optimizers)
 
     def saved_form(self) -> dict[str, Any]:
         """Plain values for :meth:`load_saved_form`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tolaria import ops
-from tolaria.governor.memory import allocate
+from tolaria.snapshot.memory import allocate
 
 _ON_ITS_WAY = -1.0
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from tolaria.governor import graphs
 from tolaria.governor.engine import Engine
 from tolaria.governor.events import GovernorEvent, RollbackEvent, VerdictEvent
-from tolaria.governor.finite_state import PutBack
-from tolaria.governor.fresh_state import fresh_value
-from tolaria.governor.tracked import TrackedState
-from tolaria.governor.undo import HostCounters, UndoCopy
+from tolaria.snapshot import graphs
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.finite_state import PutBack
+from tolaria.snapshot.fresh_state import fresh_value
+from tolaria.snapshot.undo import HostCounters, UndoCopy
 
 
 class StepSkipper:
@@ -42,16 +42,16 @@ class StepSkipper:
     def __init__(self, engine: Engine) -> None:
         # Weakly: the optimizers' hooks know this object, and must not keep the engine and its slots.
         self._engine: Engine = weakref.proxy(engine)
-        self._tracked = tracked = engine.tracked
-        self._on_device = tracked.device.type == "cuda"
+        self._covered = covered = engine.covered
+        self._on_device = covered.device.type == "cuda"
         self._skip = False
-        self._flag = torch.zeros((), dtype=torch.float32, device=tracked.device)
+        self._flag = torch.zeros((), dtype=torch.float32, device=covered.device)
         self.handles: list[RemovableHandle] = []
         self._undone: list[_UndoneOptimizer] = []
         self._lent: dict[int, bool] = {}
         self._newborns: dict[int, _Newborns] = {}
-        self._buffers = _Buffers(tracked)
-        for optimizer in tracked.optimizers:
+        self._buffers = _Buffers(covered)
+        for optimizer in covered.optimizers:
             self.hook(optimizer)
         self.after_step()
 
@@ -64,7 +64,7 @@ class StepSkipper:
             self.handles.append(optimizer.register_step_pre_hook(self._set_found_inf))
             self.handles.append(optimizer.register_step_post_hook(self._remove_found_inf))
         else:
-            undone = _UndoneOptimizer(optimizer, self._tracked.device)
+            undone = _UndoneOptimizer(optimizer, self._covered.device)
             self._undone.append(undone)
             self.handles.append(optimizer.register_step_pre_hook(self._save(undone)))
             self.handles.append(optimizer.register_step_post_hook(self._put_back(undone)))
@@ -149,19 +149,19 @@ def remove_hooks(handles: Sequence[RemovableHandle]) -> None:
 class _Buffers:
     """The buffers that a forward may change, and their copies."""
 
-    def __init__(self, tracked: TrackedState) -> None:
-        self._tracked = tracked
-        self._undo = UndoCopy(tracked.device) if tracked.device.type == "cuda" else None
+    def __init__(self, covered: CoveredState) -> None:
+        self._covered = covered
+        self._undo = UndoCopy(covered.device) if covered.device.type == "cuda" else None
         self._homes: list[tuple[nn.Module, str]] = []
         self._live: list[Tensor] = []
         self._memory: list[Tensor] = []
         self._copies: list[Tensor] = []
 
     def save(self) -> None:
-        scheduled = {id(slot) for _, slot in self._tracked.walk().participants}
+        scheduled = {id(slot) for _, slot in self._covered.walk().participants}
         homes = [
             (module, name, buffer)
-            for module in self._tracked.model.modules()
+            for module in self._covered.model.modules()
             if id(module) not in scheduled
             for name, buffer in module._buffers.items()
             if buffer is not None

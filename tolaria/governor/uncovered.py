@@ -16,15 +16,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from tolaria.errors import UncoveredWarning
-from tolaria.governor.schedules import reaches
-from tolaria.governor.tracked import TrackedState
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.schedules import reaches
 
 
 class _Watch:
     """Who is governed, and which optimizers were looked at since that changed."""
 
     def __init__(self) -> None:
-        self.governed: dict[int, weakref.ref[TrackedState]] = {}
+        self.governed: dict[int, weakref.ref[CoveredState]] = {}
         self.seen: dict[int, weakref.ref[Optimizer]] = {}
         self.dismissed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.handle: RemovableHandle | None = None
@@ -36,12 +36,12 @@ class _Watch:
             self._look(optimizer)
 
     def _look(self, optimizer: Optimizer) -> None:
-        governed = [tracked for ref in self.governed.values() if (tracked := ref()) is not None]
-        if optimizer in self.dismissed or any(_covers(tracked, optimizer) for tracked in governed):
+        governed = [covered for ref in self.governed.values() if (covered := ref()) is not None]
+        if optimizer in self.dismissed or any(_covers(covered, optimizer) for covered in governed):
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for tracked in governed:
-            names = [name for name, p in tracked.model.named_parameters() if id(p) in stepped]
+        for covered in governed:
+            names = [name for name, p in covered.model.named_parameters() if id(p) in stepped]
             if names:
                 self.dismissed.add(optimizer)  # one warning
                 _warn(optimizer, names)
@@ -59,18 +59,18 @@ class _Watch:
 _WATCH = _Watch()
 
 
-def watch(tracked: TrackedState) -> None:
-    """Look out for optimizers that step over what ``tracked`` covers and are not part of it."""
-    key = id(tracked)
-    _WATCH.governed[key] = weakref.ref(tracked, lambda _: _WATCH.forget(key))
+def watch(covered: CoveredState) -> None:
+    """Look out for optimizers that step over what ``covered`` covers and are not part of it."""
+    key = id(covered)
+    _WATCH.governed[key] = weakref.ref(covered, lambda _: _WATCH.forget(key))
     _WATCH.seen.clear()
     if _WATCH.handle is None:
         _WATCH.handle = register_optimizer_step_pre_hook(_WATCH)
 
 
-def unwatch(tracked: TrackedState) -> None:
+def unwatch(covered: CoveredState) -> None:
     """The end of :func:`watch`."""
-    _WATCH.forget(id(tracked))
+    _WATCH.forget(id(covered))
 
 
 def look_again() -> None:
@@ -83,11 +83,11 @@ def dismiss(optimizer: Optimizer) -> None:
     _WATCH.dismissed.add(optimizer)
 
 
-def _covers(tracked: TrackedState, optimizer: Optimizer) -> bool:
+def _covers(covered: CoveredState, optimizer: Optimizer) -> bool:
     """Whether it is covered, itself or by one that it wraps or that wraps it."""
     return any(
         reaches(known, optimizer) or reaches(optimizer, known) or known.param_groups is optimizer.param_groups
-        for known in tracked.optimizers
+        for known in covered.optimizers
     )
 
 

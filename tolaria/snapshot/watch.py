@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tolaria.governor.grad_scaler import SCALER_TENSORS
-from tolaria.governor.tracked import TrackedState, TrackedTensor, Walk
+from tolaria.snapshot.covered import CoveredState, CoveredTensor, Walk
+from tolaria.snapshot.grad_scaler import SCALER_TENSORS
 
 _DTYPE = operator.attrgetter("dtype")
 _BYTES = torch.UntypedStorage.nbytes
@@ -33,17 +33,17 @@ class _Mark(NamedTuple):
 
 
 class StructureWatch:
-    """Compares the containers of a :class:`TrackedState` and the addresses of its tensors with a mark."""
+    """Compares the containers of a :class:`CoveredState` and the addresses of its tensors with a mark."""
 
-    def __init__(self, tracked: TrackedState) -> None:
-        self._tracked = tracked
+    def __init__(self, covered: CoveredState) -> None:
+        self._covered = covered
         self._mark: _Mark | None = None
 
     def forget(self) -> None:
         """Until the next :meth:`mark`, say that something has moved."""
         self._mark = None
 
-    def mark(self, walk: Walk, tensors: Sequence[TrackedTensor]) -> None:
+    def mark(self, walk: Walk, tensors: Sequence[CoveredTensor]) -> None:
         """Remember what there is now: the next :meth:`has_moved` compares with it."""
         found = [t.tensor for t in tensors]
         staged = [
@@ -85,14 +85,14 @@ class StructureWatch:
         containers: list[Mapping[Any, Any]] = []
         for module in modules:
             containers += [module._modules, module._parameters, module._buffers]
-        for optimizer in self._tracked.optimizers:
+        for optimizer in self._covered.optimizers:
             containers += [optimizer.state, *(s for s in optimizer.state.values() if isinstance(s, Mapping))]
         found: list[object] = list(chain.from_iterable(map(_VALUES, containers)))
-        for optimizer in self._tracked.optimizers:
+        for optimizer in self._covered.optimizers:
             for group in optimizer.param_groups:
                 found += group["params"]
                 found += [value for key, value in group.items() if key != "params"]
-        found += [getattr(self._tracked.scaler, name, None) for name in SCALER_TENSORS]
+        found += [getattr(self._covered.scaler, name, None) for name in SCALER_TENSORS]
         return found
 
     def _whereabouts(self, mark: _Mark) -> tuple[object, ...]:
@@ -109,5 +109,5 @@ class StructureWatch:
             list(map(_BYTES, mark.storages)),
             [(t.is_conj(), t.is_neg()) for t in mark.signed],
             [len(tensors()) for tensors in mark.staged],
-            self._tracked.structure(),
+            self._covered.structure(),
         )

@@ -8,22 +8,22 @@ from collections.abc import Iterator
 from torch.optim import Optimizer
 
 from tolaria.errors import UncoveredWarning
-from tolaria.governor.tracked import TrackedState, TrackedTensor
+from tolaria.snapshot.covered import CoveredState, CoveredTensor
 
 _SHARDED = {"DTensor", "FlatParameter"}
 
 
-def check_unsharded(tracked: TrackedState) -> None:
+def check_unsharded(covered: CoveredState) -> None:
     """Refuse what lies in pieces on several ranks, which a rollback of one rank would tear.
 
     Raises:
         RuntimeError: a parameter or buffer is a shard, or a module shards its parameters.
     """
-    walk = tracked.walk()
+    walk = covered.walk()
     for prefix, path, module in walk.modules:
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise _sharded(prefix + path or "the model", "FullyShardedDataParallel")
-    for candidate in tracked.candidates(walk):
+    for candidate in covered.candidates(walk):
         tensor = candidate.tensor
         kinds = {kind.__name__ for kind in type(tensor).__mro__} & _SHARDED
         if kinds or hasattr(tensor, "placements") or getattr(tensor, "_is_flat_param", False):
@@ -40,8 +40,8 @@ def _sharded(name: str, kind: str) -> RuntimeError:
 class Coverage:
     """Remembers what has been said, so that each thing is said once."""
 
-    def __init__(self, tracked: TrackedState) -> None:
-        self._tracked = tracked
+    def __init__(self, covered: CoveredState) -> None:
+        self._covered = covered
         self._told: set[str] = set()
 
     def look(self, *, attaching: bool = False) -> None:
@@ -51,8 +51,8 @@ class Coverage:
             attaching: look for optimizers of something else, too; later they may be those of a seed that is
                 gone.
         """
-        found = [*map(_elsewhere, self._tracked.elsewhere()), *_wrapped(self._tracked)]
-        found += _strangers(self._tracked) if attaching else ()
+        found = [*map(_elsewhere, self._covered.elsewhere()), *_wrapped(self._covered)]
+        found += _strangers(self._covered) if attaching else ()
         new = [text for text in found if text not in self._told]
         self._told.update(new)
         if new:
@@ -64,30 +64,30 @@ class Coverage:
             )
 
 
-def _elsewhere(candidate: TrackedTensor) -> str:
+def _elsewhere(candidate: CoveredTensor) -> str:
     return (
         f"{candidate.name}, which is on {candidate.tensor.device}: move it to the device of the model's "
         "parameters, or hand it over in extras="
     )
 
 
-def _wrapped(tracked: TrackedState) -> Iterator[str]:
+def _wrapped(covered: CoveredState) -> Iterator[str]:
     """Optimizers inside of others, whose state is their own."""
-    for i, optimizer in enumerate(tracked.optimizers):
+    for i, optimizer in enumerate(covered.optimizers):
         for name, inner in vars(optimizer).items():
             if not isinstance(inner, Optimizer) or inner.state is optimizer.state:
                 continue
-            if not any(inner is known for known in tracked.optimizers):
+            if not any(inner is known for known in covered.optimizers):
                 yield (
                     f"the state of optimizers[{i}].{name} ({type(inner).__name__}), which "
                     f"{type(optimizer).__name__} wraps: hand over both"
                 )
 
 
-def _strangers(tracked: TrackedState) -> Iterator[str]:
+def _strangers(covered: CoveredState) -> Iterator[str]:
     """Optimizers that train nothing of the model: of another copy of it, or of parameters replaced since."""
-    own = {id(p) for *_, module in tracked.walk().modules for _, p in module._parameters.items()}
-    for i, optimizer in enumerate(tracked.optimizers):
+    own = {id(p) for *_, module in covered.walk().modules for _, p in module._parameters.items()}
+    for i, optimizer in enumerate(covered.optimizers):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if params and own and not any(id(p) in own for p in params):
             yield (

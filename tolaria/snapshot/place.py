@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tolaria.governor.arena import Block
-from tolaria.governor.tracked import TrackedTensor
 from tolaria.ops import live_view, slot_view
 from tolaria.ops._layout import runs
+from tolaria.snapshot.arena import Block
+from tolaria.snapshot.covered import CoveredTensor
 
 
 class PlaceKey(NamedTuple):
@@ -27,10 +27,10 @@ class PlaceKey(NamedTuple):
     is_neg: bool
 
 
-def place_key(tracked: TrackedTensor) -> PlaceKey:
-    """Where ``tracked`` belongs."""
-    t = tracked.tensor
-    return PlaceKey(tracked.key, t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg())
+def place_key(covered: CoveredTensor) -> PlaceKey:
+    """Where ``covered`` belongs."""
+    t = covered.tensor
+    return PlaceKey(covered.key, t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg())
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class Place:
     """False: the owner dropped the tensor, but a slot that may be restored still has it."""
 
     @classmethod
-    def of(cls, tracked: TrackedTensor, view: Tensor, block: Block, number: int) -> Place:
-        """The place of ``tracked``, whose :func:`tolaria.ops.live_view` is ``view``."""
+    def of(cls, covered: CoveredTensor, view: Tensor, block: Block, number: int) -> Place:
+        """The place of ``covered``, whose :func:`tolaria.ops.live_view` is ``view``."""
         first, second = block.memory
         slots = slot_view(first, 0, view), slot_view(second, 0, view)
-        return cls(tracked.key, tracked.name, number, tracked.owner, view, block, slots)
+        return cls(covered.key, covered.name, number, covered.owner, view, block, slots)
 
 
 def fresh_copy(key: PlaceKey, place: Place, slot: int) -> Tensor:
@@ -82,22 +82,22 @@ def is_finite(tensor: Tensor) -> bool:
         return True  # nobody can look at it; it is copied
 
 
-def _birth_value(tracked: TrackedTensor, view: Tensor) -> Tensor:
+def _birth_value(covered: CoveredTensor, view: Tensor) -> Tensor:
     """What a slot holds of a tensor that appeared after its capture, as stored in memory."""
-    if tracked.zeroed:
+    if covered.zeroed:
         return torch.zeros_like(view)
-    if tracked.kind != "optimizer":
+    if covered.kind != "optimizer":
         return view
-    value, fresh = torch.zeros_like(view), tracked.fresh_value
+    value, fresh = torch.zeros_like(view), covered.fresh_value
     if fresh is not None:
         value.copy_(fresh) if isinstance(fresh, Tensor) else value.fill_(fresh)
-    value = value.conj_physical() if tracked.tensor.is_conj() else value
-    return value.neg() if tracked.tensor.is_neg() else value
+    value = value.conj_physical() if covered.tensor.is_conj() else value
+    return value.neg() if covered.tensor.is_neg() else value
 
 
-def write_birth_value(tracked: TrackedTensor, place: Place, slots: Iterable[int]) -> None:
+def write_birth_value(covered: CoveredTensor, place: Place, slots: Iterable[int]) -> None:
     """Fill ``slots`` of a place that nothing points to yet; on CUDA enqueued on the current stream."""
-    value = _birth_value(tracked, place.live)
+    value = _birth_value(covered, place.live)
     for slot in slots:
         place.slots[slot].copy_(value, non_blocking=True)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria.errors import SnapshotError
-from tolaria.governor import loose_state
-from tolaria.governor.fresh_state import fresh_value
-from tolaria.governor.grad_scaler import load_scaler_values, scaler_values
-from tolaria.governor.schedules import KeptRates
-from tolaria.governor.tracked import TrackedState
+from tolaria.snapshot import loose_state
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.fresh_state import fresh_value
+from tolaria.snapshot.grad_scaler import load_scaler_values, scaler_values
+from tolaria.snapshot.schedules import KeptRates
 
 HostValues = dict[int, dict[int, dict[str, Any]]]
 """By step, then by the parameter's id: the entries of an optimizer's state that are on the host."""
@@ -52,16 +52,16 @@ class HostState:
     """How often :meth:`load_into` has put it back: a repeated one draws other random numbers."""
 
     @classmethod
-    def of(cls, tracked: TrackedState) -> HostState:
+    def of(cls, covered: CoveredState) -> HostState:
         """A copy of every host-side part as it is now.
 
         Raises:
             SnapshotError: a scheduler or an extra cannot say its state.
         """
-        walk = tracked.walk()
-        tracked.find_schedules()
+        walk = covered.walk()
+        covered.find_schedules()
         return cls(
-            optimizers=[_optimizer_host(tracked, optimizer) for optimizer in tracked.optimizers],
+            optimizers=[_optimizer_host(covered, optimizer) for optimizer in covered.optimizers],
             parameters=[
                 (module, name, parameter)
                 for *_, module in walk.modules
@@ -70,22 +70,22 @@ class HostState:
             ],
             schedulers=[
                 _told(f"schedulers[{i}]", scheduler.state_dict)
-                for i, scheduler in enumerate(tracked.schedulers)
+                for i, scheduler in enumerate(covered.schedulers)
             ],
-            scaler=scaler_values(tracked.scaler),
+            scaler=scaler_values(covered.scaler),
             extras={
                 name: _told(f"extras[{name!r}]", extra.state_dict)
-                for name, extra in tracked.extras.items()
+                for name, extra in covered.extras.items()
                 if not isinstance(extra, nn.Module)
             },
             modules={name: module.rollback_state() for name, module in walk.participants},
-            rng=tracked.generators.state(),
-            rates_lowered=tracked.lowered.reflected,
+            rng=covered.generators.state(),
+            rates_lowered=covered.lowered.reflected,
         )
 
     def load_into(
         self,
-        tracked: TrackedState,
+        covered: CoveredState,
         *,
         keep_fresh: bool = False,
         again: bool = False,
@@ -94,7 +94,7 @@ class HostState:
         """Put every host-side part back; what came into being after the capture is removed.
 
         Args:
-            tracked: what the capture was of; its tensors are restored already.
+            covered: what the capture was of; its tensors are restored already.
             keep_fresh: leave optimizer state that was put back to its value before the first step where it
                 is, so that addresses stay what they were.
             again: the same restore once more, so with the same random numbers.
@@ -104,46 +104,46 @@ class HostState:
             SnapshotError: a scheduler or an extra refused its state; everything else is back.
         """
         if kept is None:
-            kept = self.rates_to_keep(tracked)
+            kept = self.rates_to_keep(covered)
             kept.tell_lost()
         captured = {id(host.optimizer): host for host in self.optimizers}
-        for optimizer in tracked.optimizers:
+        for optimizer in covered.optimizers:
             if id(optimizer) in captured:
                 _load_optimizer(optimizer, captured[id(optimizer)], keep_fresh=keep_fresh)
             else:  # unknown at the capture: it starts afresh
                 optimizer.state.clear()
         kept.put_back()
-        tracked.lowered.restored(self.rates_lowered, kept)
-        self._reattach_parameters(tracked)
-        load_scaler_values(tracked.scaler, self.scaler)
-        for name, module in tracked.walk().participants:
+        covered.lowered.restored(self.rates_lowered, kept)
+        self._reattach_parameters(covered)
+        load_scaler_values(covered.scaler, self.scaler)
+        for name, module in covered.walk().participants:
             module.load_rollback_state(self.modules.get(name))
         refused = [
             *(
                 _refusal(f"schedulers[{i}]", scheduler.load_state_dict, state)
-                for i, (scheduler, state) in enumerate(zip(tracked.schedulers, self.schedulers, strict=False))
+                for i, (scheduler, state) in enumerate(zip(covered.schedulers, self.schedulers, strict=False))
             ),
             *(
-                _refusal(f"extras[{name!r}]", tracked.extras[name].load_state_dict, state)
+                _refusal(f"extras[{name!r}]", covered.extras[name].load_state_dict, state)
                 for name, state in self.extras.items()
             ),
         ]
         self.restores += not again
-        tracked.generators.load(self.rng, max(0, self.restores - 1))
+        covered.generators.load(self.rng, max(0, self.restores - 1))
         for error in filter(None, refused):
             raise error
 
-    def rates_to_keep(self, tracked: TrackedState) -> KeptRates:
+    def rates_to_keep(self, covered: CoveredState) -> KeptRates:
         """The rates that a restore leaves alone, since this capture does not know their schedule."""
-        tracked.find_schedules()
-        return KeptRates(tracked.optimizers, tracked.schedulers, len(self.schedulers))
+        covered.find_schedules()
+        return KeptRates(covered.optimizers, covered.schedulers, len(self.schedulers))
 
-    def _reattach_parameters(self, tracked: TrackedState) -> None:
+    def _reattach_parameters(self, covered: CoveredState) -> None:
         """Undo a replacement of parameter objects that the optimizers know nothing of.
 
         ``load_state_dict(assign=True)`` is one: the optimizers keep the old objects, the model has new ones.
         """
-        held = {id(p) for o in tracked.optimizers for group in o.param_groups for p in group["params"]}
+        held = {id(p) for o in covered.optimizers for group in o.param_groups for p in group["params"]}
         moved: set[int] = set()
         for module, name, parameter in self.parameters:
             has_place = name in module._parameters  # a ScriptModule's mapping has no get()
@@ -182,10 +182,10 @@ def _refusal(
     return None
 
 
-def _optimizer_host(tracked: TrackedState, optimizer: Optimizer) -> OptimizerHost:
+def _optimizer_host(covered: CoveredState, optimizer: Optimizer) -> OptimizerHost:
     def host_values(values: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            k: copy.deepcopy(v) for k, v in values.items() if k != "params" and not tracked.is_captured(v)
+            k: copy.deepcopy(v) for k, v in values.items() if k != "params" and not covered.is_captured(v)
         }
 
     groups = [host_values(g) for g in optimizer.param_groups]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tolaria.governor import graphs
+from tolaria.snapshot import graphs
 
 
 class Flight:

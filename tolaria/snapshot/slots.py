@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.errors import SnapshotError
-from tolaria.governor.arena import Arena, Block, Segment
-from tolaria.governor.memory import allocate
-from tolaria.governor.place import (
+from tolaria.ops import SnapshotEntry, SnapshotTable, live_view
+from tolaria.ops.snapshot import PreparedRows
+from tolaria.snapshot.arena import Arena, Block, Segment
+from tolaria.snapshot.covered import CoveredTensor
+from tolaria.snapshot.memory import allocate
+from tolaria.snapshot.place import (
     MemoryMap,
     Place,
     PlaceKey,
@@ -22,11 +25,8 @@ from tolaria.governor.place import (
     place_key,
     write_birth_value,
 )
-from tolaria.governor.tracked import TrackedTensor
-from tolaria.ops import SnapshotEntry, SnapshotTable, live_view
-from tolaria.ops.snapshot import PreparedRows
 
-_Live = dict[PlaceKey, tuple[TrackedTensor, Tensor]]
+_Live = dict[PlaceKey, tuple[CoveredTensor, Tensor]]
 _Signature = list[tuple[object, ...]]
 
 
@@ -113,13 +113,13 @@ class Slots:
         self._told |= self.left_out.keys()
         _refuse(self.left_out)
 
-    def untold(self, tensors: Sequence[TrackedTensor]) -> dict[str, str]:
+    def untold(self, tensors: Sequence[CoveredTensor]) -> dict[str, str]:
         """Those of ``tensors`` that cannot be covered and that nobody has named before, and why."""
         new = {name: why for name, why in _views(tensors)[1].items() if name not in self._told}
         self._told |= new.keys()
         return new
 
-    def is_current(self, tensors: Sequence[TrackedTensor]) -> bool:
+    def is_current(self, tensors: Sequence[CoveredTensor]) -> bool:
         """Whether these are the tensors that the table points to."""
         live, refused = _views(tensors)
         return not refused and self._points_to(live)
@@ -128,7 +128,7 @@ class Slots:
         whole = self.table.holds(self._layout.rows) and not self._forgotten
         return whole and _signature(live) == self._layout.seen
 
-    def sync(self, tensors: Sequence[TrackedTensor], *, leave_out: bool = False) -> bool:
+    def sync(self, tensors: Sequence[CoveredTensor], *, leave_out: bool = False) -> bool:
         """Bring the places in line with ``tensors``; True when something had changed.
 
         Args:
@@ -201,11 +201,11 @@ class Slots:
         former = self._layout
         memory: MemoryMap | None = None
         for key in (key for key in live if key not in former.live_keys or key in self._forgotten):
-            tracked, slots = live[key][0], [slot for slot in (0, 1) if key not in held[slot]]
+            covered, slots = live[key][0], [slot for slot in (0, 1) if key not in held[slot]]
             if not slots:
                 continue
-            write_birth_value(tracked, places[key], slots)
-            if tracked.kind != "optimizer" and not tracked.zeroed:
+            write_birth_value(covered, places[key], slots)
+            if covered.kind != "optimizer" and not covered.zeroed:
                 memory = memory or MemoryMap(former.places[k] for k in former.live_keys)
                 memory.inherit(places[key], slots)
         joining = frozenset(key for key in live if live[key][0].kind in ("parameter", "buffer"))
@@ -246,7 +246,7 @@ class Slots:
         }
 
 
-def check_coverable(tensors: Sequence[TrackedTensor]) -> None:
+def check_coverable(tensors: Sequence[CoveredTensor]) -> None:
     """Refuse what cannot be copied byte by byte.
 
     Raises:
@@ -261,17 +261,17 @@ def _refuse(refused: Mapping[str, str]) -> None:
         raise SnapshotError(f"{name}{more}: {why}")
 
 
-def _views(tensors: Sequence[TrackedTensor]) -> tuple[_Live, dict[str, str]]:
+def _views(tensors: Sequence[CoveredTensor]) -> tuple[_Live, dict[str, str]]:
     """What can be covered, by its place, and the names of what cannot, with the reason."""
     live: _Live = {}
     refused: dict[str, str] = {}
-    for tracked in tensors:
+    for covered in tensors:
         try:
-            view = live_view(tracked.tensor)
+            view = live_view(covered.tensor)
         except SnapshotError as error:
-            refused[tracked.name] = str(error)
+            refused[covered.name] = str(error)
         else:
-            live[place_key(tracked)] = tracked, view
+            live[place_key(covered)] = covered, view
     return live, refused
 
 
@@ -279,9 +279,9 @@ def _signature(live: _Live) -> _Signature:
     return [(view.data_ptr(), key, t.watched, t.zeroed, t.part) for key, (t, view) in live.items()]
 
 
-def _entry(place: Place, tracked: TrackedTensor, exempt: frozenset[Hashable]) -> SnapshotEntry:
-    index = place.number if tracked.watched and tracked.key not in exempt else -1
-    return SnapshotEntry(place.live, place.slots, tracked.part, index, tracked.zeroed)
+def _entry(place: Place, covered: CoveredTensor, exempt: frozenset[Hashable]) -> SnapshotEntry:
+    index = place.number if covered.watched and covered.key not in exempt else -1
+    return SnapshotEntry(place.live, place.slots, covered.part, index, covered.zeroed)
 
 
 def _free_numbers(places: Iterable[Place]) -> Iterator[int]:

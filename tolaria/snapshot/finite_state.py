@@ -1,4 +1,4 @@
-"""Whether the covered state is finite, which decides if a bad step may be let pass instead of rolled back."""
+"""Whether the covered state is finite."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tolaria import ops
-from tolaria.governor.slots import Slots
-from tolaria.governor.tracked import TrackedState
-from tolaria.governor.watch import StructureWatch
-from tolaria.ops import StateField, live_view
+from tolaria.ops import live_view
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.slots import Slots
+from tolaria.snapshot.watch import StructureWatch
 
 _SEARCHED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -30,13 +30,13 @@ class StateCheck:
     """Looks for NaN and infinity in parameters, buffers and optimizer state, as captures do.
 
     Args:
-        tracked: what is covered.
+        covered: what is covered.
         slots: know which tensors are exempt, since they were not finite from the start.
         watch: knows whether the tensors are still those of the last look.
     """
 
-    def __init__(self, tracked: TrackedState, slots: Slots, watch: StructureWatch) -> None:
-        self._tracked, self._slots, self._watch = tracked, slots, watch
+    def __init__(self, covered: CoveredState, slots: Slots, watch: StructureWatch) -> None:
+        self._covered, self._slots, self._watch = covered, slots, watch
         self._tensors: list[tuple[int, Tensor]] | None = None
 
     def flag(self, put_back: PutBack | None = None) -> Tensor | None:
@@ -55,7 +55,7 @@ class StateCheck:
     def _find(self) -> list[tuple[int, Tensor]]:
         return [
             (id(t.tensor) if t.kind == "buffer" else 0, _searchable(t.tensor))
-            for t in self._tracked.tensors()
+            for t in self._covered.tensors()
             if t.watched
             and t.kind != "scaler"
             and t.key not in self._slots.exempt
@@ -70,22 +70,3 @@ def _searchable(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return live_view(tensor) if tensor.dtype in _SEARCHED else tensor.to(torch.float32)
-
-
-def would_roll_back(
-    state: Tensor,
-    settings: Tensor,
-    losses: Tensor,
-    nonfinite: Tensor | None,
-    active: Tensor | None,
-    gradient: Tensor | None,
-) -> Tensor:
-    """Which governors would roll back if no bad step was let pass: bool ``(n,)``. Judges on a copy.
-
-    Args, and what is raised: as for :func:`tolaria.ops.governor_step_`.
-    """
-    trial = state.clone()
-    always = torch.ones(state.shape[1], dtype=torch.bool, device=state.device)
-    ops.governor_step_(trial, settings, losses, nonfinite, active, None, gradient, always)
-    rolls_back = trial[StateField.rollback] != 0
-    return rolls_back if active is None else rolls_back & (active.reshape(-1) != 0)

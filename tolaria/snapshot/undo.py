@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.errors import TolariaError
-from tolaria.governor import graphs
-from tolaria.governor.config import GovernorConfig
-from tolaria.governor.host_state import HostValues, parameter_states
-from tolaria.ops import SnapshotEntry, SnapshotTable, StateField, live_view, slot_view
+from tolaria.ops import ConfigField, SnapshotEntry, SnapshotTable, StateField, live_view, slot_view
+from tolaria.snapshot import graphs
+from tolaria.snapshot.host_state import HostValues, parameter_states
 
 _ALIGN = 256
 
@@ -35,7 +34,8 @@ class UndoCopy:
         self._armed = self._state.clone()
         self._armed[StateField.capture_order_0] = 0.0
         self._armed[StateField.last_good] = 0.0
-        self._settings = GovernorConfig(window=2, min_history=2).to_tensor(None, device)
+        # A restore reads what a governor's rollback costs; nobody reads that here.
+        self._settings = torch.zeros(len(ConfigField), dtype=torch.float64, device="cpu").to(device)
         self._table = SnapshotTable(device=device)
         self._seen: list[tuple[int, torch.Size]] = []
         self.copies: list[Tensor] = []

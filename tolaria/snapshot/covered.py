@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tolaria.governor.fresh_state import fresh_value
-from tolaria.governor.grad_scaler import SCALER_TENSORS
-from tolaria.governor.protocols import HoldsSeed, Stateful, TakesPartInRollback
-from tolaria.governor.rng import Generators
-from tolaria.governor.schedules import LoweredRates, ScheduleFinder
+from tolaria.snapshot.fresh_state import fresh_value
+from tolaria.snapshot.grad_scaler import SCALER_TENSORS
+from tolaria.snapshot.protocols import HoldsSeed, Stateful, TakesPartInRollback
+from tolaria.snapshot.rng import Generators
+from tolaria.snapshot.schedules import LoweredRates, ScheduleFinder
 
 Kind = Literal["parameter", "buffer", "optimizer", "scaler", "extra"]
 
 
 @dataclass(frozen=True, slots=True)
-class TrackedTensor:
+class CoveredTensor:
     """A tensor that a capture covers, under a key that outlives its replacement."""
 
     key: Hashable
@@ -85,7 +85,7 @@ class Walk(NamedTuple):
     """Those of the model that may hold an incubating seed."""
 
 
-class TrackedState:
+class CoveredState:
     """Finds what is covered, each time anew, and puts the host-side parts back.
 
     Args:
@@ -130,10 +130,10 @@ class TrackedState:
 
     # -- tensors ---------------------------------------------------------------------------------------------
 
-    def tensors(self, walk: Walk | None = None) -> list[TrackedTensor]:
+    def tensors(self, walk: Walk | None = None) -> list[CoveredTensor]:
         """Every covered tensor, tied ones once, in a stable order; ``walk`` is that of now, if known."""
         walk = walk or self.walk()
-        found: dict[int, TrackedTensor] = {}
+        found: dict[int, CoveredTensor] = {}
         for candidate in self.candidates(walk):
             found.setdefault(id(candidate.tensor), candidate)
         incubating = {id(t) for _, module in walk.seed_holders for t in module.incubating_tensors()}
@@ -163,7 +163,7 @@ class TrackedState:
             [(name, cast(HoldsSeed, m)) for name, m in own if _has(m, _SEED_HOLDER)],
         )
 
-    def elsewhere(self) -> list[TrackedTensor]:
+    def elsewhere(self) -> list[CoveredTensor]:
         """Parameters, buffers and the scaler's tensors that no capture copies, being on another device."""
         return [
             t
@@ -172,7 +172,7 @@ class TrackedState:
             if not (isinstance(t.key, tuple) and t.key[0] == "group")  # a host-side part
         ]
 
-    def candidates(self, walk: Walk) -> Iterator[TrackedTensor]:
+    def candidates(self, walk: Walk) -> Iterator[CoveredTensor]:
         """Every tensor that is covered, or would be on the governor's device; tied ones more than once."""
         names: dict[int, str] = {}
         stepped = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
@@ -184,37 +184,37 @@ class TrackedState:
                     names.setdefault(id(parameter), name)
                     hooked = id(parameter) in stepped
                     key: Hashable = ("module", prefix, path + leaf)
-                    yield TrackedTensor(key, name, parameter, "parameter", parameter, hooked=hooked)
+                    yield CoveredTensor(key, name, parameter, "parameter", parameter, hooked=hooked)
         for prefix, path, module in modules:
             for leaf, buffer in module._buffers.items():
                 if buffer is not None:
                     key = ("module", prefix, path + leaf)
-                    yield TrackedTensor(key, prefix + path + leaf, buffer, "buffer", buffer)
+                    yield CoveredTensor(key, prefix + path + leaf, buffer, "buffer", buffer)
         for i, optimizer in enumerate(self.optimizers):
             yield from self._optimizer_tensors(i, optimizer, names)
         for name in SCALER_TENSORS:
             tensor = getattr(self.scaler, name, None)
             if isinstance(tensor, Tensor):
-                yield TrackedTensor(("scaler", name), f"scaler.{name}", tensor, "scaler", tensor)
+                yield CoveredTensor(("scaler", name), f"scaler.{name}", tensor, "scaler", tensor)
 
     @staticmethod
-    def _optimizer_tensors(i: int, optimizer: Optimizer, names: dict[int, str]) -> Iterator[TrackedTensor]:
+    def _optimizer_tensors(i: int, optimizer: Optimizer, names: dict[int, str]) -> Iterator[CoveredTensor]:
         for g, group in enumerate(optimizer.param_groups):
             for key, value in group.items():
                 if isinstance(value, Tensor):
                     named = f"optimizer[{i}].group[{g}].{key}"
-                    yield TrackedTensor(("group", id(optimizer), g, key), named, value, "scaler", value)
+                    yield CoveredTensor(("group", id(optimizer), g, key), named, value, "scaler", value)
             for p, parameter in enumerate(group["params"]):
                 name = names.get(id(parameter), f"optimizer[{i}].group[{g}].params[{p}]")
                 if id(parameter) not in names:
                     own: Hashable = ("parameter", id(parameter))
-                    yield TrackedTensor(own, name, parameter, "parameter", parameter, hooked=True)
+                    yield CoveredTensor(own, name, parameter, "parameter", parameter, hooked=True)
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
                         named = f"optimizer[{i}].{key}({name})"
                         key_ = ("state", id(optimizer), id(parameter), key)
                         fresh = fresh_value(optimizer, group, key)
-                        yield TrackedTensor(key_, named, value, "optimizer", parameter, fresh_value=fresh)
+                        yield CoveredTensor(key_, named, value, "optimizer", parameter, fresh_value=fresh)
 
     def structure(self) -> list[int]:
         """A cheap sign of growth: parameters per group of every optimizer."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.errors import UncoveredWarning
-from tolaria.governor.protocols import Stateful
+from tolaria.snapshot.protocols import Stateful
 
 _SCHEDULED = ("lr", "momentum", "betas")
 """What the schedules of torch write to a group at every step."""

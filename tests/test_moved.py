@@ -1,0 +1,91 @@
+"""Former paths of modules: they give what is there now, and a warning; pickles that name them load."""
+
+import importlib
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from tolaria import _moved
+
+
+@pytest.fixture(autouse=True)
+def as_if_never_imported(monkeypatch):
+    """A former path warns where it is imported first; others may have done so in this process."""
+    for name in _moved.MOVED:
+        forget(monkeypatch, name)
+
+
+def forget(monkeypatch, name):
+    """Let nobody have imported it."""
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    package, _, leaf = name.rpartition(".")
+    monkeypatch.delitem(vars(sys.modules[package]), leaf, raising=False)
+
+
+@pytest.mark.parametrize("name", _moved.MOVED)
+def test_former_path_warns_its_importer_and_gives_what_is_there(name):
+    homes = [importlib.import_module(home) for home in _moved.MOVED[name]]
+    with pytest.warns(DeprecationWarning, match=rf"{name} has moved to {homes[0].__name__}") as told:
+        exec(compile(f"import {name} as former", "their_script.py", "exec"), found := {"__name__": "theirs"})
+    assert [warning.filename for warning in told] == ["their_script.py"]
+    for home in homes:
+        for public in (n for n, v in vars(home).items() if getattr(v, "__module__", None) == home.__name__):
+            assert getattr(found["former"], public) is getattr(home, public)
+    assert importlib.import_module(name) is found["former"]  # without another warning
+
+
+def test_each_way_to_import_one(monkeypatch):
+    from tolaria.snapshot import slots as now
+
+    for statement in (
+        "import tolaria; former = tolaria.governor.slots",
+        "from tolaria.governor import slots as former",
+        "import tolaria.governor.slots as former",
+    ):
+        forget(monkeypatch, "tolaria.governor.slots")
+        with pytest.warns(DeprecationWarning, match="has moved"):
+            exec(statement, found := {})
+        assert found["former"] is now
+    assert now.__spec__.name == now.__name__ == "tolaria.snapshot.slots"
+
+
+def test_former_names():
+    from tolaria.snapshot.covered import CoveredState
+
+    with pytest.warns(DeprecationWarning, match="has moved"):
+        former = importlib.import_module("tolaria.governor.tracked")
+    assert former.TrackedState is CoveredState
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        former.Nothing  # noqa: B018
+
+
+def test_pickle_that_names_a_former_path_loads():
+    from tolaria.snapshot.place import PlaceKey
+
+    now = pickle.dumps(PlaceKey, protocol=0)
+    assert b"tolaria.snapshot.place" in now
+    with pytest.warns(DeprecationWarning, match="has moved"):
+        assert pickle.loads(now.replace(b"tolaria.snapshot.place", b"tolaria.governor.place")) is PlaceKey
+
+
+def test_nothing_else_is_found():
+    import tolaria.governor
+
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("tolaria.governor.never_was")
+    with pytest.raises(AttributeError, match="never_was"):
+        tolaria.governor.never_was  # noqa: B018
+
+
+def test_tolaria_itself_uses_no_former_path():
+    code = """
+import pkgutil, importlib, sys, tolaria
+from tolaria import _moved
+for module in pkgutil.walk_packages(tolaria.__path__, "tolaria."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+assert not _moved.MOVED.keys() & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], check=True)
