@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tolaria import _moved
+from tolaria.governor import GovernorReport, PanicReason, RollbackEvent
 
 
 @pytest.fixture(autouse=True)
@@ -61,13 +62,18 @@ def test_former_names():
         former.Nothing  # noqa: B018
 
 
-def test_pickle_that_names_a_former_path_loads():
-    from tolaria.snapshot.place import PlaceKey
-
-    now = pickle.dumps(PlaceKey, protocol=0)
-    assert b"tolaria.snapshot.place" in now
+def test_pickle_that_names_former_paths_loads():
+    thresholds = (10.0, 2.0, 3.0)
+    report = GovernorReport(
+        reason=PanicReason.ANOMALY, step=7, loss=99.0, mean=1.0, std=0.1, thresholds=thresholds, steps_lost=3,
+        consecutive_panics=2, restored_capture=1, restored_step=4, reward=-10.0, rollback_count=1,
+    )  # fmt: skip
+    event = RollbackEvent(step=7, report=report, bytes=1024)
+    now = pickle.dumps(event, protocol=0)
+    former = now.replace(b"tolaria.telemetry.", b"tolaria.governor.")
+    assert former.count(b"tolaria.governor.") == 2
     with pytest.warns(DeprecationWarning, match="has moved"):
-        assert pickle.loads(now.replace(b"tolaria.snapshot.place", b"tolaria.governor.place")) is PlaceKey
+        assert pickle.loads(former).as_dict() == event.as_dict()
 
 
 def test_nothing_else_is_found():
@@ -83,6 +89,7 @@ def test_tolaria_itself_uses_no_former_path():
     code = """
 import pkgutil, importlib, sys, tolaria
 from tolaria import _moved
+from tolaria.governor import GovernorReport, PanicReason, RollbackEvent
 for module in pkgutil.walk_packages(tolaria.__path__, "tolaria."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from types import FrameType, ModuleType
 
-_G, _S = "tolaria.governor.", "tolaria.snapshot."
+_G, _S, _T = "tolaria.governor.", "tolaria.snapshot.", "tolaria.telemetry."
 
 MOVED: dict[str, tuple[str, ...]] = {
     **{
@@ -25,6 +25,10 @@ MOVED: dict[str, tuple[str, ...]] = {
             *("place", "rng", "schedules", "slots", "undo", "watch"),
         )
     },
+    _G + "events": (_T + "events", _T + "mailbox"),
+    _G + "sinks": (_T + "sinks",),
+    _G + "telemetry": (_T + "delivery",),
+    _G + "verdict": (_T + "verdict",),
     _G + "tracked": (_S + "covered", _S + "protocols"),
     _G + "host_state": (_S + "host_state", _S + "grad_scaler"),
     _G + "finite_state": (_S + "finite_state", _G + "judging"),

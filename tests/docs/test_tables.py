@@ -9,11 +9,11 @@ import pytest
 
 from tolaria import chaos, governor, ops, tasks, train
 from tolaria.cli.main import build_parser
-from tolaria.governor import events
 from tolaria.nn import SeedStage, list_blueprints
 from tolaria.nn.stage import TRANSITIONS
 from tolaria.runs import folder
 from tolaria.runs.storage import STRUCTURE, TENSORS
+from tolaria.telemetry import events
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tolaria.errors import TolariaError
-from tolaria.governor import GovernorEvent, GovernorReport, events
+from tolaria.governor import GovernorEvent, GovernorReport
 from tolaria.runs import RunFolder, load_model, plot_run, read_lines, record, run_task, save_model
 from tolaria.tasks import create_model
+from tolaria.telemetry import events
 from tolaria.train import GrowthObserver
 from tolaria.train.observers import PhaseRecord, SeedRecord
 

@@ -21,8 +21,8 @@ from tolaria import (
     train_epoch_incubator_mode,
     train_epoch_normal,
 )
-from tolaria.governor.events import VerdictEvent
 from tolaria.ops import PanicReason
+from tolaria.telemetry.events import VerdictEvent
 from tolaria.train import StepHooks
 
 CE = nn.CrossEntropyLoss()

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from tolaria import _moved
 from tolaria.governor.bank import GovernorBank
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.events import (
+from tolaria.governor.governor import TolariaGovernor
+from tolaria.ops import PanicReason
+from tolaria.telemetry.events import (
     AttachEvent,
     CaptureEvent,
     DroppedEventsEvent,
@@ -16,10 +18,8 @@ from tolaria.governor.events import (
     StructureEvent,
     VerdictEvent,
 )
-from tolaria.governor.governor import TolariaGovernor
-from tolaria.governor.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
-from tolaria.governor.verdict import GovernorReport, Verdict
-from tolaria.ops import PanicReason
+from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
+from tolaria.telemetry.verdict import GovernorReport, Verdict
 
 __all__ = [
     "AttachEvent",

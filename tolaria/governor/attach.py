@@ -15,11 +15,11 @@ from tolaria import ops
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.device_engine import DeviceEngine
 from tolaria.governor.engine import Engine, HostEngine
-from tolaria.governor.events import MailboxReader
-from tolaria.governor.sinks import Sink
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.memory import allocate
 from tolaria.snapshot.protocols import Stateful
+from tolaria.telemetry.mailbox import MailboxReader
+from tolaria.telemetry.sinks import Sink
 
 
 def make_mailbox(n: int, records: int, device: torch.device) -> Tensor:

@@ -23,16 +23,17 @@ from tolaria.governor.attach import (
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import GovernorEvent, MailboxReader
 from tolaria.governor.following import Follower
 from tolaria.governor.judging import would_roll_back
 from tolaria.governor.policy import RollbackPolicy
-from tolaria.governor.sinks import Sink
-from tolaria.governor.telemetry import Telemetry
 from tolaria.ops import PanicReason, StateField, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.protocols import Stateful
+from tolaria.telemetry.delivery import Telemetry
+from tolaria.telemetry.events import GovernorEvent
+from tolaria.telemetry.mailbox import MailboxReader
+from tolaria.telemetry.sinks import Sink
 
 _MAX_EVENTS_KEPT = 65536
 

@@ -31,7 +31,6 @@ from tolaria import ops
 from tolaria.errors import TolariaError
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import CaptureEvent, GovernorEvent, MailboxReader, SeedCulledEvent
 from tolaria.governor.seed_flags import SeedFlags
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 from tolaria.snapshot import graphs
@@ -39,6 +38,8 @@ from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.flight import Flight, LoadHooks, before_optimizer_step
 from tolaria.snapshot.host_parts import HostParts
 from tolaria.snapshot.host_state import HostState, HostValues
+from tolaria.telemetry.events import CaptureEvent, GovernorEvent, SeedCulledEvent
+from tolaria.telemetry.mailbox import MailboxReader
 
 
 class DeviceEngine(Engine):

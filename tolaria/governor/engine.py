@@ -21,7 +21,6 @@ from tolaria import ops
 from tolaria.errors import UncoveredWarning
 from tolaria.governor import uncovered
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.events import AttachEvent, GovernorEvent, MailboxReader, SeedCulledEvent, StructureEvent
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 from tolaria.snapshot.coverage import Coverage, check_unsharded
 from tolaria.snapshot.covered import CoveredState
@@ -30,6 +29,8 @@ from tolaria.snapshot.host_state import HostState, HostValues
 from tolaria.snapshot.place import is_finite
 from tolaria.snapshot.slots import Slots, check_coverable
 from tolaria.snapshot.watch import StructureWatch
+from tolaria.telemetry.events import AttachEvent, GovernorEvent, SeedCulledEvent, StructureEvent
+from tolaria.telemetry.mailbox import MailboxReader
 
 
 class Engine(ABC):

@@ -18,19 +18,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import (
+from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.skipping import StepSkipper
+from tolaria.snapshot.covered import CoveredState
+from tolaria.telemetry.delivery import Telemetry
+from tolaria.telemetry.events import (
     CaptureEvent,
     GovernorEvent,
-    MailboxReader,
     PromotionEvent,
     RollbackEvent,
     VerdictEvent,
 )
-from tolaria.governor.policy import RollbackPolicy
-from tolaria.governor.skipping import StepSkipper
-from tolaria.governor.telemetry import Telemetry
-from tolaria.governor.verdict import GovernorReport
-from tolaria.snapshot.covered import CoveredState
+from tolaria.telemetry.mailbox import MailboxReader
+from tolaria.telemetry.verdict import GovernorReport
 
 _FOLLOWED = (CaptureEvent, PromotionEvent, RollbackEvent, VerdictEvent)
 

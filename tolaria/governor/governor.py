@@ -17,20 +17,21 @@ from tolaria.governor import attach, statistics, uncovered
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.distributed import agree, agree_on_flag, check_ranks
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import GovernorEvent, MailboxReader
 from tolaria.governor.following import Follower
 from tolaria.governor.judging import would_roll_back
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.readings import Readings
-from tolaria.governor.sinks import Sink
 from tolaria.governor.skipping import StepSkipper, remove_hooks
-from tolaria.governor.telemetry import Telemetry
-from tolaria.governor.verdict import GovernorReport, Verdict
 from tolaria.ops import Order, StateField
 from tolaria.ops.governor import judge_
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.protocols import Stateful
+from tolaria.telemetry.delivery import Telemetry
+from tolaria.telemetry.events import GovernorEvent
+from tolaria.telemetry.mailbox import MailboxReader
+from tolaria.telemetry.sinks import Sink
+from tolaria.telemetry.verdict import GovernorReport, Verdict
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,7 +67,7 @@ class TolariaGovernor(Readings):
         extras: named objects to roll back too (EMA, sampler): anything with ``state_dict`` and
             ``load_state_dict``.
         generators: random generators beside the default ones, for ``config.restore_rng``.
-        sinks: called with every event; see :mod:`tolaria.governor.sinks`.
+        sinks: called with every event; see :mod:`tolaria.telemetry.sinks`.
         process_group: ranks that judge the mean of their losses together.
 
     Raises:

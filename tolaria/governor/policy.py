@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from tolaria.errors import TrainingDivergedError
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.events import GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
-from tolaria.governor.progress import Progress, plain_report, report_of
-from tolaria.governor.verdict import GovernorReport
+from tolaria.governor.progress import Progress
 from tolaria.ops import PanicReason
 from tolaria.snapshot.covered import CoveredState, named_modules
+from tolaria.telemetry.events import GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
+from tolaria.telemetry.verdict import GovernorReport, plain_report, report_of
 
 _MAX_OFFENDING = 4096
 _SCALED_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")

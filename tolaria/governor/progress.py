@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.verdict import GovernorReport
-from tolaria.ops import PanicReason
-
-
-def plain_report(report: GovernorReport) -> dict[str, Any]:
-    """Plain values for :func:`report_of`."""
-    return {**asdict(report), "reason": int(report.reason)}
-
-
-def report_of(saved: Mapping[str, Any]) -> GovernorReport:
-    """The report that :func:`plain_report` was made of."""
-    return GovernorReport(**{**saved, "reason": PanicReason(saved["reason"])})
+from tolaria.telemetry.verdict import GovernorReport, plain_report, report_of
 
 
 @dataclass(frozen=True, slots=True)

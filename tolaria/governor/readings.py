@@ -6,11 +6,11 @@ from torch import Tensor
 
 from tolaria.governor import statistics
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.events import MailboxReader
 from tolaria.governor.following import Follower
 from tolaria.governor.policy import RollbackPolicy
-from tolaria.governor.verdict import GovernorReport
 from tolaria.ops import StatusField
+from tolaria.telemetry.mailbox import MailboxReader
+from tolaria.telemetry.verdict import GovernorReport
 
 
 class Readings:

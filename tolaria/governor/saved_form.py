@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.saved_state import MAX_COUNT
-from tolaria.governor.verdict import GovernorReport
 from tolaria.ops import PanicReason
+from tolaria.telemetry.verdict import GovernorReport
 
 VERSION = 3
 """Of the saved form. Version 2 counted neither skipped steps nor restores without progress."""

@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from tolaria.governor.engine import Engine
-from tolaria.governor.events import GovernorEvent, RollbackEvent, VerdictEvent
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.finite_state import PutBack
 from tolaria.snapshot.fresh_state import fresh_value
 from tolaria.snapshot.undo import HostCounters, UndoCopy
+from tolaria.telemetry.events import GovernorEvent, RollbackEvent, VerdictEvent
 
 
 class StepSkipper:

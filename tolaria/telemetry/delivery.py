@@ -6,8 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from tolaria.governor.events import EventQueue, GovernorEvent
-from tolaria.governor.sinks import Sink, deliver
+from tolaria.telemetry.events import EventQueue, GovernorEvent
+from tolaria.telemetry.sinks import Sink, deliver
 
 
 class Telemetry:

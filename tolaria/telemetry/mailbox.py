@@ -1,155 +1,23 @@
-"""Typed telemetry events, and how they are read from a mailbox."""
+"""The memory in which the judge tells, on whatever device, what happened; it is read without waiting."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from tolaria.governor.verdict import GovernorReport, judged_norm
 from tolaria.ops import EventKind, PanicReason, RecordField, StatusField
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GovernorEvent:
-    """Something a governor tells. ``row`` is the environment in a bank, 0 in a single governor."""
-
-    step: int
-    row: int = 0
-    time_s: float = field(default_factory=time.time)
-    """Seconds since the epoch when the host learnt of it."""
-
-    @property
-    def kind(self) -> str:
-        """Short name for logs: ``verdict``, ``capture``, ``rollback``, ..."""
-        return type(self).__name__.removesuffix("Event").lower()
-
-    def as_dict(self) -> dict[str, object]:
-        """JSON-ready: non-finite numbers become strings, enums their names."""
-        return {"kind": self.kind, **{k: _plain(v) for k, v in dataclasses.asdict(self).items()}}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttachEvent(GovernorEvent):
-    """A governor took charge of a model."""
-
-    tensors: int
-    """Tensors covered by a capture."""
-    state_bytes: int
-    """Bytes that one capture writes."""
-    slot_bytes: int
-    """Memory of both slots."""
-    exempt: tuple[str, ...]
-    """Tensors that were non-finite from the start (masks), so are not searched."""
-    generators: tuple[str, ...]
-    """Random generators that a rollback puts back."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerdictEvent(GovernorEvent):
-    """A verdict that was not healthy."""
-
-    reason: PanicReason
-    rollback: bool
-    loss: float
-    mean: float
-    std: float
-    thresholds: tuple[float, float, float]
-    consecutive_panics: int
-    tensor_name: str | None
-    gradient_norm: float = math.nan
-    gradient_threshold: float = math.nan
-    drift: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaptureEvent(GovernorEvent):
-    """A capture was written; it is on probation."""
-
-    capture_id: int
-    capture_step: int
-    bytes: int
-    ticket: int = 0
-    """On CUDA the number of the launch that made it; 0 where the replay of a recorded graph did."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromotionEvent(GovernorEvent):
-    """A capture passed its probation and is the last known good one."""
-
-    capture_id: int
-    capture_step: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RollbackEvent(GovernorEvent):
-    """State was put back."""
-
-    report: GovernorReport
-    bytes: int
-    """How many were written back."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeedCulledEvent(GovernorEvent):
-    """A seed that turned non-finite while it incubated was removed."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StructureEvent(GovernorEvent):
-    """The set of covered tensors changed; the slots were laid out anew."""
-
-    tensors: int
-    state_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DroppedEventsEvent(GovernorEvent):
-    """So many events were lost, since nobody polled. The counts in the status word stay right."""
-
-    dropped: int
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, PanicReason):
-        return value.name
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-class EventQueue:
-    """Events that wait for ``poll()``. When ``capacity`` of them do, the oldest go and are counted."""
-
-    def __init__(self, capacity: int = 4096) -> None:
-        self._events: deque[GovernorEvent] = deque(maxlen=capacity)
-        self._dropped = 0
-
-    def add(self, event: GovernorEvent) -> None:
-        """Append one."""
-        self._dropped += len(self._events) == self._events.maxlen
-        self._events.append(event)
-
-    def take(self) -> list[GovernorEvent]:
-        """All that wait, oldest first, behind a count of those that are gone."""
-        events, dropped = list(self._events), self._dropped
-        self._events.clear()
-        self._dropped = 0
-        if dropped:
-            events.insert(0, DroppedEventsEvent(step=events[0].step, row=events[0].row, dropped=dropped))
-        return events
+from tolaria.telemetry.events import (
+    CaptureEvent,
+    DroppedEventsEvent,
+    GovernorEvent,
+    PromotionEvent,
+    RollbackEvent,
+    VerdictEvent,
+)
+from tolaria.telemetry.verdict import GovernorReport, judged_norm
 
 
 class MailboxReader:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol
 
-from tolaria.governor.events import CaptureEvent, GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
+from tolaria.telemetry.events import CaptureEvent, GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
 
 _log = logging.getLogger("tolaria.governor")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -143,3 +145,13 @@ class GovernorReport:
     """What it would have had to exceed to be an anomaly."""
     drift: float = 0.0
     """The drift sum at the panic."""
+
+
+def plain_report(report: GovernorReport) -> dict[str, Any]:
+    """Plain values for :func:`report_of`."""
+    return {**asdict(report), "reason": int(report.reason)}
+
+
+def report_of(saved: Mapping[str, Any]) -> GovernorReport:
+    """The report that :func:`plain_report` was made of."""
+    return GovernorReport(**{**saved, "reason": PanicReason(saved["reason"])})

@@ -1,0 +1,35 @@
+"""Telemetry: what a governor tells, in verdicts, reports and events, and who gets to hear it."""
+
+from tolaria.ops import PanicReason
+from tolaria.telemetry.events import (
+    AttachEvent,
+    CaptureEvent,
+    DroppedEventsEvent,
+    GovernorEvent,
+    PromotionEvent,
+    RollbackEvent,
+    SeedCulledEvent,
+    StructureEvent,
+    VerdictEvent,
+)
+from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
+from tolaria.telemetry.verdict import GovernorReport, Verdict
+
+__all__ = [
+    "AttachEvent",
+    "CaptureEvent",
+    "DroppedEventsEvent",
+    "GovernorEvent",
+    "GovernorReport",
+    "JsonLinesSink",
+    "LoggingSink",
+    "PanicReason",
+    "PromotionEvent",
+    "RollbackEvent",
+    "SeedCulledEvent",
+    "Sink",
+    "StructureEvent",
+    "TensorBoardSink",
+    "Verdict",
+    "VerdictEvent",
+]
