@@ -40,7 +40,7 @@ def usual_schedule() -> str:
 
 def judged_bits(governor: TolariaGovernor) -> Tensor:
     """The governor's state, bit by bit, but for tickets, which late captures alone have."""
-    state = governor._state.cpu().view(torch.int64)
+    state = governor._attached.row.state.cpu().view(torch.int64)
     state[[StateField.slot_ticket_0, StateField.slot_ticket_1, StateField.restored_ticket]] = 0
     return state
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"errors", "_optional", "_sources"}
+BASE = {"errors", "_arguments", "_optional", "_sources"}
 BACKEND = {"_extension", "_backend", *BASE}
 ALLOWED = {
     "errors": set(),
+    "_arguments": set(),
     "_optional": {"errors"},
     "reference": BASE,
     "_extension": BASE,

@@ -25,6 +25,10 @@ MOVED: dict[str, tuple[str, ...]] = {
             *("place", "rng", "schedules", "slots", "undo", "watch"),
         )
     },
+    _G + "attach": (
+        *(_S + "parts", _G + "attachment", _G + "row", _G + "config"),
+        "tolaria._arguments",
+    ),
     _G + "events": (_T + "events", _T + "mailbox"),
     _G + "sinks": (_T + "sinks",),
     _G + "telemetry": (_T + "delivery",),

@@ -50,7 +50,7 @@ class Guarded(Trainee):
                 start = time.perf_counter()
                 self.governor.step(loss)
         self.stalls.append(time.perf_counter() - start)
-        captures = self.governor._reader.status(StatusField.anchor_step)
+        captures = self.governor._attached.row.reader.status(StatusField.anchor_step)
         self.captured.append(captures != self.captures)
         self.captures = captures
         return loss
@@ -208,7 +208,7 @@ def bench_rollback(name, record, effort, device):
     loss = guarded.step()
     governor, model, optimizer = guarded.governor, guarded.model, guarded.optimizer
     governor.config = governor.config.replace(max_rollbacks=10**9)
-    governor._policy._config = governor.config
+    governor._attached.policy._config = governor.config
     before = [p.detach().clone() for p in model.parameters()]
     governor.snapshot()
     for _ in range(3):

@@ -171,11 +171,11 @@ def test_inactive_rows_are_not_counted() -> None:
         torch.cuda.synchronize()
         if i % 4 == 0:
             scheduler.step()
-    assert bank._engines[0].enqueued_step == bank._readers[0].status(StatusField.step) == 10
+    assert bank._engines[0].enqueued_step == bank._rows[0].reader.status(StatusField.step) == 10
     bank.step(torch.full_like(losses, float("nan")))
     torch.cuda.synchronize()
     bank.step(losses)
-    captured = bank._readers[0].status(StatusField.restored_step)
+    captured = bank._rows[0].reader.status(StatusField.restored_step)
     assert captured == 5
     assert scheduler.last_epoch == captured - 1, "a capture is made before the scheduler's step"
 
@@ -261,7 +261,7 @@ def test_a_host_that_looks_in_between_reconciles_later() -> None:
     for i in range(9):
         run.step(poison=i == 8, hear=False)
     torch.cuda.synchronize()
-    words = run.governor._mailbox[0]
+    words = run.governor._attached.row.mailbox[0]
     words[StatusField.rollback_count] = 0.0  # the event is there, the count on its way
     run.governor.poll()
     assert run.governor.last_report is not None

@@ -138,7 +138,7 @@ def test_full_ring_drops_events_and_keeps_the_truth() -> None:
     governor.poll()
     loss = torch.full((), float("nan"), device="cuda")
     for _ in range(20):
-        governor._judge(loss, None)
+        governor._attached.judge.judge(governor._engine, loss, None)
         governor._engine.act()
     torch.cuda.synchronize()
     events = governor.poll()
@@ -160,4 +160,4 @@ def test_governor_of_the_second_device() -> None:
         governor.step(loss * float("nan") if i == 7 else loss)
     governor.synchronize()
     assert governor.rollback_count == 1
-    assert governor._state[ops.StateField.rollback_count].device == torch.device("cuda:1")
+    assert governor._attached.row.state[ops.StateField.rollback_count].device == torch.device("cuda:1")

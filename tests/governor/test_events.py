@@ -77,9 +77,9 @@ def test_log_json_and_tensorboard_sinks(tmp_path: Path, caplog: pytest.LogCaptur
 def test_full_ring_counts_what_it_dropped_and_the_status_stays_right() -> None:
     governor = make(settings={"event_capacity": 4, "log_only": True})
     governor.poll()
-    reader = governor._reader
+    reader = governor._attached.row.reader
     for _ in range(10):  # straight to the judge: nobody reads the ring meanwhile
-        governor._judge(float("nan"), None)
+        governor._attached.judge.judge(governor._engine, float("nan"), None)
     events = governor.poll()
     assert isinstance(events[0], DroppedEventsEvent)
     assert events[0].dropped == 6

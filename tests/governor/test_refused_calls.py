@@ -14,7 +14,7 @@ import tolaria
 from tolaria import _extension
 from tolaria.governor import GovernorConfig, TolariaGovernor
 from tolaria.governor.device_engine import DeviceEngine
-from tolaria.governor.engine import HostEngine
+from tolaria.governor.host_engine import HostEngine
 from tolaria.snapshot import slots as slot_memory
 
 
@@ -68,16 +68,16 @@ class Run:
         governor._engine.synchronize()
         engine = governor._engine
         found: dict[str, Any] = {
-            "state": governor._state.cpu().view(torch.int64).tolist(),
-            "settings": governor._settings.cpu().view(torch.int64).tolist(),
-            "mailbox": governor._mailbox.view(torch.int64).tolist(),
+            "state": governor._attached.row.state.cpu().view(torch.int64).tolist(),
+            "settings": governor._attached.row.settings.cpu().view(torch.int64).tolist(),
+            "mailbox": governor._attached.row.mailbox.view(torch.int64).tolist(),
             "places": [(key, place.is_live) for key, place in engine.slots.places.items()],
             "slots": [_bytes(slot) for place in engine.slots.places.values() for slot in place.slots],
             "live": [_bytes(place.live) for place in engine.slots.places.values()],
             "table": engine.slots.table.data[: 2 + len(engine.slots.places)].tolist(),
             "exempt": set(engine.slots.exempt),
             "covered": [list(map(id, engine.covered.optimizers)), list(map(id, engine.covered.schedulers))],
-            "policy": governor._policy.saved_form(),
+            "policy": governor._attached.policy.saved_form(),
             "rates": [group["lr"] for group in self.optimizer.param_groups],
             "rollbacks": (engine.covered.lowered.times, engine.covered.lowered.reflected),
             "latest": governor._latest,

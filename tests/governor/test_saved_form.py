@@ -284,9 +284,9 @@ def test_a_state_is_read_wherever_it_lies(made: Callable[[Tensor], Tensor]) -> N
     saved = governor.state_dict()
     plain = saved["state"].clone()
     other.load_state_dict({**saved, "state": made(saved["state"])})
-    assert not other._state.requires_grad
+    assert not other._attached.row.state.requires_grad
     for field in (StateField.step, StateField.life_mean, StateField.rollback_count):
-        assert other._state[field] == plain[field]
+        assert other._attached.row.state[field] == plain[field]
     assert other.history == governor.history
     assert torch.equal(saved["state"].view(torch.int64), plain.view(torch.int64))
     other.step(NAN)

@@ -119,7 +119,7 @@ def test_a_state_that_is_not_finite_is_never_let_pass() -> None:
                 run.model.last.bias[0] = math.inf
             elif place == "buffer":
                 run.model.norm.running_mean[0] = math.nan
-                run.governor._skipper.after_step()  # it was there before the step
+                run.governor._attached.skipper.after_step()  # it was there before the step
             else:
                 run.optimizer.state[run.model.last.bias]["exp_avg"][0] = math.nan
         run.step(inputs=math.nan)

@@ -10,30 +10,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tolaria import ops
+from tolaria._arguments import check_optional
 from tolaria.governor import uncovered
-from tolaria.governor.attach import (
-    check_listed,
-    check_settings,
-    checked_optimizers,
-    make_engine,
-    make_mailbox,
-    resolve_random_guess_loss,
-    single_device,
-)
-from tolaria.governor.config import GovernorConfig
+from tolaria.governor.attachment import make_engine
+from tolaria.governor.config import GovernorConfig, resolve_random_guess_loss
 from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
 from tolaria.governor.following import Follower
 from tolaria.governor.judging import would_roll_back
 from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.row import make_rows
 from tolaria.ops import PanicReason, StateField, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.parts import Parts
 from tolaria.snapshot.protocols import Stateful
 from tolaria.telemetry.delivery import Telemetry
 from tolaria.telemetry.events import GovernorEvent
-from tolaria.telemetry.mailbox import MailboxReader
-from tolaria.telemetry.sinks import Sink
+from tolaria.telemetry.sinks import Sink, check_sinks
 
 _MAX_EVENTS_KEPT = 65536
 
@@ -69,25 +63,24 @@ class GovernorBank:
     ) -> None:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n: expected an integer of at least 1, got {n!r}")
-        check_settings(config, None)
-        check_listed(sinks=sinks)
+        check_optional("config", config, GovernorConfig)
+        check_sinks(sinks)
         check_ranks(None)
         self.config = config or GovernorConfig()
         self.random_guess_loss = resolve_random_guess_loss(num_classes, random_guess_loss)
-        self._device = torch.device(device)
         self._telemetry = Telemetry(sinks, _MAX_EVENTS_KEPT)
-        self._state = ops.governor_state(n, window=self.config.window, attached=False, device=device)
-        self._settings = self.config.to_tensor(self.random_guess_loss, device)
-        self._mailbox = make_mailbox(n, min(self.config.event_capacity, 16), self._state.device)
-        boxes = self._mailbox.numpy()
-        self._readers = [MailboxReader(boxes[i], i, -self.config.death_penalty) for i in range(n)]
-        self._written = boxes[:, StatusField.events]
+        settings = self.config.to_tensor(self.random_guess_loss, device)
+        records = min(self.config.event_capacity, 16)
+        self._rows = make_rows(n, self.config, settings, device, records=records, is_attached=False)
+        self._state, self._settings = self._rows[0].state, settings
+        self._mailbox = self._rows[0].mailbox
+        self._written = self._mailbox.numpy()[:, StatusField.events]
         self._seen = np.zeros(n)
         self._engines: dict[int, Engine] = {}
         self._followers = [self._follower(i, None) for i in range(n)]
 
     def _follower(self, i: int, engine: Engine | None) -> Follower:
-        return Follower(self._readers[i], engine, RollbackPolicy(self.config), self._telemetry)
+        return Follower(self._rows[i].reader, engine, RollbackPolicy(self.config), self._telemetry)
 
     def __len__(self) -> int:
         return self._state.shape[1]
@@ -112,30 +105,17 @@ class GovernorBank:
             raise ValueError(f"i: expected a row from 0 to {len(self) - 1}, got {i}")
         if i in self._engines:
             raise ValueError(f"i: row {i} is attached already; detach({i}) first")
-        listed = checked_optimizers(model, optimizers)
-        check_settings(None, scaler)
-        check_listed(schedulers=schedulers, extras=extras)
-        device = single_device(model, listed)
-        if device != self._state.device:
+        parts = Parts.checked(model, optimizers, schedulers=schedulers, scaler=scaler, extras=extras)
+        if parts.device != self._state.device:
             raise RuntimeError(
-                f"model: it is on {device}, the bank on {self._state.device}; put both on one device"
+                f"model: it is on {parts.device}, the bank on {self._state.device}; put both on one device"
             )
-        covered = CoveredState(
-            model,
-            listed,
-            schedulers=schedulers,
-            scaler=scaler,
-            extras=extras,
-            restore_rng=False,  # the generators are shared by all rows
-            device=device,
-        )
+        covered = CoveredState(parts)  # without random generators, which all rows share
         before = self._state[:, i].clone()
         self._state[:, i] = ops.governor_state(1, window=self.config.window, device=self._state.device)[:, 0]
         self._state[StateField.events, i] = before[StateField.events]
         try:
-            engine = make_engine(
-                i, self._state, self.config, self._settings, self._mailbox, self._readers[i], covered
-            )
+            engine = make_engine(self._rows[i], covered)
         except Exception:
             self._state[:, i] = before
             raise
@@ -239,12 +219,12 @@ class GovernorBank:
     @property
     def reasons(self) -> list[PanicReason]:
         """Reason of every row's last verdict."""
-        return [PanicReason(reader.status(StatusField.reason)) for reader in self._readers]
+        return [PanicReason(row.status(StatusField.reason)) for row in self._rows]
 
     @property
     def rollback_counts(self) -> list[int]:
         """Rollbacks of every row."""
-        return [reader.status(StatusField.rollback_count) for reader in self._readers]
+        return [row.status(StatusField.rollback_count) for row in self._rows]
 
     def _hear(self) -> None:
         """Queue what has arrived, of the rows where something has."""

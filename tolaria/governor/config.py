@@ -235,6 +235,26 @@ class GovernorConfig:
         return torch.tensor(values, dtype=torch.float64).to(device)
 
 
+def resolve_random_guess_loss(num_classes: int | None, random_guess_loss: float | None) -> float | None:
+    """The loss of guessing: as given, or ln(num_classes), or None.
+
+    Raises:
+        ValueError: ``num_classes`` below 2, or a loss that is not positive and finite.
+    """
+    if random_guess_loss is not None:
+        is_number = isinstance(random_guess_loss, int | float) and not isinstance(random_guess_loss, bool)
+        if not (is_number and 0 < random_guess_loss < math.inf):
+            raise ValueError(
+                f"random_guess_loss: expected a positive finite number, got {random_guess_loss!r}"
+            )
+        return float(random_guess_loss)
+    if num_classes is None:
+        return None
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes: expected an integer of at least 2, got {num_classes!r}")
+    return math.log(num_classes)
+
+
 def _is_number(value: object) -> bool:
     """Whether it is a number that a float64 can hold; not NaN."""
     if isinstance(value, int) and not isinstance(value, bool):

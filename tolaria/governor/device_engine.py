@@ -29,8 +29,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tolaria import ops
 from tolaria.errors import TolariaError
-from tolaria.governor.config import GovernorConfig
 from tolaria.governor.engine import Engine
+from tolaria.governor.row import Row
 from tolaria.governor.seed_flags import SeedFlags
 from tolaria.ops import Order, PanicReason, StateField, StatusField
 from tolaria.snapshot import graphs
@@ -39,7 +39,6 @@ from tolaria.snapshot.flight import Flight, LoadHooks, before_optimizer_step
 from tolaria.snapshot.host_parts import HostParts
 from tolaria.snapshot.host_state import HostState, HostValues
 from tolaria.telemetry.events import CaptureEvent, GovernorEvent, SeedCulledEvent
-from tolaria.telemetry.mailbox import MailboxReader
 
 
 class DeviceEngine(Engine):
@@ -47,16 +46,7 @@ class DeviceEngine(Engine):
 
     is_late = True
 
-    def __init__(
-        self,
-        column: int,
-        state: Tensor,
-        config: GovernorConfig,
-        settings: Tensor,
-        mailbox: Tensor,
-        reader: MailboxReader,
-        covered: CoveredState,
-    ) -> None:
+    def __init__(self, row: Row, covered: CoveredState) -> None:
         graphs.catch_up()
         self._flight = Flight(covered.device)
         self._handles: list[RemovableHandle] = []
@@ -67,7 +57,7 @@ class DeviceEngine(Engine):
         self._known_rollbacks = 0
         self._seed_flags = SeedFlags(covered.device)
         self._moved: list[Optimizer] = []
-        super().__init__(column, state, config, settings, mailbox, reader, covered)
+        super().__init__(row, covered)
         try:
             with torch.cuda.device(covered.device):
                 self.adopt_current_state()
@@ -77,9 +67,9 @@ class DeviceEngine(Engine):
             raise
         for optimizer in covered.optimizers:
             self.hook(optimizer)
-        memory = (self.slots, self._settings, mailbox, self._seed_flags)
+        memory = (self.slots, row.settings, row.mailbox, self._seed_flags)
         self._finalizer = weakref.finalize(
-            self, _let_go, self._flight, self._handles, state, column, self.slots.table, memory
+            self, _let_go, self._flight, self._handles, row.state, row.column, self.slots.table, memory
         )
 
     def hook(self, optimizer: Optimizer) -> None:
@@ -141,14 +131,14 @@ class DeviceEngine(Engine):
         if self._structure_moved():
             self.sync_structure(leave_out=True)
         self._launch_restore()
-        if self._may_be_due() and not self._config.log_only:
+        if self._may_be_due() and not self._row.config.log_only:
             self._capture_aside(self.host_parts())
         if self.seed_holders:
             self._check_seeds()
 
     def _may_be_due(self) -> bool:
         last = self._judged + self._maybe_judged
-        return last - self._reader.status(StatusField.anchor_step) >= self._config.snapshot_interval
+        return last - self._row.status(StatusField.anchor_step) >= self._row.config.snapshot_interval
 
     def begin_step(self) -> None:
         """Head of a recorded step: capture what the step before ordered, beside the forward and backward."""
@@ -159,21 +149,24 @@ class DeviceEngine(Engine):
         self._fork(self._flight.begin_recorded(), 0)
 
     def _outlive(self) -> None:
-        graphs.outlive(self._state, self._settings, self._mailbox, self.slots.table.data)
+        graphs.outlive(self._row.state, self._row.settings, self._row.mailbox, self.slots.table.data)
 
     def _launch_restore(self) -> None:
-        ops.snapshot_restore_(self._state, self._column, self._settings, self.slots.table, self._mailbox)
+        self._put_back(self._row.state, self._row.mailbox)
+
+    def _put_back(self, state: Tensor, mailbox: Tensor | None) -> None:
+        ops.snapshot_restore_(state, self._row.column, self._row.settings, self.slots.table, mailbox)
 
     def _fork(self, flight: Flight, ticket: int) -> None:
         current = torch.cuda.current_stream(self.covered.device)
-        arguments = self._state, self._column, self.slots.table
-        ops.snapshot_capture_(*arguments, 0, self._mailbox, ticket)
+        arguments = self._row.state, self._row.column, self.slots.table
+        ops.snapshot_capture_(*arguments, 0, self._row.mailbox, ticket)
         flight.ready.record(current)
         flight.stream.wait_event(flight.ready)
         with torch.cuda.stream(flight.stream):
             # Slots on the device are filled at its own speed, in no time; others at the speed of the bus.
-            beside = self._config.storage != "device"
-            ops.snapshot_capture_(*arguments, 1, self._mailbox, ticket, aside=beside)
+            beside = self._row.config.storage != "device"
+            ops.snapshot_capture_(*arguments, 1, self._row.mailbox, ticket, aside=beside)
         flight.launched()
 
     def _capture_aside(self, host: HostState) -> None:
@@ -181,13 +174,14 @@ class DeviceEngine(Engine):
         self._fork(self._flight, self._keep(host))
 
     def _capture_here(self, ticket: int = 0) -> None:
+        row = self._row
         for part in (0, 1):
-            ops.snapshot_capture_(self._state, self._column, self.slots.table, part, self._mailbox, ticket)
+            ops.snapshot_capture_(row.state, row.column, self.slots.table, part, row.mailbox, ticket)
 
     def _keep(self, host: HostState) -> int:
         """File ``host`` for a capture about to be launched, and let go of what cannot come back any more."""
         host.keys = self.slots.live_keys()
-        status = self._reader.status
+        status = self._row.status
         good = status(StatusField.last_good_capture), status(StatusField.last_good_ticket)
         # Read behind them: a rollback to an older capture that nobody has followed yet may still need it.
         if status(StatusField.rollback_count) == self._known_rollbacks:
@@ -277,7 +271,7 @@ class DeviceEngine(Engine):
         self.wait()
         if self._structure_moved():
             self.sync_structure(leave_out=True)
-        ops.snapshot_restore_(self._state_with_order(), self._column, self._settings, self.slots.table, None)
+        self._put_back(self._row.state_with_order(), None)
         self._reconcile(again=True)  # the host-side parts once more, too
 
     def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
@@ -291,11 +285,11 @@ class DeviceEngine(Engine):
         self._capture_here(self._keep(host))
         self.order(Order.PROMOTE)
         self.synchronize()
-        self._judged, self._known_rollbacks = self.step_count, self._reader.status(StatusField.rollback_count)
+        self._judged, self._known_rollbacks = self.step_count, self._row.status(StatusField.rollback_count)
 
     def is_behind(self) -> bool:
         """Whether the device has rolled back since the last :meth:`reconcile`."""
-        return self._reader.status(StatusField.rollback_count) != self._known_rollbacks
+        return self._row.status(StatusField.rollback_count) != self._known_rollbacks
 
     def reconcile(self) -> None:
         """Put host-side parts back if the device has rolled back since the last look. Plain loads alone."""
@@ -308,9 +302,8 @@ class DeviceEngine(Engine):
         missing = [key for key, place in self.slots.places.items() if not place.is_live and key in host.keys]
         if missing:
             # sync: state was cleared by hand, rare
-            slot = int(self._state[StateField.last_good, self._column])
-            for key, tensor in self.slots.missing_live(slot, host.keys):
-                self.covered.recreate(key, tensor)
+            slot = int(self._row.state[StateField.last_good, self._row.column])
+            self.recreate_missing(slot, host)
         try:
             host.load_into(self.covered, keep_fresh=True, again=again)
         except Exception:
@@ -321,7 +314,7 @@ class DeviceEngine(Engine):
 
     def _last_rollback(self) -> tuple[int, int, int]:
         """Rollbacks so far, and the capture and ticket of the last: words that belong together."""
-        status = self._reader.status
+        status = self._row.status
         while True:
             count = status(StatusField.rollback_count)
             restored = status(StatusField.restored_capture), status(StatusField.restored_ticket)
@@ -332,13 +325,13 @@ class DeviceEngine(Engine):
 
     def _check_seeds(self) -> None:
         """Search incubating seeds on the device now and then; cull the one whose flag has arrived."""
-        interval = self._config.seed_check_interval
+        interval = self._row.config.seed_check_interval
         for name, holder in self.seed_holders:
             tensors = holder.incubating_tensors()
             if self._seed_flags.found(name, tensors):
                 self.covered.retire(tensors)
                 holder.cull()
-                self.untold.append(SeedCulledEvent(step=self.step_count, row=self._column, name=name))
+                self.untold.append(SeedCulledEvent(step=self.step_count, row=self._row.column, name=name))
             elif tensors and interval and self._judged % interval == 0:
                 self._seed_flags.search(name, tensors)
 

@@ -2,55 +2,63 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
 from tolaria.governor import statistics
+from tolaria.governor.attachment import Attachment
 from tolaria.governor.config import GovernorConfig
-from tolaria.governor.following import Follower
-from tolaria.governor.policy import RollbackPolicy
 from tolaria.ops import StatusField
-from tolaria.telemetry.mailbox import MailboxReader
 from tolaria.telemetry.verdict import GovernorReport
 
 
 class Readings:
     """On CUDA as of the last status word that arrived; call ``synchronize()`` first for the latest."""
 
-    config: GovernorConfig
-    _state: Tensor
-    _reader: MailboxReader
-    _policy: RollbackPolicy
-    _follower: Follower
+    _attached: Attachment
+
+    @property
+    def config(self) -> GovernorConfig:
+        """The settings in force; :meth:`load_state_dict` brings others."""
+        return self._attached.row.config
+
+    @config.setter
+    def config(self, config: GovernorConfig) -> None:
+        self._attached.row.config = config
+
+    @property
+    def random_guess_loss(self) -> float | None:
+        """Loss of guessing, if there is one."""
+        return self._attached.random_guess_loss
 
     @property
     def step_count(self) -> int:
         """Losses judged so far."""
-        return self._reader.status(StatusField.step)
+        return self._attached.row.status(StatusField.step)
 
     @property
     def rollback_count(self) -> int:
         """Rollbacks so far."""
-        return self._reader.status(StatusField.rollback_count)
+        return self._attached.row.status(StatusField.rollback_count)
 
     @property
     def last_good_step(self) -> int:
         """Step of the last known good capture; 0 is the state at attach."""
-        return self._reader.status(StatusField.last_good_step)
+        return self._attached.row.status(StatusField.last_good_step)
 
     @property
     def last_report(self) -> GovernorReport | None:
         """The last rollback, as far as the host knows."""
-        return self._follower.last_report
+        return self._attached.follower.last_report
 
     @property
     def offending_steps(self) -> tuple[int, ...]:
         """Steps whose losses led to rollbacks, for a sampler to leave out."""
-        return tuple(self._policy.offending_steps)
+        return tuple(self._attached.policy.offending_steps)
 
     @property
     def history(self) -> list[float]:
         """The healthy losses of the window, oldest first. On CUDA it waits for the device."""
-        return statistics.healthy_losses(self._state, self.config.window)
+        return statistics.healthy_losses(self._attached.row.state, self.config.window)
 
     @property
     def lifetime(self) -> dict[str, float]:
@@ -58,4 +66,11 @@ class Readings:
 
         On CUDA it waits for the device.
         """
-        return statistics.lifetime_statistics(self._state)
+        return statistics.lifetime_statistics(self._attached.row.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, statistics and counts; no slots. Safe for ``torch.load`` with ``weights_only``."""
+        at = self._attached
+        return statistics.saved_form(
+            self.config, self.random_guess_loss, at.row.state, at.policy.saved_form()
+        )

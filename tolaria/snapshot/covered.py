@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -13,7 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tolaria.snapshot.fresh_state import fresh_value
 from tolaria.snapshot.grad_scaler import SCALER_TENSORS
-from tolaria.snapshot.protocols import HoldsSeed, Stateful, TakesPartInRollback
+from tolaria.snapshot.parts import Parts
+from tolaria.snapshot.protocols import HoldsSeed, TakesPartInRollback
 from tolaria.snapshot.rng import Generators
 from tolaria.snapshot.schedules import LoweredRates, ScheduleFinder
 
@@ -86,39 +87,21 @@ class Walk(NamedTuple):
 
 
 class CoveredState:
-    """Finds what is covered, each time anew, and puts the host-side parts back.
+    """Finds what is covered, each time anew.
 
     Args:
-        model: its parameters, buffers, and the modules that take part in rollbacks.
-        optimizers: state and hyper-parameters of each.
-        schedulers: restored through their state dicts.
-        scaler: a ``torch.amp.GradScaler`` or None.
-        extras: named objects with ``state_dict``/``load_state_dict``; an ``nn.Module`` is covered tensor by
-            tensor.
-        generators: random generators beside the default ones.
+        parts: what was handed over; optimizers and schedulers may join and leave later.
         restore_rng: whether random generators are covered at all.
-        device: tensors on it are captured; tensors elsewhere belong to the host-side parts.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        *,
-        schedulers: Sequence[Stateful] = (),
-        scaler: torch.amp.GradScaler | None = None,
-        extras: Mapping[str, Stateful] | None = None,
-        generators: Sequence[torch.Generator] = (),
-        restore_rng: bool = False,
-        device: torch.device,
-    ) -> None:
-        self.model = model
-        self.optimizers = list(optimizers)
-        self.schedulers = list(schedulers)
-        self.scaler = scaler
-        self.extras = dict(extras or {})
-        self.generators = Generators(device, list(generators), restore_rng)
-        self.device = device
+    def __init__(self, parts: Parts, *, restore_rng: bool = False) -> None:
+        self.model = parts.model
+        self.optimizers = list(parts.optimizers)
+        self.schedulers = list(parts.schedulers)
+        self.scaler = parts.scaler
+        self.extras = dict(parts.extras)
+        self.generators = Generators(parts.device, parts.generators, restore_rng)
+        self.device = parts.device
         self.lowered = LoweredRates()
         self.schedules = ScheduleFinder()
         self._retired = WeakIdKeyDictionary()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol
 
+from tolaria._arguments import check_each
 from tolaria.telemetry.events import CaptureEvent, GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
 
 _log = logging.getLogger("tolaria.governor")
@@ -19,6 +20,15 @@ class Sink(Protocol):
 
     def __call__(self, event: GovernorEvent, /) -> object:
         """Take ``event``; what is returned is ignored."""
+
+
+def check_sinks(sinks: object) -> None:
+    """A sequence of callables.
+
+    Raises:
+        TypeError: it is none, or holds something else.
+    """
+    check_each("sinks", sinks, "callables", callable)
 
 
 def deliver(sinks: Iterable[Sink], event: GovernorEvent) -> None:

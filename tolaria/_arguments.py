@@ -1,0 +1,54 @@
+"""Looks at the types of arguments; what does not fit is named, with what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def check_each(name: str, values: object, wanted: str, fits: Callable[[object], bool]) -> None:
+    """``values`` must be a sequence of what ``fits``.
+
+    Raises:
+        TypeError: it is none, or holds something else.
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name}: expected a sequence of {wanted}, got {type(values).__name__}")
+    for i, value in enumerate(values):
+        if not fits(value):
+            raise TypeError(f"{name}[{i}]: expected {wanted}, got {type(value).__name__}")
+
+
+def check_optional(name: str, value: object, wanted: type) -> None:
+    """``value`` must be None or a ``wanted``.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if value is not None and not isinstance(value, wanted):
+        raise TypeError(f"{name}: expected {wanted.__name__} or None, got {type(value).__name__}")
+
+
+def as_flag(name: str, value: object) -> bool:
+    """``value`` as a bool.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected a bool or a tensor of one element, got {type(value).__name__}")
+    return bool(value)
+
+
+def as_number(name: str, value: object) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        raise TypeError(
+            f"{name}: expected a number or a floating tensor of one element, got {type(value).__name__}"
+        )
+    return float(value)

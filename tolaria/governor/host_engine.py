@@ -1,0 +1,91 @@
+"""One governed model in CPU memory, where the host sees the judge's orders at once and carries them out."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from tolaria import ops
+from tolaria.governor.engine import Engine
+from tolaria.governor.row import Row
+from tolaria.ops import Order, PanicReason, StateField
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.host_state import HostState
+
+
+class HostEngine(Engine):
+    """Snapshots and rollbacks of a model in CPU memory; arguments as for :class:`Engine`."""
+
+    def __init__(self, row: Row, covered: CoveredState) -> None:
+        super().__init__(row, covered)
+        self._view: npt.NDArray[np.float64] = row.state.numpy()[:, row.column]
+        self._host: list[HostState | None] = [None, None]
+        self.adopt_current_state()
+
+    def act(self) -> None:
+        """Carry out what the last judgement ordered."""
+        if self._view[StateField.restore_order]:
+            self.restore()
+        elif self._view[StateField.capture_order_0] >= 0:
+            self.cull_poisoned_seeds()
+            self.sync_structure()
+            self._capture(self.host_parts())
+        elif self.covered.structure() != self.structure:
+            self.sync_structure()
+        if self.seed_holders and self.seeds_are_due():
+            self.cull_poisoned_seeds()
+
+    def sync_structure(self, *, leave_out: bool = False) -> None:
+        """As the base class, where something may have changed."""
+        if not self.structure or self._watch.has_moved():
+            super().sync_structure(leave_out=leave_out)
+
+    def snapshot(self) -> None:
+        """Capture now, by hand."""
+        self.cull_poisoned_seeds()
+        self.sync_structure()
+        host = self.host_parts()
+        self.order(Order.CAPTURE)
+        self._capture(host)
+
+    def _capture(self, host: HostState) -> None:
+        """Copy the state to the ordered slot. A non-finite value on the way is a panic and rolls back."""
+        self._copy_to_slot(host)
+        bad = int(self._view[StateField.candidate_bad])
+        if bad >= 0 and not self.defer_panics and not self._row.config.log_only:
+            self.order(Order.ROLLBACK, PanicReason.NON_FINITE_STATE, bad)
+            self.restore()
+
+    def _copy_to_slot(self, host: HostState) -> None:
+        slot = int(self._view[StateField.capture_order_0])
+        self._host[slot] = None  # from here to the end the slot is neither the old capture nor the new one
+        row = self._row
+        for part in (0, 1):
+            ops.snapshot_capture_(row.state, row.column, self.slots.table, part, row.mailbox)
+        host.keys = self.slots.mark_captured(slot)
+        self._host[slot] = host
+
+    def restore(self) -> None:
+        """Put the last known good state back, in place; the order must have been given."""
+        self._put_back(self._row.state, self._row.mailbox)
+
+    def restore_again(self) -> None:
+        """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
+        self._put_back(self._row.state_with_order(), None, again=True)
+
+    def _put_back(self, state: Tensor, mailbox: Tensor | None, *, again: bool = False) -> None:
+        self.sync_structure(leave_out=True)
+        slot = int(self._view[StateField.last_good])
+        host = self._host[slot]
+        assert host is not None, "the last known good slot always has its host-side parts"
+        self.recreate_missing(slot, host)
+        kept = host.rates_to_keep(self.covered)
+        ops.snapshot_restore_(state, self._row.column, self._row.settings, self.slots.table, mailbox)
+        host.load_into(self.covered, again=again, kept=kept)
+        self.tell_left_out()
+
+    def _capture_and_promote(self, host: HostState) -> None:
+        self.order(Order.CAPTURE)
+        self._copy_to_slot(host)
+        self.order(Order.PROMOTE)

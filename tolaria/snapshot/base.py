@@ -1,0 +1,140 @@
+"""What all that captures and restores shares: a covered state, and slots that are kept in line with it.
+
+The governor's engines, which obey a judge, stand on it; a snapshot by hand needs this and the ops.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch.optim import Optimizer
+
+from tolaria.errors import UncoveredWarning
+from tolaria.snapshot.coverage import Coverage, check_unsharded
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.finite_state import StateCheck
+from tolaria.snapshot.host_state import HostState
+from tolaria.snapshot.place import is_finite
+from tolaria.snapshot.slots import Slots, check_coverable
+from tolaria.snapshot.watch import StructureWatch
+
+
+class SnapshotBase:
+    """Slots for a covered state.
+
+    Args:
+        covered: what is covered.
+        storage: where the slots of a CUDA model lie, ``"pinned"`` or ``"device"``.
+
+    Attributes:
+        covered: as given.
+        slots: both copies; empty until :meth:`sync_structure`.
+        structure: a cheap sign of growth as of the last look; empty: look again.
+        seed_holders: modules that may hold an incubating seed, as of the last look.
+        state_check: looks whether the live state is finite.
+
+    Raises:
+        ValueError: a parameter is not finite.
+        SnapshotError: a tensor cannot be copied byte by byte.
+        RuntimeError: a parameter or buffer is a shard.
+    """
+
+    def __init__(self, covered: CoveredState, storage: str) -> None:
+        self.covered = covered
+        self.slots = Slots(covered.device, storage)
+        self.structure = covered.structure()
+        self.seed_holders = covered.walk().seed_holders
+        self._watch = StructureWatch(covered)
+        self.state_check = StateCheck(covered, self.slots, self._watch)
+        check_unsharded(covered)
+        self._find_exempt()
+        self._coverage = Coverage(covered)
+        self._coverage.look(attaching=True)
+
+    def _find_exempt(self) -> None:
+        """Tensors that are non-finite from the start are copied but not searched; a parameter may not be."""
+        covered = self.covered.tensors()
+        check_coverable(covered)
+        bad = [t for t in covered if not is_finite(t.tensor)]
+        broken = [t.name for t in bad if t.kind == "parameter"]
+        if broken:
+            raise ValueError(
+                f"model: expected finite parameters, got NaN or infinity in {', '.join(broken[:5])}"
+                + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+                + "; a governor cannot vouch for such a state"
+            )
+        self.slots.exempt = frozenset(t.key for t in bad)
+
+    def refuse_nonfinite(self) -> None:
+        """Look at the live tensors that a capture would search; waits for the device.
+
+        Raises:
+            ValueError: one holds a non-finite value.
+        """
+        known = {place.key for place in self.slots.places.values()}
+        searched = [
+            t
+            for t in self.covered.tensors()
+            if t.watched and not t.zeroed and t.key not in self.slots.exempt
+            if t.key in known or t.kind != "buffer" or not known  # a mask that joins later is exempt
+        ]
+        bad = next((t.name for t in searched if not is_finite(t.tensor)), None)
+        if bad is not None:
+            raise ValueError(f"model: expected a finite state, got NaN or infinity in {bad}")
+
+    def host_parts(self) -> HostState:
+        """The host-side parts of a capture about to be made.
+
+        Raises:
+            SnapshotError: a tensor is not covered, or a part cannot say its state.
+        """
+        self.slots.check_whole()
+        return HostState.of(self.covered)
+
+    def sync_structure(self, *, leave_out: bool = False) -> None:
+        """Look for tensors that came, went or moved, and lay the slots out anew if there are any.
+
+        Args:
+            leave_out: go without tensors that cannot be covered; see :meth:`Slots.sync`.
+
+        Raises:
+            SnapshotError: a tensor cannot be covered. The slots and their table stay as they were, and the
+                next act looks again.
+        """
+        known = len(self.slots.places)
+        walk = self.covered.walk()
+        tensors = self.covered.tensors(walk)
+        self._watch.forget()  # whatever happens from here on, the next look finds a change
+        changed = self.slots.sync(tensors, leave_out=leave_out)
+        self.structure = self.covered.structure()
+        self.seed_holders = walk.seed_holders
+        if not self.slots.left_out:
+            self._watch.mark(walk, tensors)
+        if changed:
+            self._structure_changed(known)
+
+    def _structure_changed(self, known: int) -> None:
+        """The slots were laid out anew; there were ``known`` places before, 0 the first time."""
+        if known:
+            self._coverage.look()
+
+    def recreate_missing(self, slot: int, host: HostState) -> None:
+        """Give what the capture in ``slot`` has and its owner dropped back to the owner."""
+        for key, tensor in self.slots.missing_live(slot, host.keys):
+            self.covered.recreate(key, tensor)
+
+    def remove_optimizer(self, optimizer: Optimizer) -> None:
+        """Stop covering ``optimizer``; the captures forget it too."""
+        if any(known is optimizer for known in self.covered.optimizers):
+            self.covered.optimizers = [o for o in self.covered.optimizers if o is not optimizer]
+            self.slots.forget_optimizer(optimizer)
+
+    def tell_left_out(self) -> None:
+        """Warn of live tensors that a restore has left alone, unless an error has named them before."""
+        if self.slots.left_out and (new := self.slots.untold(self.covered.tensors())):
+            warnings.warn(
+                "governor: a rollback leaves alone what no capture can hold: "
+                + "; ".join(f"{name}: {why}" for name, why in new.items()),
+                UncoveredWarning,
+                stacklevel=2,
+            )
