@@ -5,7 +5,7 @@
 
 All mutants are built at once, in a copy of the tree (build/mutants/BACKEND), and switched on by number at run
 time (mutant_schemata.py); mutant_runner.py runs the tests for each, those of the file's own family first,
-then, for what is left, all of tests/ops and tests/governor. For CUDA give a launcher of a device, such as
+then, for what is left, all in FOLDERS_OF_TESTS. For CUDA give a launcher of a device, such as
 ``--launcher path/to/vgpu/run``. Mutants that do not compile are dropped. docs/mutants.md says what survives,
 and why.
 """
@@ -89,7 +89,7 @@ FIRST_LINE = defaultdict(lambda: INCLUDE, {".cpp": "#pragma GCC optimize(1)\n" +
 GOVERNOR = "test_lanes.py test_verdicts.py test_options.py test_rollback.py test_bank.py test_any_bytes.py"
 FAMILIES = (
     ("governor|lanes.h", ["ops/test_governor.py", *(f"governor/{name}" for name in GOVERNOR.split())]),
-    ("snapshot", ["ops/test_snapshot.py", "governor/test_rollback.py", "governor/test_replaced_state.py"]),
+    ("snapshot", ["ops/test_snapshot.py", "governor/test_rollback.py", "snapshot/test_replaced_state.py"]),
     ("stats|multi_tensor", ["ops/test_stats.py"]),
     ("metrics", ["ops/test_metrics.py"]),
     ("output_pool|cache", ["ops/test_output_pool.py", "ops/test_blend.py"]),
@@ -99,6 +99,7 @@ FAMILIES = (
     ),
 )
 DEVICE_TESTS = ["ops/test_device_parity.py", "ops/test_device_streams.py"]
+FOLDERS_OF_TESTS = ("ops", "snapshot", "telemetry", "governor")
 TOO_LONG = ("tests/governor/test_distributed.py",)
 
 
@@ -277,8 +278,8 @@ def tests_of(tree: Tree, file: str) -> list[str]:
 
 
 def all_tests(tree: Tree) -> list[str]:
-    """All of tests/ops and tests/governor but what takes too long."""
-    folders = (tree.folder / "tests" / kind for kind in ("ops", "governor"))
+    """All that could notice a mutant, but what takes too long."""
+    folders = (tree.folder / "tests" / kind for kind in FOLDERS_OF_TESTS)
     found = [
         path.relative_to(tree.folder).as_posix() for f in folders for path in sorted(f.glob("test_*.py"))
     ]

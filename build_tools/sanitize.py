@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/ops", "tests/governor"]
+TESTS = ["tests/ops", "tests/snapshot", "tests/telemetry", "tests/governor"]
 POOL_TESTS = ["tests/ops/test_output_pool.py"]
 KINDS = ("address", "undefined")
 

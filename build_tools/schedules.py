@@ -2,7 +2,7 @@
 
     python build_tools/schedules.py --vgpu PATH/TO/vgpu/run [--starve 24] [--random 16] [PYTEST ARGUMENT...]
 
-Without arguments for pytest: the tests of the governor and of the snapshot ops that are marked ``cuda``, but
+Without arguments for pytest: the tests of governor, snapshots and snapshot ops that are marked ``cuda``, but
 those that go through schedules of their own. Ends with status 1 if a schedule failed, and says which.
 """
 
@@ -15,7 +15,8 @@ import sys
 
 # The proof's stories choose their schedules themselves, one process can only repeat them.
 PROOF = "tests/governor/test_device_proof.py"
-TESTS = ("-m", "cuda", "tests/governor", "tests/ops/test_snapshot.py", f"--ignore={PROOF}")
+FOLDERS = ("tests/governor", "tests/snapshot", "tests/telemetry", "tests/ops/test_snapshot.py")
+TESTS = ("-m", "cuda", *FOLDERS, f"--ignore={PROOF}")
 
 
 def schedules(starve: int, random: int, first: int) -> list[str]:

@@ -104,3 +104,12 @@ extern "C" int is_same() {
     command = ["c++", "-std=c++20", "-shared", "-fPIC", str(tmp_path / "same.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
     assert ctypes.CDLL(str(library)).is_same() == 1
+
+
+def test_every_family_and_folder_has_tests():
+    tests = mutants.ROOT / "tests"
+    patterns = [pattern for _, family in mutants.FAMILIES for pattern in family] + mutants.DEVICE_TESTS
+    assert [pattern for pattern in patterns if not list(tests.glob(pattern))] == []
+    folders = {name: list((tests / name).glob("test_*.py")) for name in mutants.FOLDERS_OF_TESTS}
+    assert [name for name, files in folders.items() if not files] == []
+    assert all((mutants.ROOT / name).is_file() for name in mutants.TOO_LONG)
