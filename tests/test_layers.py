@@ -80,6 +80,15 @@ def test_no_files_import_each_other():
     graphlib.TopologicalSorter(imports).prepare()  # a CycleError names the files
 
 
+def test_the_page_knows_every_folder_and_its_files():
+    page = (ROOT / "docs/architecture.md").read_text()
+    folders = [path.parent.name for path in (ROOT / "tolaria").glob("*/__init__.py")]
+    assert [name for name in folders if f"| `tolaria.{name}` |" not in page] == []
+    rooms = ("snapshot", "telemetry", "governor")
+    files = [path for path in MODULES if path.parent.name in rooms and path.name != "__init__.py"]
+    assert [str(path.relative_to(ROOT)) for path in files if f"`{path.name}`" not in page] == []
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source_includes_from_its_layer(path):
     included = {name.split("/")[0] for name in re.findall(r'#include "([^"]+)"', path.read_text())}
