@@ -263,3 +263,97 @@ def test_a_rate_that_is_a_tensor_stays_with_its_late_schedule(make: Callable[[An
 def _collected() -> Iterator[None]:
     yield
     gc.collect()
+
+
+class SlotScheduler:
+    """Holds the optimizer in a slot: it has no attributes that ``vars`` would show."""
+
+    __slots__ = ("count", "optimizer")
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.count = optimizer, 0
+
+    def step(self) -> None:
+        self.count += 1
+        if self.count == 3:
+            self.optimizer.param_groups[0]["lr"] *= 0.1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def test_a_schedule_without_a_dict_is_named() -> None:
+    run = Run()
+    scheduler = SlotScheduler(run.optimizer)
+    run.attach()
+    with pytest.warns(UncoveredWarning, match="SlotScheduler"):
+        run.train(scheduler, 12)
+
+
+def test_a_schedule_that_gc_freeze_hides_is_told_of() -> None:
+    run = Run()
+    scheduler = lrs.MultiStepLR(run.optimizer, [12])
+    gc.freeze()
+    try:
+        with pytest.warns(UncoveredWarning, match="cannot be found after gc.freeze"):
+            run.attach()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run.train(scheduler, 40, bad=(14,))
+            run.governor.add_scheduler(scheduler)
+            run.train(scheduler, 20, bad=(14,))
+    finally:
+        gc.unfreeze()
+
+
+class Milestones:
+    """Nothing tells that this is a schedule: it counts steps and lowers the rate at some of them."""
+
+    def __init__(self, optimizer: Optimizer, *at: int) -> None:
+        self.held, self.at, self.count = optimizer, at, 0
+
+    def step(self) -> None:
+        self.count += 1
+        if self.count in self.at:
+            self.held.param_groups[0]["lr"] *= 0.1
+
+
+def test_a_rate_that_a_rollback_took_back_for_good_is_told_of_once() -> None:
+    run = Run()
+    run.attach()
+    scheduler = Milestones(run.optimizer, 3, 13, 43)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.train(scheduler, 14)
+    with pytest.warns(UncoveredWarning, match=r"SGD\) back from 0\.001 to 0\.01, .*schedulers="):
+        run.train(scheduler, 20, bad=(1,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.train(scheduler, 30, bad=(11,))
+
+
+class Formula:
+    """The rate of every step, as loops set it that have no schedule."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.held, self.count = optimizer, 0
+
+    def step(self) -> None:
+        self.count += 1
+        self.held.param_groups[0]["lr"] = 0.1 / self.count
+
+
+@pytest.mark.parametrize(
+    "make", [Formula, lambda o: Milestones(o, 3)], ids=["each step", "before the capture"]
+)
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+@pytest.mark.filterwarnings("error")
+def test_a_rate_set_by_hand_that_is_not_lost_is_not_spoken_of(
+    make: Callable[[Optimizer], Any], factor: float
+) -> None:
+    run = Run()
+    run.attach(settings={"lr_factor": factor})
+    run.train(make(run.optimizer), 80, bad=(14, 15, 33, 57))

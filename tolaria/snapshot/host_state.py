@@ -46,6 +46,8 @@ class HostState:
     rng: dict[str, Any]
     rates_lowered: int
     """How often the learning rates had been lowered by then."""
+    rate_moves: dict[int, int] = field(default_factory=dict)
+    """How often the rates had been set by hand by then; see :meth:`ScheduleFinder.restored`."""
     keys: frozenset[Hashable] = field(default_factory=frozenset)
     """The places in the slots that the capture filled."""
     restores: int = 0
@@ -59,6 +61,7 @@ class HostState:
             SnapshotError: a scheduler or an extra cannot say its state.
         """
         walk = covered.walk()
+        covered.schedules.captured(covered.optimizers)
         covered.find_schedules()
         return cls(
             optimizers=[_optimizer_host(covered, optimizer) for optimizer in covered.optimizers],
@@ -81,6 +84,7 @@ class HostState:
             modules={name: module.rollback_state() for name, module in walk.participants},
             rng=covered.generators.state(),
             rates_lowered=covered.lowered.reflected,
+            rate_moves=covered.schedules.moves_by_hand(),
         )
 
     def load_into(
@@ -113,6 +117,7 @@ class HostState:
             else:  # unknown at the capture: it starts afresh
                 optimizer.state.clear()
         kept.put_back()
+        covered.schedules.restored(kept.before, self.rate_moves)
         covered.lowered.restored(self.rates_lowered, kept)
         self._reattach_parameters(covered)
         load_scaler_values(covered.scaler, self.scaler)

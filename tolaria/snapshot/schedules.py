@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,18 +31,58 @@ class ScheduleFinder:
     def __init__(self) -> None:
         self._hints: dict[int, list[object]] = {}
         self._rates: dict[int, list[float | None]] = {}
-        self._moved_by_hand: set[int] = set()
+        self._by_hand: dict[int, int] = {}
+        self._taken_back: dict[int, list[float | None]] = {}
         self._told: list[object] = []
 
     def look(self, optimizers: Sequence[Optimizer], schedulers: list[Stateful]) -> None:
         """Append the schedules over ``optimizers`` that turned up since the last look to ``schedulers``."""
         hinted = [o for o in optimizers if self._has_new_hint(o)]
         moved = [o for o in optimizers if self._has_moved(o, schedulers)]
-        if hinted or moved:
-            found = _schedules_over([*hinted, *moved])
-            self._cover(found, schedulers)
-            self._moved_by_hand |= {id(o) for o in moved if not any(reaches(s, o) for s in found)}
+        searched = [*hinted, *(o for o in moved if id(o) not in self._by_hand)]
+        found = _schedules_over(searched) if searched else []
+        self._cover(found, schedulers)
+        for optimizer in moved:
+            if not any(_drives(schedule, optimizer) for schedule in found):
+                self._by_hand[id(optimizer)] = self._by_hand.get(id(optimizer), 0) + 1
+        self._tell_hidden([*found, *schedulers], hinted)
         self.refresh(optimizers)
+
+    def moves_by_hand(self) -> dict[int, int]:
+        """By the optimizer's id: how many looks found its rate set by something that is no schedule."""
+        return dict(self._by_hand)
+
+    def restored(self, rates: Mapping[int, list[float | None]], moves: Mapping[int, int]) -> None:
+        """A restore has taken rates back.
+
+        Args:
+            rates: by the optimizer's id, those before the restore.
+            moves: what :meth:`moves_by_hand` said at the capture.
+        """
+        late = {key for key, count in self._by_hand.items() if count > moves.get(key, 0)}
+        self._taken_back.update((key, before) for key, before in rates.items() if key in late)
+
+    def captured(self, optimizers: Sequence[Optimizer]) -> None:
+        """Say where a restore took back a rate that was set by hand, if nobody has set it since.
+
+        Who sets the rate at every step is not concerned; who counts steps and lowers it at some of them is.
+        """
+        for optimizer in optimizers:
+            before, now = self._taken_back.pop(id(optimizer), []), _rates(optimizer)
+            if not before or now != self._rates.get(id(optimizer)) or before[: len(now)] == now:
+                continue
+            if not any(told is optimizer for told in self._told):
+                self._told.append(optimizer)
+                _warn_taken_back(optimizer, before, now)
+
+    def _tell_hidden(self, known: Sequence[object], hinted: Sequence[Optimizer]) -> None:
+        """Name optimizers whose ``step`` a schedule has wrapped that the garbage collector does not show."""
+        if not gc.get_freeze_count():
+            return
+        for optimizer in hinted:
+            if "step" in vars(optimizer) and not any(reaches(s, optimizer) for s in known):
+                self._told.append(optimizer)
+                _warn_hidden(optimizer)
 
     def refresh(self, optimizers: Sequence[Optimizer]) -> None:
         """The rates of now are what they should be: a restore or its policy has set them."""
@@ -56,7 +96,7 @@ class ScheduleFinder:
     def _has_moved(self, optimizer: Optimizer, schedulers: Sequence[Stateful]) -> bool:
         """Whether a rate has changed and no covered schedule explains it."""
         rates = _rates(optimizer)
-        if rates == self._rates.get(id(optimizer), rates) or id(optimizer) in self._moved_by_hand:
+        if rates == self._rates.get(id(optimizer), rates):
             return False
         return not any(reaches(scheduler, optimizer) for scheduler in schedulers)
 
@@ -91,6 +131,8 @@ class KeptRates:
         self.ids = frozenset(map(id, [*late, *driven]))
         """Of those schedules and their optimizers."""
         self._late, self._driven = late, driven
+        self.before = {id(o): _rates(o) for o in optimizers}
+        """The rates by the optimizer's id, as they are before the restore."""
         self._values = [
             (group, {key: copy.deepcopy(group[key]) for key in _SCHEDULED if key in group})
             for optimizer in driven
@@ -152,10 +194,26 @@ def reaches(holder: object, target: object, depth: int = 3) -> bool:
     if isinstance(holder, list | tuple):
         values: Iterator[object] = iter(holder)
     elif isinstance(holder, Optimizer | LRScheduler) or _has_methods(type(holder)):
-        values = iter(list(vars(holder).values()) if hasattr(holder, "__dict__") else ())
+        values = iter(_attributes(holder).values())
     else:
         return False
     return any(reaches(value, target, depth - 1) for value in values)
+
+
+def _attributes(thing: object) -> dict[str, Any]:
+    """Its attributes, wherever they lie: in a dict of its own, in slots, in both."""
+    found = dict(getattr(thing, "__dict__", {}))
+    for kind in type(thing).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in found and hasattr(thing, name):
+                found[name] = getattr(thing, name)
+    return found
+
+
+def _drives(schedule: object, optimizer: Optimizer) -> bool:
+    """Whether ``schedule`` holds ``optimizer``, or one that it wraps."""
+    return reaches(schedule, optimizer) or reaches(optimizer, _attributes(schedule).get("optimizer"), depth=1)
 
 
 def _has_methods(kind: type) -> bool:
@@ -183,7 +241,7 @@ def _schedules_over(optimizers: Sequence[Optimizer]) -> list[object]:
     owners = gc.get_referrers(*dicts) if dicts else []
     found: dict[int, object] = {}
     for thing in (*referrers, *owners):
-        if _is_schedule(thing) and holds(vars(thing)):
+        if _is_schedule(thing) and holds(_attributes(thing)):
             found[id(thing)] = thing
     return list(found.values())
 
@@ -205,10 +263,33 @@ def _tells_its_state(schedule: LRScheduler) -> bool:
 
 
 def _warn(schedule: object) -> None:
-    kind, optimizer = type(schedule).__name__, type(vars(schedule)["optimizer"]).__name__
+    kind, optimizer = type(schedule).__name__, type(_attributes(schedule)["optimizer"]).__name__
     warnings.warn(
         f"governor: {kind} drives the rate of a covered optimizer ({optimizer}) and is not covered: a "
         "rollback takes the rate back without it; pass schedulers=[...], or call add_scheduler",
+        UncoveredWarning,
+        stacklevel=2,
+    )
+
+
+def _warn_hidden(optimizer: Optimizer) -> None:
+    warnings.warn(
+        f"governor: a schedule drives the rate of a covered optimizer ({type(optimizer).__name__}) and "
+        "cannot be found after gc.freeze(): a rollback takes the rate back without it; pass "
+        "schedulers=[...], or call add_scheduler",
+        UncoveredWarning,
+        stacklevel=2,
+    )
+
+
+def _warn_taken_back(
+    optimizer: Optimizer, before: Sequence[float | None], after: Sequence[float | None]
+) -> None:
+    former, now = next((b or 0.0, a or 0.0) for b, a in zip(before, after, strict=False) if b != a)
+    warnings.warn(
+        f"governor: a rollback took the rate of a covered optimizer ({type(optimizer).__name__}) back from "
+        f"{former:g} to {now:g}, and whatever had set it has not set it again; hand it over in "
+        "schedulers=[...] (state_dict and load_state_dict are enough), or set the rate at every step",
         UncoveredWarning,
         stacklevel=2,
     )
