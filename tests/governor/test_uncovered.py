@@ -44,6 +44,14 @@ def test_an_untold_optimizer_is_named_once_with_its_parameters() -> None:
     step(model, head)
 
 
+def test_an_untold_optimizer_of_an_extra_is_named() -> None:
+    model, critic = net(), net()
+    optimizer, other = SGD(model.parameters(), lr=0.1), AdamW(critic.parameters())
+    governor = TolariaGovernor(model, optimizer, extras={"critic": critic})
+    with pytest.warns(UncoveredWarning, match=r"AdamW\) steps over critic\.0\.weight and 3 more"):
+        governor.step(step(critic, other))
+
+
 def test_one_that_replaces_another_in_mid_run_is_named() -> None:
     model = net()
     first = SGD(model.parameters(), lr=0.1)

@@ -55,6 +55,20 @@ def wrapped() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     return model, [Wrapper(torch.optim.AdamW(model.parameters()))]
 
 
+class Several(torch.optim.Optimizer):
+    """As those that hold one optimizer for each kind of parameter."""
+
+    def __init__(self, *inner: torch.optim.Optimizer) -> None:
+        super().__init__([p for o in inner for group in o.param_groups for p in group["params"]], {})
+        self.kinds = {"first": inner[0]}
+        self.others = list(inner[1:])
+
+
+def wrapped_in_a_list() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    model = nn.Linear(2, 2)
+    return model, [Several(torch.optim.AdamW([model.weight]), torch.optim.SGD([model.bias]))]
+
+
 def of_another_copy() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
@@ -65,6 +79,7 @@ NAMED: dict[Callable[[], tuple[nn.Module, list[torch.optim.Optimizer]]], str] = 
     stray_buffer: r"does not put back stray, which is on meta",
     stray_parameter_of_the_optimizer: r"optimizer\[0\]\.group\[0\]\.params\[2\], which is on meta",
     wrapped: r"the state of optimizers\[0\]\.inner \(AdamW\), which Wrapper wraps: hand over both",
+    wrapped_in_a_list: r"optimizers\[0\]\.kinds\['first'\] \(AdamW\).*optimizers\[0\]\.others\[0\] \(SGD\)",
     of_another_copy: r"optimizers\[0\] \(SGD\), none of which is the model's",
 }
 

@@ -41,7 +41,12 @@ class _Watch:
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for covered in governed:
-            names = [name for name, p in covered.model.named_parameters() if id(p) in stepped]
+            names = [
+                prefix + name
+                for prefix, root in covered.roots()
+                for name, p in root.named_parameters()
+                if id(p) in stepped
+            ]
             if names:
                 self.dismissed.add(optimizer)  # one warning
                 _warn(optimizer, names)
