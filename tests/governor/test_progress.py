@@ -166,3 +166,10 @@ def test_rows_of_a_bank_are_counted_apart() -> None:
     with pytest.raises(TrainingDivergedError, match="no progress"):
         bank.step(torch.tensor([nan, 1.0, 1.0]))
     assert bank.rollback_counts[2] == 2
+
+
+@pytest.mark.parametrize("name", ["max_restores_of_one_capture", "max_rollbacks"])
+def test_a_limit_of_any_size_is_a_limit(name: str) -> None:
+    governor = make(**{"max_rollbacks": 10**6, name: 2**70})
+    live_through(governor, [0] * 4)
+    assert governor.rollback_count == 4

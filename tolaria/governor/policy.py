@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -75,7 +76,7 @@ class RollbackPolicy:
 
     def __init__(self, config: GovernorConfig) -> None:
         self._config = config
-        self._history: deque[GovernorReport] = deque(maxlen=max(64, config.max_rollbacks))
+        self._history: deque[GovernorReport] = deque(maxlen=min(max(64, config.max_rollbacks), sys.maxsize))
         self._unchecked = False
         self._progress = Progress(
             most=config.max_restores_of_one_capture, least=config.min_history, cooldown=config.cooldown

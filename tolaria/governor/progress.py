@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class Progress:
     """
 
     def __init__(self, *, most: int, least: int, cooldown: int) -> None:
-        self._most, self._least, self._cooldown = most, least, cooldown
+        self._most = min(most, sys.maxsize)  # more than a deque can hold is never reached
+        self._least, self._cooldown = least, cooldown
         self._stuck: Stuck | None = None
         self._begin()
 
