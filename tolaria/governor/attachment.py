@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from functools import partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tolaria.errors import TolariaError
+from tolaria.errors import TolariaError, UncoveredWarning
 from tolaria.governor import statistics
 from tolaria.governor.config import GovernorConfig, resolve_random_guess_loss
 from tolaria.governor.device_engine import DeviceEngine
@@ -211,6 +212,7 @@ class Attachment:
 
     def _successor(self, config: GovernorConfig, guess: float | None, saved: Tensor) -> Attachment:
         """Take ``saved`` over with memory of another size; a recorded graph finds a judge without slots."""
+        loses_graphs = graphs.is_kept(self.row.state)
         successor = Attachment(self.engine.covered, config, guess, self._group, self._telemetry)
         try:
             successor.follower.last_report = self.follower.last_report
@@ -219,6 +221,13 @@ class Attachment:
             successor.let_go()
             raise
         self.let_go()
+        if loses_graphs:
+            warnings.warn(
+                "governor: CUDA graphs recorded before are no longer guarded, since the loaded window, "
+                "storage or event_capacity is another; record them anew",
+                UncoveredWarning,
+                stacklevel=4,
+            )
         return successor
 
     # -- the end ---------------------------------------------------------------------------------------------
