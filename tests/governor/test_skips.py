@@ -204,3 +204,37 @@ def test_the_count_survives_a_resume() -> None:
     other.governor.load_state_dict(run.governor.state_dict())
     other.governor.step(math.nan)
     assert (run.governor.rollback_count, other.governor.rollback_count) == (0, 1)
+
+
+class Averages(nn.Module):
+    """Its forward replaces a buffer that its backward needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(3))
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + x.mean(0) * 0.1
+        return self.linear(x) * self.mean
+
+
+@pytest.mark.parametrize("make", [Net, Averages])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_step_may_be_judged_before_its_backward(make: type[nn.Module], device: str) -> None:
+    torch.manual_seed(0)
+    model = make().to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    governor = TolariaGovernor(model, optimizer, config=GovernorConfig(skip_anomalous_steps=True))
+    for i in range(6):
+        before = copy.deepcopy(model.state_dict())
+        loss = model(torch.randn(8, 3, device=device)).square().mean() * (math.nan if i == 3 else 1.0)
+        verdict = governor.check_vital_signs(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        governor.step(verdict)
+        after = model.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in after) == (i == 3)
+    governor.synchronize()
+    assert governor.offending_steps == (4,)

@@ -168,12 +168,14 @@ class _Buffers:
         ]
         self._homes = [(module, name) for module, name, _ in homes]
         self._live = [buffer for *_, buffer in homes]
-        memory = [buffer.detach() for buffer in self._live]
+        # With a version counter of their own: the backward of the step that is left out may be still to come.
+        memory = [buffer.data for buffer in self._live]
         if self._undo is not None:
             if memory:
                 self._undo.save(memory)
         elif [b.data_ptr() for b in memory] != [b.data_ptr() for b in self._memory]:
-            self._copies = [b.clone() for b in memory]
+            with torch.inference_mode(False):
+                self._copies = [b.clone() for b in memory]
         elif memory:
             torch._foreach_copy_(self._copies, memory)
         self._memory = memory
@@ -197,7 +199,7 @@ class _Buffers:
             if flag is None:
                 module._buffers[name] = saved
             elif now is not None and now is not saved and now.shape == saved.shape:
-                now.copy_(torch.where(flag != 0, saved, now))
+                now.data.copy_(torch.where(flag != 0, saved, now))
 
 
 class _Newborns:
