@@ -96,12 +96,12 @@ class RollbackPolicy:
 
     def after_rollback(self, report: GovernorReport, covered: CoveredState) -> None:
         """Clear gradients, lower learning rates, note the steps that led here."""
+        covered.lowered.times += 1  # first: what follows may be interrupted, and the rates reflect this number
         self._history.append(report)
         self._unchecked = True
         if report.reason is not PanicReason.MANUAL:
             self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
             self._progress.restored(report)
-        covered.lowered.times += 1
         self.apply(covered)
 
     def _offend(self, first: int, last: int) -> None:
