@@ -19,6 +19,7 @@ from tolaria import _extension
 from tolaria.errors import SnapshotError, TolariaError, TrainingDivergedError
 from tolaria.governor import (
     DroppedEventsEvent,
+    GovernorBank,
     GovernorConfig,
     PanicReason,
     RollbackEvent,
@@ -300,3 +301,60 @@ def test_step_of_a_closed_governor_judges_nothing() -> None:
     with pytest.raises(TolariaError, match="closed"):
         governor.step(torch.tensor(1.0))
     assert governor.step_count == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_calls_may_be_made_under_inference_mode(device: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = GovernorConfig(snapshot_interval=4, probation=1, skip_anomalous_steps=True)
+    with torch.inference_mode():
+        governor = TolariaGovernor(model, optimizer, config=config)
+
+    def train(loss: float = 1.0) -> None:
+        optimizer.zero_grad()
+        model(torch.randn(4, 2, device=device)).square().mean().backward()
+        verdict = governor.check_vital_signs(loss)
+        optimizer.step()
+        governor.step(verdict)
+
+    for _ in range(6):
+        train()
+    late = [torch.ones(3, device=device) for _ in range(40)]
+    with torch.inference_mode():
+        for i, buffer in enumerate(late):
+            model.register_buffer(f"late{i}", buffer)
+        governor.snapshot()
+        governor.notify_structure_changed()
+        governor.poll()
+    train()
+    with torch.inference_mode():
+        governor.execute_rollback()
+        governor.reset()
+        governor.load_state_dict(governor.state_dict())
+        governor.step(1.0)
+    for loss in (1.0, math.nan, math.nan, math.nan, math.nan, 1.0):
+        train(loss)
+    governor.synchronize()
+    assert governor.rollback_count == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_rows_of_a_bank_may_be_judged_under_inference_mode(device: str) -> None:
+    model = nn.Linear(2, 2).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = GovernorConfig(snapshot_interval=4, probation=1)
+    with torch.inference_mode():
+        bank = GovernorBank(2, config=config, device=device)
+        bank.attach(0, model, optimizer)
+    for i in range(12):
+        optimizer.zero_grad()
+        model(torch.ones(4, 2, device=device)).square().mean().backward()
+        optimizer.step()
+        with torch.inference_mode():
+            bank.step(torch.tensor([math.nan if i == 8 else 1.0, 1.0], device=device))
+    bank.poll()
+    assert bank.rollback_counts == [1, 0]
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(bank)

@@ -25,6 +25,7 @@ from tolaria.governor.skipping import StepSkipper, remove_hooks
 from tolaria.ops import Order
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.inference import outside_inference
 from tolaria.snapshot.parts import checked_optimizers
 from tolaria.telemetry.delivery import Telemetry
 from tolaria.telemetry.mailbox import MailboxReader
@@ -60,6 +61,7 @@ class Attachment:
             the host; else None.
     """
 
+    @outside_inference
     def __init__(
         self,
         covered: CoveredState,
@@ -226,7 +228,7 @@ class Attachment:
                 "governor: CUDA graphs recorded before are no longer guarded, since the loaded window, "
                 "storage or event_capacity is another; record them anew",
                 UncoveredWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return successor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from tolaria.governor.row import make_rows
 from tolaria.ops import PanicReason, StateField, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.inference import outside_inference
 from tolaria.snapshot.parts import Parts
 from tolaria.snapshot.protocols import Stateful
 from tolaria.telemetry.delivery import Telemetry
@@ -51,6 +53,7 @@ class GovernorBank:
         RuntimeError: several ranks; a bank judges for one process alone.
     """
 
+    @outside_inference
     def __init__(
         self,
         n: int,
@@ -85,6 +88,7 @@ class GovernorBank:
     def __len__(self) -> int:
         return self._state.shape[1]
 
+    @outside_inference
     def attach(
         self,
         i: int,
@@ -125,6 +129,7 @@ class GovernorBank:
         self._telemetry.add([engine.attach_event()])
         self._telemetry.deliver()
 
+    @outside_inference
     def detach(self, i: int) -> None:
         """Let go of row ``i``'s model and slots; the row is judged on."""
         engine = self._engines.get(i)
@@ -143,6 +148,7 @@ class GovernorBank:
             self._state[StateField.attached, i] = 0.0
             self._state[StateField.restore_order, i] = 0.0
 
+    @outside_inference
     def step(
         self, losses: Tensor, *, active: Tensor | None = None, gradient_norms: Tensor | None = None
     ) -> Tensor:
@@ -208,6 +214,10 @@ class GovernorBank:
                 flags[i : i + 1].copy_(flag)
         return flags
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("bank: it watches its models and cannot be copied or pickled; make a new one")
+
+    @outside_inference
     def poll(self) -> list[GovernorEvent]:
         """Events that arrived since the last call; never waits. As :meth:`TolariaGovernor.poll`, it tells."""
         self._hear()

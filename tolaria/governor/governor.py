@@ -19,6 +19,7 @@ from tolaria.governor.readings import Readings
 from tolaria.ops import StateField
 from tolaria.ops.governor import judge_
 from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.inference import outside_inference
 from tolaria.snapshot.parts import Parts, check_schedulers
 from tolaria.snapshot.protocols import Stateful
 from tolaria.telemetry.delivery import Telemetry
@@ -194,6 +195,7 @@ class TolariaGovernor(Readings):
             if value is not None:
                 raise ValueError(f"{name}: expected None with a verdict, which is judged already")
 
+    @outside_inference
     def _finish_step(self, engine: Engine) -> None:
         try:
             engine.act()
@@ -224,6 +226,7 @@ class TolariaGovernor(Readings):
 
     # -- by hand ---------------------------------------------------------------------------------------------
 
+    @outside_inference
     def execute_rollback(self) -> GovernorReport:
         """Restore the last known good state now.
 
@@ -252,6 +255,7 @@ class TolariaGovernor(Readings):
         assert self.last_report is not None
         return self.last_report
 
+    @outside_inference
     def snapshot(self) -> None:
         """Capture now, on probation; it replaces a candidate, never the last known good state.
 
@@ -267,6 +271,7 @@ class TolariaGovernor(Readings):
             at.follower.follow_between_steps() if engine.is_late else at.follower.follow()
         self._tell()
 
+    @outside_inference
     def reset(self) -> None:
         """Forget all losses and make the current state the last known good one, as at attach.
 
@@ -289,6 +294,7 @@ class TolariaGovernor(Readings):
         """
         self._engine.wait()
 
+    @outside_inference
     def close(self) -> None:
         """Let go of the model, the hooks and the slots; calls but ``poll`` are errors.
 
@@ -316,6 +322,7 @@ class TolariaGovernor(Readings):
 
     # -- telemetry -------------------------------------------------------------------------------------------
 
+    @outside_inference
     def poll(self) -> list[GovernorEvent]:
         """Events that arrived since the last call, oldest first; never waits, and may be called anywhere.
 
@@ -343,6 +350,7 @@ class TolariaGovernor(Readings):
 
     # -- structure and saving --------------------------------------------------------------------------------
 
+    @outside_inference
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Cover another optimizer, for instance that of a seed just germinated.
 
@@ -364,12 +372,14 @@ class TolariaGovernor(Readings):
         check_schedulers([scheduler])
         self._engine.covered.schedulers.append(scheduler)
 
+    @outside_inference
     def notify_structure_changed(self) -> None:
         """Look at the model's structure now. Optional: the next step, capture or rollback notices growth."""
         self._engine.sync_structure()
         self._attached.follower.hear()
         self._telemetry.deliver()
 
+    @outside_inference
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over settings, statistics and counts; the current model state becomes the last known good one.
 
