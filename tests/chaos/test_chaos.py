@@ -152,10 +152,18 @@ def test_command_prints_the_table(capsys, tmp_path):
         (["digts"], "did you mean 'digits'"),
         (["--data-dir", "x"], "data_dir: expected None, since task 'digits' needs no files"),
         (["cifar10", "--data-dir", "/nowhere"], "data_batch_1 under '/nowhere'"),
-        (["--steps", "30"], "steps: expected at least 40, since ramp lasts 40, got 30"),
+        (["--steps", "30", "--faults", "ramp"], "steps: expected at least 40, since ramp lasts 40, got 30"),
         (
-            ["--steps", "40"],
+            ["--steps", "40", "--faults", "poisoned-capture"],
             "expected at least 50, since poisoned-capture lasts 1 and begins at",
+        ),
+        (
+            ["--steps", "40", "--faults", "inf-buffer"],
+            "expected at least 50, since inf-buffer lasts 1 and is found by",
+        ),
+        (
+            ["--steps", "80", "--start", "51", "--faults", "nan-moment"],
+            "start: expected a start from 1 to 50, since nan-moment lasts 1 of 80 steps and is found by",
         ),
         (["--start", "0", "--faults", "ramp"], "start: expected a start from 1 to 261, since ramp lasts 40"),
         (["--start", "299", "--faults", "nan-loss,ramp"], "start: expected a start from 1 to 261"),
@@ -206,6 +214,9 @@ def test_every_drawn_start_fits(steps, interval):
             run_table(lambda: FakeRun(interval), faults=faults, steps=steps, rng_seed=rng_seed)
         assert len(starts) == len(faults)
         assert all(1 <= first <= steps - f.duration + 1 for first, f in zip(starts, faults, strict=True))
+        hidden = [first for first, f in zip(starts, faults, strict=True) if f.found_by_capture]
+        assert len(hidden) == 4
+        assert max(hidden) <= steps // interval * interval
 
 
 def test_table_that_does_not_fit_runs_nothing():

@@ -35,6 +35,7 @@ class ChaosFault:
         name: how the table calls it.
         duration: steps that it lasts.
         at_capture: whether it begins at a step on which a capture is due.
+        found_by_capture: whether the loss may never show it, so that a capture must come after it.
         detectable: whether the default rule is meant to roll back; False for what it is meant to sit through,
             and for its documented blind spots.
     """
@@ -42,6 +43,7 @@ class ChaosFault:
     name = "nothing"
     duration = 1
     at_capture = False
+    found_by_capture = False
     detectable = True
 
     def before_forward(self, run: ChaosRun, age: int) -> None:
@@ -93,6 +95,7 @@ class PoisonedTensor(ChaosFault):
     def __init__(self, place: Place, value: float = math.nan, rng_seed: int = 0) -> None:
         self.place, self.value, self._rng = place, value, random.Random(rng_seed)
         self.name = f"{_word(value)}-{place}"
+        self.found_by_capture = place in ("moment", "buffer")
 
     def before_forward(self, run: ChaosRun, age: int) -> None:
         """Parameters, moments and buffers."""

@@ -104,12 +104,14 @@ def latest_start(fault: ChaosFault, steps: int, interval: int) -> int:
         ValueError: there is none; the message says how many steps it takes.
     """
     last = steps - fault.duration + 1
-    if fault.at_capture:
+    if fault.at_capture or fault.found_by_capture:
         last -= last % interval
     if last < 1:
-        least = fault.duration + (interval - 1 if fault.at_capture else 0)
-        begins = f" and begins at a capture (every {interval} steps)" if fault.at_capture else ""
-        lasts = f"{fault.name} lasts {fault.duration}{begins}"
+        least, lasts = fault.duration, f"{fault.name} lasts {fault.duration}"
+        if fault.at_capture or fault.found_by_capture:
+            least += interval - 1
+            how = "begins at" if fault.at_capture else "is found by"
+            lasts += f" and {how} a capture (every {interval} steps)"
         raise ValueError(f"steps: expected at least {least}, since {lasts}, got {steps}")
     return last
 
@@ -122,9 +124,10 @@ def checked_start(fault: ChaosFault, steps: int, interval: int, start: int) -> i
     """
     last = latest_start(fault, steps, interval)
     if not 1 <= start <= last:
+        found = f" and is found by a capture (every {interval} steps)" if fault.found_by_capture else ""
         raise ValueError(
             f"start: expected a start from 1 to {last}, since {fault.name} lasts {fault.duration} of {steps} "
-            f"steps, got {start}"
+            f"steps{found}, got {start}"
         )
     return -(-start // interval) * interval if fault.at_capture else start
 
