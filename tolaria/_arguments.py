@@ -46,9 +46,13 @@ def as_number(name: str, value: object) -> float:
 
     Raises:
         TypeError: it is no number.
+        ValueError: no float can hold it.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
         raise TypeError(
             f"{name}: expected a number or a floating tensor of one element, got {type(value).__name__}"
         )
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float can hold, got a larger one") from None

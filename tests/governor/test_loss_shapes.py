@@ -45,3 +45,10 @@ def test_flags_of_many_tensors_are_told_to_be_joined(governor):
 def test_bank_of_many_is_not_told_so():
     with pytest.raises(ValueError, match=r"each of the 2 governors, got shape \[3\]$"):
         GovernorBank(2).step(torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+def test_number_that_no_float_holds_is_refused(governor, name):
+    with pytest.raises(ValueError, match=f"{name}: expected a number that a float can hold"):
+        governor.step(**{"loss": 1.0, name: 10**400})
+    assert governor.step_count == 0

@@ -96,7 +96,8 @@ class RollbackPolicy:
 
     def after_rollback(self, report: GovernorReport, covered: CoveredState) -> None:
         """Clear gradients, lower learning rates, note the steps that led here."""
-        covered.lowered.times += 1  # first: what follows may be interrupted, and the rates reflect this number
+        # First: what follows may be interrupted, and the rates reflect this number.
+        covered.lowered.times += 1
         self._history.append(report)
         self._unchecked = True
         if report.reason is not PanicReason.MANUAL:
