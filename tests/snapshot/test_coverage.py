@@ -120,6 +120,9 @@ def test_one_that_joins_later_is_named_then() -> None:
     model.register_buffer("fine", torch.ones(3))
     with pytest.warns(UncoveredWarning, match="stray, which is on meta"):
         governor.notify_structure_changed()
+    model.register_buffer("lonely", torch.empty(3, device="meta"))
+    with pytest.warns(UncoveredWarning, match="lonely, which is on meta"):
+        governor.notify_structure_changed()
     model.register_buffer("also_fine", torch.ones(3))
     governor.notify_structure_changed()
 

@@ -112,11 +112,11 @@ class SnapshotBase:
             self._watch.mark(walk, tensors)
         if changed:
             self._structure_changed(known)
+        if known:  # what is on another device changes no slot
+            self._coverage.look()
 
     def _structure_changed(self, known: int) -> None:
         """The slots were laid out anew; there were ``known`` places before, 0 the first time."""
-        if known:
-            self._coverage.look()
 
     def recreate_missing(self, slot: int, host: HostState) -> None:
         """Give what the capture in ``slot`` has and its owner dropped back to the owner."""
