@@ -125,6 +125,16 @@ def test_model_that_cannot_be_saved_leaves_the_former_one(saved, models):
     assert same(load_model(saved), models[0])
 
 
+@pytest.mark.parametrize(("model", "task"), [("plain", "digits"), (None, "digits"), ("grown", None)])
+def test_what_cannot_be_loaded_is_not_saved(tmp_path, models, model, task):
+    given = {"plain": torch.nn.Linear(2, 2), "grown": models[0]}.get(model)
+    with pytest.raises(
+        TypeError, match=r"save_model: (model: expected a MorphogeneticModel|task: expected a name)"
+    ):
+        save_model(given, tmp_path, task=task)
+    assert not list(tmp_path.iterdir())
+
+
 def test_link_in_a_drafts_place_is_not_followed(saved, models):
     precious = saved / "precious"
     precious.write_text("mine")

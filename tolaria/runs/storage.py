@@ -52,11 +52,16 @@ def save_model(model: MorphogeneticModel, folder: str | Path, *, task: str) -> N
         task: the registered task that :func:`load_model` rebuilds the host from.
 
     Raises:
-        TypeError: the model's state holds something that is no tensor, or options that JSON cannot hold.
+        TypeError: an argument has the wrong type, or the model's state holds something that is no tensor, or
+            options that JSON cannot hold.
         OSError: the files cannot be written.
         MissingDependencyError: safetensors is not installed.
     """
     safetensors = require("safetensors.torch", feature="saving a model", package="safetensors", extra="train")
+    if not isinstance(model, MorphogeneticModel):
+        raise TypeError(f"save_model: model: expected a MorphogeneticModel, got {type(model).__name__}")
+    if not isinstance(task, str):
+        raise TypeError(f"save_model: task: expected a name, got {type(task).__name__}")
     where = Path(folder)
     tensors: bytes = safetensors.save(_distinct(model))
     described = {
