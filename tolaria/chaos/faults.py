@@ -112,7 +112,9 @@ class PoisonedTensor(ChaosFault):
             raise ValueError(f"{self.name}: expected the run to have a floating {self.place}, it has none")
         tensor = self._rng.choice(list(tensors))
         with torch.no_grad():
-            index = torch.unravel_index(torch.tensor(self._rng.randrange(tensor.numel())), tensor.shape)
+            index = torch.unravel_index(
+                torch.tensor(self._rng.randrange(tensor.numel()), device="cpu"), tensor.shape
+            )
             tensor[tuple(index)] = self.value
 
 

@@ -232,7 +232,7 @@ class GovernorConfig:
             ConfigField.lobotomy_high: self.lobotomy_band[1],
         }
         values = [float(derived[f] if f in derived else getattr(self, f.name)) for f in ConfigField]
-        return torch.tensor(values, dtype=torch.float64).to(device)
+        return torch.tensor(values, dtype=torch.float64, device="cpu").to(device)
 
 
 def resolve_random_guess_loss(num_classes: int | None, random_guess_loss: float | None) -> float | None:

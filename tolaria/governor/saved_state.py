@@ -97,7 +97,9 @@ def checked_state(saved: object, config: GovernorConfig, version: int) -> Tensor
     _check_relations(values)
     fresh = ops.governor_state(1, window=config.window)[:, 0].tolist()
     current = _named(fresh, _names(StateField), _names(MemoryField), config.window)
-    return torch.tensor([[values.get(name, born)] for name, born in current], dtype=torch.float64)
+    return torch.tensor(
+        [[values.get(name, born)] for name, born in current], dtype=torch.float64, device="cpu"
+    )
 
 
 def _plain_column(saved: object, length: int) -> list[float]:

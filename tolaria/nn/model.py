@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,14 +59,13 @@ class MorphogeneticModel(nn.Module):
         if example_input is not None:
             check_inputs("MorphogeneticModel: example_input", example_input)
         self.example_input = example_input
-        self.seed_slots = nn.ModuleDict({name: SeedSlot(name) for name in paths})
+        device = next((p.device for p in host.parameters()), None)
+        with torch.device(device) if device is not None else nullcontext():  # whatever the default is
+            self.seed_slots = nn.ModuleDict({name: SeedSlot(name) for name in paths})
         for name, path in paths.items():
             slot = self.seed_slots[name]
             assert isinstance(slot, SeedSlot)
             host.get_submodule(path).register_forward_hook(slot.inject)
-        device = next((p.device for p in host.parameters()), None)
-        if device is not None:
-            self.seed_slots.to(device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (whatever the host takes and returns)
         """The host's forward, seeds included."""

@@ -77,7 +77,7 @@ class AlphaSchedule:
             position if position is not None else torch.zeros((), dtype=torch.int64, device=alpha.device)
         )
         values = [self.value_at(i) for i in range(self.steps + 1)]
-        self._table = torch.tensor(values, dtype=alpha.dtype).to(alpha.device)
+        self._table = torch.tensor(values, dtype=alpha.dtype, device=alpha.device)
         self.reset()
 
     def value_at(self, position: int) -> float:

@@ -125,7 +125,7 @@ class SnapshotTable:
             data = torch.zeros(2 * len(matrix), _COLUMNS, dtype=torch.int64, device=self.device)
         elif not self.fits(rows):
             elsewhere = self._room_for(rows)
-            matrix[1, :2] = torch.tensor([elsewhere.data_ptr(), len(elsewhere)])
+            matrix[1, :2] = torch.tensor([elsewhere.data_ptr(), len(elsewhere)], device="cpu")
         return PreparedRows(by_part, matrix.pin_memory(), data, elsewhere)
 
     def _room_for(self, rows: int) -> Tensor:

@@ -37,7 +37,7 @@ def tensor_stats(tensors: Iterable[Tensor | None]) -> Tensor:
     items = tensors if isinstance(tensors, list) else list(tensors)
     first = next((t for t in items if t is not None), None)
     if first is None:
-        return torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64)
+        return torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64, device="cpu")
     if not isinstance(first, Tensor):
         kind = type(first).__name__
         raise TypeError(f"tolaria.tensor_stats: tensors: expected Tensors and None, got {kind}")

@@ -164,7 +164,7 @@ def governor_state(
         raise ValueError(f"n: expected at least 1 governor, got {n}")
     if not 1 <= window <= MAX_WINDOW:
         raise ValueError(f"window: expected 1 to {MAX_WINDOW} losses, got {window}")
-    column = torch.zeros(memory_row(3, window, 0), 1, dtype=torch.float64)
+    column = torch.zeros(memory_row(3, window, 0), 1, dtype=torch.float64, device="cpu")
     for field in (
         StateField.tensor_index,
         StateField.capture_order_0,
@@ -196,7 +196,7 @@ def governor_mailbox(n: int = 1, *, records: int = 64, pin_memory: bool = False)
     if records < 1:
         raise ValueError(f"records: expected at least 1, got {records}")
     width = len(StatusField) + records * len(RecordField)
-    mailbox = torch.zeros(n, width, dtype=torch.float64, pin_memory=pin_memory)
+    mailbox = torch.zeros(n, width, dtype=torch.float64, device="cpu", pin_memory=pin_memory)
     for word in (StatusField.tensor_index, StatusField.restored_capture, StatusField.restored_step):
         mailbox[:, word] = -1.0
     return mailbox

@@ -112,7 +112,10 @@ def emit(
     records = (g.mailbox.shape[1] - len(StatusField)) // len(RecordField)
     given = {RecordField.capture_id: capture_id, RecordField.capture_step: capture_step}
     given |= {RecordField.kind: float(kind), RecordField.ticket: ticket}
-    filled = {f: torch.as_tensor(v, dtype=sequence.dtype).expand_as(sequence) for f, v in given.items()}
+    filled = {
+        f: torch.as_tensor(v, dtype=sequence.dtype, device=sequence.device).expand_as(sequence)
+        for f, v in given.items()
+    }
     columns = [filled[f] if f in filled else g[StateField[f.name]] for f in RecordField]
     table = torch.stack([column.to(sequence.device) for column in columns], dim=1).to(g.mailbox.device)
     for row in rows.nonzero().flatten().tolist():

@@ -52,7 +52,9 @@ def _read_batch(path: Path) -> tuple[Tensor, Tensor]:
     if images.ndim != 2 or images.shape[1] != 3072 or len(labels) != len(images):
         got = f"data of shape {images.shape} and {len(labels)} labels"
         raise ValueError(f"cifar10: {path}: expected 3072-byte images with a label each, got {got}")
-    return torch.from_numpy(images.copy()).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
+    return torch.from_numpy(images.copy()).view(-1, 3, 32, 32), torch.tensor(
+        labels, dtype=torch.int64, device="cpu"
+    )
 
 
 def find_folder(data_dir: Path | None) -> Path:
@@ -90,7 +92,7 @@ def load_cifar10(*, batch_size: int = 128, rng_seed: int = 0, data_dir: Path | N
     images = torch.cat([part[0] for part in parts])
     labels = torch.cat([part[1] for part in parts])
     test_images, test_labels = _read_batch(folder / "test_batch")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0), device="cpu")
     held, train = order[:VALIDATION_ROWS], order[VALIDATION_ROWS:]
     return TaskData(
         train=TensorBatches(
@@ -102,7 +104,7 @@ def load_cifar10(*, batch_size: int = 128, rng_seed: int = 0, data_dir: Path | N
 
 
 def _scaled(images: Tensor) -> Tensor:
-    mean, std = torch.tensor(_MEAN).view(3, 1, 1), torch.tensor(_STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in (_MEAN, _STD))
     return images.float().div_(255.0).sub_(mean).div_(std)
 
 
@@ -111,7 +113,7 @@ def _host() -> nn.Module:
 
 
 def _example() -> Tensor:
-    return torch.zeros(2, 3, 32, 32)
+    return torch.zeros(2, 3, 32, 32, device="cpu")
 
 
 def make_spec() -> TaskSpec:

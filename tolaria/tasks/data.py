@@ -70,7 +70,7 @@ class TensorBatches:
                     self.targets[start : start + self.batch_size],
                 )
             return
-        order = torch.randperm(rows, generator=self._generator)
+        order = torch.randperm(rows, generator=self._generator, device="cpu")
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             chosen = order[start : start + self.batch_size]
             yield self.inputs[chosen], self.targets[chosen]
@@ -117,12 +117,12 @@ class WindowBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch."""
-        side_by_side = torch.arange(0, len(self.tokens) - self.length, self.length)
-        within = torch.arange(self.length)
+        side_by_side = torch.arange(0, len(self.tokens) - self.length, self.length, device="cpu")
+        within = torch.arange(self.length, device="cpu")
         for index in range(len(self)):
             if self.shuffle:
                 last = len(self.tokens) - self.length
-                starts = torch.randint(last, (self.batch_size,), generator=self._generator)
+                starts = torch.randint(last, (self.batch_size,), generator=self._generator, device="cpu")
             else:
                 starts = side_by_side[index * self.batch_size : (index + 1) * self.batch_size]
             where = starts[:, None] + within

@@ -31,7 +31,7 @@ def load_digits(*, batch_size: int = 64, rng_seed: int = 0, data_dir: Path | Non
     raw = datasets.load_digits()
     images = torch.from_numpy(raw.images).float().unsqueeze(1).sub_(4.884).div_(6.017)
     labels = torch.from_numpy(raw.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SPLIT_SEED), device="cpu")
     test, rest = order[:TEST_ROWS], order[TEST_ROWS:]
     validation, train = rest[:VALIDATION_ROWS], rest[VALIDATION_ROWS:]
     return TaskData(
@@ -46,7 +46,7 @@ def _host() -> nn.Module:
 
 
 def _example() -> Tensor:
-    return torch.zeros(2, 1, 8, 8)
+    return torch.zeros(2, 1, 8, 8, device="cpu")
 
 
 def make_spec() -> TaskSpec:

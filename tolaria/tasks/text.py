@@ -59,7 +59,7 @@ def load_corpus() -> Corpus:
     symbols = "".join(sorted(set("".join(texts))))
     number = {symbol: index for index, symbol in enumerate(symbols)}
     train, validation, test = (
-        torch.tensor([number[symbol] for symbol in "\n".join(part)]) for part in _split(texts)
+        torch.tensor([number[symbol] for symbol in "\n".join(part)], device="cpu") for part in _split(texts)
     )
     return Corpus(symbols, train, validation, test)
 
@@ -107,7 +107,7 @@ def _host() -> nn.Module:
 
 
 def _example() -> Tensor:
-    return torch.zeros(2, CONTEXT, dtype=torch.int64)
+    return torch.zeros(2, CONTEXT, dtype=torch.int64, device="cpu")
 
 
 def make_spec() -> TaskSpec:

@@ -41,7 +41,7 @@ class EpochStats:
             nothing = torch.full((), float("nan"), dtype=torch.float64, device=device)
             return cls(torch.empty(0, device=device), nothing, 0, 0)
         stacked = torch.stack(list(losses)).detach()
-        weights = torch.tensor(rows, dtype=torch.float64).to(stacked.device, non_blocking=True)
+        weights = torch.tensor(rows, dtype=torch.float64, device="cpu").to(stacked.device, non_blocking=True)
         return cls(stacked, (stacked.double() * weights).sum() / weights.sum(), len(losses), sum(rows))
 
 
