@@ -30,6 +30,16 @@ def check_optional(name: str, value: object, wanted: type) -> None:
         raise TypeError(f"{name}: expected {wanted.__name__} or None, got {type(value).__name__}")
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """``value`` must be one of some words.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+
+
 def as_flag(name: str, value: object) -> bool:
     """``value`` as a bool.
 

@@ -162,14 +162,17 @@ def test_log_only_skips_nothing() -> None:
 def test_loaded_settings_decide_whether_steps_are_skipped() -> None:
     saved = make(settings={"skip_anomalous_steps": True})[2].state_dict()
     model, optimizer, governor = make()
-    plain = governor.state_dict()
+    plain, hooks = governor.state_dict(), len(optimizer._optimizer_step_pre_hooks)
     governor.load_state_dict(saved)
+    assert len(optimizer._optimizer_step_pre_hooks) > hooks
     kept = weights(model)
     model(torch.ones(4, 3)).sum().backward()
     governor.check_vital_signs(math.nan)
     optimizer.step()
     assert_same(model, kept)
     governor.load_state_dict(plain)
+    assert len(optimizer._optimizer_step_pre_hooks) == hooks
+    governor.close()
     assert not optimizer._optimizer_step_pre_hooks
 
 

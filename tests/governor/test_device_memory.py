@@ -192,7 +192,7 @@ def test_seeds_that_come_and_go_leave_no_memory_behind() -> None:
             governor.step(loss)
 
     sizes = []
-    for _ in range(6):
+    for _ in range(16):
         seed = slot.germinate(lambda _: nn.Linear(8, 8).cuda(), model[0](x).detach(), rng_seed=1)
         slot.start_training()
         own = torch.optim.AdamW(seed.parameters(), fused=True)
@@ -202,7 +202,9 @@ def test_seeds_that_come_and_go_leave_no_memory_behind() -> None:
         slot.cull()
         steps(optimizer)
         sizes.append((governor._engine.slots.nbytes, len(governor._engine.slots.places)))
-    assert sizes[-1] == sizes[1]
+    # While a capture that may come back holds the seed before, the next one needs room of its own.
+    assert max(nbytes for nbytes, _ in sizes) <= 1.25 * sizes[1][0]
+    assert sizes[-1][1] == sizes[1][1]
 
 
 def test_host_far_behind_loses_no_rollback_though_the_ring_is_tiny(schedule: str) -> None:

@@ -294,7 +294,8 @@ def test_optimizer_state_replaced_or_cleared_is_found_again(backend: str) -> Non
     assert_same(at_capture, run.fingerprint())
 
 
-def test_param_group_added_after_the_capture_is_gone_after_the_rollback(backend: str) -> None:
+def test_param_group_added_after_the_capture_stays_and_starts_afresh(backend: str) -> None:
+    """Else its parameters would be trained by nobody to the end of the run."""
     run = Run(OPTIMIZERS["adamw"])
     governor = run.attach()
     run.train(batches(K, seed=1))
@@ -302,10 +303,20 @@ def test_param_group_added_after_the_capture_is_gone_after_the_rollback(backend:
     at_capture = run.fingerprint()
     run.train(batches(3, seed=2))
     extra = nn.Linear(3, 3)
+    born = copy.deepcopy(extra.state_dict())
     run.model.add_module("extra", extra)
-    run.optimizer.add_param_group({"params": list(extra.parameters())})
+    run.optimizer.add_param_group({"params": list(extra.parameters()), "lr": 0.25})
+    for parameter in extra.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run.optimizer.step()
     governor.step(1.0)
     governor.execute_rollback()
+    group = run.optimizer.param_groups.pop()
+    assert [id(p) for p in group["params"]] == [id(p) for p in extra.parameters()]
+    assert group["lr"] == 0.25
+    assert not any(p in run.optimizer.state for p in extra.parameters())
+    for name, value in extra.state_dict().items():
+        assert torch.equal(value, born[name])
     del run.model.extra
     assert_same(at_capture["optimizer"], run.fingerprint()["optimizer"])
 

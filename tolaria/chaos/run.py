@@ -225,8 +225,8 @@ def _contains(live: object, kept: object) -> bool:
     if isinstance(kept, list | tuple):
         return (
             isinstance(live, list | tuple)
-            and len(live) == len(kept)
-            and all(_contains(a, b) for a, b in zip(live, kept, strict=True))
+            and len(live) >= len(kept)  # a group that was added since stays
+            and all(_contains(a, b) for a, b in zip(live, kept, strict=False))
         )
     return live == kept or (isinstance(kept, float) and isinstance(live, float) and math.isnan(kept))
 

@@ -161,15 +161,18 @@ class Attachment:
         if any(known is optimizer for known in covered.optimizers):
             return False
         before = list(covered.optimizers)
-        covered.optimizers += checked_optimizers(covered.model, [optimizer])
+        listed = checked_optimizers(covered.model, [optimizer])
+        added = [o for o in listed if not any(o is known for known in before)]
+        covered.optimizers += added
         try:
             self.engine.sync_structure()
         except BaseException:
             covered.optimizers = before
             raise
-        self.engine.hook(optimizer)
-        if self.skipper is not None:
-            self.skipper.hook(optimizer)
+        for new in added:
+            self.engine.hook(new)
+            if self.skipper is not None:
+                self.skipper.hook(new)
         return True
 
     # -- under another's statistics --------------------------------------------------------------------------
@@ -177,7 +180,8 @@ class Attachment:
     def taking_over(self, state: Mapping[str, Any]) -> Attachment:
         """What goes on from a saved form: this one itself if its memory fits, else a successor.
 
-        The current state of the model becomes the last known good one.
+        A successor takes over when it is put in this one's place; then :meth:`make_way`. The current state of
+        the model becomes the last known good one.
 
         Args:
             state: what :meth:`TolariaGovernor.state_dict` returned.
@@ -214,7 +218,6 @@ class Attachment:
 
     def _successor(self, config: GovernorConfig, guess: float | None, saved: Tensor) -> Attachment:
         """Take ``saved`` over with memory of another size; a recorded graph finds a judge without slots."""
-        loses_graphs = graphs.is_kept(self.row.state)
         successor = Attachment(self.engine.covered, config, guess, self._group, self._telemetry)
         try:
             successor.follower.last_report = self.follower.last_report
@@ -222,15 +225,19 @@ class Attachment:
         except BaseException:
             successor.let_go()
             raise
+        return successor
+
+    def make_way(self) -> None:
+        """Let go for a successor."""
+        loses_graphs = graphs.is_kept(self.row.state)
         self.let_go()
         if loses_graphs:
             warnings.warn(
                 "governor: CUDA graphs recorded before are no longer guarded, since the loaded window, "
                 "storage or event_capacity is another; record them anew",
                 UncoveredWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
-        return successor
 
     # -- the end ---------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from tolaria.ops import PanicReason, StateField, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.inference import outside_inference
-from tolaria.snapshot.parts import Parts
+from tolaria.snapshot.parts import Cover, Parts, ScheduleChoice
 from tolaria.snapshot.protocols import Stateful
 from tolaria.telemetry.delivery import Telemetry
 from tolaria.telemetry.events import GovernorEvent
@@ -98,6 +98,8 @@ class GovernorBank:
         schedulers: Sequence[Stateful] = (),
         scaler: torch.amp.GradScaler | None = None,
         extras: Mapping[str, Stateful] | None = None,
+        schedules: ScheduleChoice = "rewind",
+        cover: Cover = "all",
     ) -> None:
         """Give row ``i`` snapshots of a model of its own; arguments as for :class:`TolariaGovernor`.
 
@@ -109,7 +111,15 @@ class GovernorBank:
             raise ValueError(f"i: expected a row from 0 to {len(self) - 1}, got {i}")
         if i in self._engines:
             raise ValueError(f"i: row {i} is attached already; detach({i}) first")
-        parts = Parts.checked(model, optimizers, schedulers=schedulers, scaler=scaler, extras=extras)
+        parts = Parts.checked(
+            model,
+            optimizers,
+            schedulers=schedulers,
+            scaler=scaler,
+            extras=extras,
+            schedules=schedules,
+            cover=cover,
+        )
         if parts.device != self._state.device:
             raise RuntimeError(
                 f"model: it is on {parts.device}, the bank on {self._state.device}; put both on one device"

@@ -37,7 +37,8 @@ from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.flight import Flight, LoadHooks, before_optimizer_step
 from tolaria.snapshot.host_parts import HostParts
-from tolaria.snapshot.host_state import HostState, HostValues
+from tolaria.snapshot.host_state import HostState
+from tolaria.snapshot.optimizer_state import HostValues
 from tolaria.telemetry.events import CaptureEvent, GovernorEvent, SeedCulledEvent
 
 
@@ -74,6 +75,7 @@ class DeviceEngine(Engine):
 
     def hook(self, optimizer: Optimizer) -> None:
         """Make ``optimizer`` wait for a capture in flight before it changes what is being captured."""
+        super().hook(optimizer)
         # The hooks know the flight alone: an optimizer that lives on must not keep the engine and its slots.
         handle = optimizer.register_step_pre_hook(partial(before_optimizer_step, self._flight))
         self._handles += [handle, optimizer.register_load_state_dict_post_hook(self._moved.append)]
@@ -89,6 +91,7 @@ class DeviceEngine(Engine):
 
     def close(self) -> None:
         """Remove the hooks, wait for a capture in flight and give the memory back."""
+        super().close()
         self._finalizer()
 
     # -- every step ------------------------------------------------------------------------------------------
@@ -265,6 +268,7 @@ class DeviceEngine(Engine):
         if self._structure_moved():
             self.sync_structure(leave_out=True)
         self._launch_restore()
+        self.slots.mark_written()
 
     def restore_again(self) -> None:
         """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
@@ -272,6 +276,7 @@ class DeviceEngine(Engine):
         if self._structure_moved():
             self.sync_structure(leave_out=True)
         self._put_back(self._row.state_with_order(), None)
+        self.slots.mark_written()
         self._reconcile(again=True)  # the host-side parts once more, too
 
     def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
@@ -299,6 +304,7 @@ class DeviceEngine(Engine):
     def _reconcile(self, *, again: bool) -> None:
         count, capture, ticket = self._last_rollback()
         host = self._parts.of(capture, ticket)
+        host.bring_back(self.covered)
         missing = [key for key, place in self.slots.places.items() if not place.is_live and key in host.keys]
         if missing:
             # sync: state was cleared by hand, rare

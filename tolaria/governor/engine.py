@@ -20,8 +20,13 @@ from tolaria.governor.row import Row
 from tolaria.ops import Order, PanicReason, StatusField
 from tolaria.snapshot.base import SnapshotBase
 from tolaria.snapshot.covered import CoveredState
-from tolaria.snapshot.host_state import HostState, HostValues
+from tolaria.snapshot.host_state import HostState
+from tolaria.snapshot.optimizer_state import HostValues
+from tolaria.snapshot.watch import BeforeSteps
 from tolaria.telemetry.events import AttachEvent, GovernorEvent, SeedCulledEvent, StructureEvent
+
+_FIRST_HOST_PART = 1 << 24
+"""More than there are tensors in slots."""
 
 
 class Engine(SnapshotBase, ABC):
@@ -45,9 +50,13 @@ class Engine(SnapshotBase, ABC):
         self._row = row
         self.untold: deque[GovernorEvent] = deque()
         """Events that the ops cannot know, for whoever calls to tell once the work is done."""
+        self._host_parts: list[str] = []
+        self.has_restored_again = False
+        """The rates are those of a capture once more: what was done to them since is to be done again."""
         self.defer_panics = False
         """Leave a poisoned capture to the next judgement, where ranks agree, instead of panicking at once."""
         super().__init__(covered, row.config.storage)
+        self._steps = BeforeSteps(self._notice_growth)
 
     @property
     def step_count(self) -> int:
@@ -97,15 +106,23 @@ class Engine(SnapshotBase, ABC):
             SnapshotError: the state cannot be captured. Whatever is raised, no order was given.
         """
         self.synchronize()
+        self.complete_restore()
         if self.slots.places:  # at attach, what is exempt was found just now
             self.refuse_nonfinite()
         self.cull_poisoned_seeds()
         self.sync_structure()
         host = self.host_parts()
+        bad = self.bad_host_part(host)
+        if bad is not None:
+            raise ValueError(f"{bad}: expected a finite state, got NaN or infinity")
         prepare()
         self._capture_and_promote(host)
 
     # Hooks: an engine overrides those it has something to do for.
+
+    def complete_restore(self) -> None:
+        """Complete a restore that was interrupted."""
+        return
 
     def is_recording(self) -> bool:
         """Whether a CUDA graph is being recorded, which the host must leave alone."""
@@ -154,13 +171,24 @@ class Engine(SnapshotBase, ABC):
 
     def hook(self, optimizer: Optimizer) -> None:
         """Watch one more optimizer."""
-        return
+        self._steps.hook(optimizer)
 
     def close(self) -> None:
         """Let go of hooks."""
-        return
+        self._steps.close()
 
     # -- shared ----------------------------------------------------------------------------------------------
+
+    def name_of(self, number: int) -> str | None:
+        """What has the number that a capture reports when it finds a non-finite value; None: nothing here."""
+        names = self.slots.names if number < _FIRST_HOST_PART else tuple(self._host_parts)
+        return names[at] if (at := number % _FIRST_HOST_PART) < len(names) else None
+
+    def number_of_host_part(self, name: str) -> int:
+        """The number for an extra, whose tensors are in no slot."""
+        if name not in self._host_parts:
+            self._host_parts.append(name)
+        return _FIRST_HOST_PART + self._host_parts.index(name)
 
     def attach_event(self) -> AttachEvent:
         """What was attached, for telemetry."""
@@ -210,6 +238,11 @@ class Engine(SnapshotBase, ABC):
         """Whether incubating seeds are to be searched at this step."""
         interval = self._row.config.seed_check_interval
         return bool(interval) and self.step_count % interval == 0
+
+    def _notice_growth(self) -> None:
+        """Before an optimizer steps: new parameters get their places while they hold their birth values."""
+        if not self.is_recording() and self.covered.structure() != self.structure:
+            self.sync_structure(leave_out=True)
 
     def _structure_changed(self, known: int) -> None:
         uncovered.look_again()

@@ -75,6 +75,10 @@ def _parameters(optimizers: list[Optimizer]) -> Iterator[Tensor]:
             yield from group["params"]
 
 
+def _nobody(number: int) -> None:
+    """The name of a tensor once the governor is closed."""
+
+
 class Follower:
     """Hears and follows for one governor, or one row of a bank.
 
@@ -109,8 +113,7 @@ class Follower:
             events: list[GovernorEvent] = []
             while engine is not None and engine.untold:
                 events.append(engine.untold.popleft())
-            slots = engine.slots if engine is not None else None
-            known = (slots.names, slots.table.nbytes) if slots is not None else ([], 0)
+            known = (engine.name_of, engine.slots.table.nbytes) if engine is not None else (_nobody, 0)
             for event in self._reader.read(*known):
                 events.append(event)
                 if isinstance(event, RollbackEvent):
@@ -128,6 +131,9 @@ class Follower:
         engine = self.engine
         if engine is None or engine.is_recording():
             return
+        if engine.has_restored_again:
+            self.policy.apply(engine.covered)
+            engine.has_restored_again = False
         with self._lock:
             events, self._heard = self._heard, []
         if not events and not engine.is_behind():

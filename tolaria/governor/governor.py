@@ -20,7 +20,7 @@ from tolaria.ops import StateField
 from tolaria.ops.governor import judge_
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.inference import outside_inference
-from tolaria.snapshot.parts import Parts, check_schedulers
+from tolaria.snapshot.parts import Cover, Parts, ScheduleChoice, check_schedulers
 from tolaria.snapshot.protocols import Stateful
 from tolaria.telemetry.delivery import Telemetry
 from tolaria.telemetry.events import GovernorEvent
@@ -61,6 +61,9 @@ class TolariaGovernor(Readings):
         extras: named objects to roll back too (EMA, sampler): anything with ``state_dict`` and
             ``load_state_dict``.
         generators: random generators beside the default ones, for ``config.restore_rng``.
+        schedules: ``"rewind"``: a rollback takes schedulers, and the rates they drive, back (and replays bit
+            for bit); ``"keep"``: they stay where they are, for trainers that count the steps of a whole run.
+        cover: ``"all"``, or ``"trained"``: leave out parameters that are frozen and in no optimizer.
         sinks: called with every event; see :mod:`tolaria.telemetry.sinks`.
         process_group: ranks that judge the mean of their losses together.
 
@@ -82,6 +85,8 @@ class TolariaGovernor(Readings):
         scaler: torch.amp.GradScaler | None = None,
         extras: Mapping[str, Stateful] | None = None,
         generators: Sequence[torch.Generator] = (),
+        schedules: ScheduleChoice = "rewind",
+        cover: Cover = "all",
         sinks: Sequence[Sink] = (),
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -92,6 +97,8 @@ class TolariaGovernor(Readings):
             scaler=scaler,
             extras=extras,
             generators=generators,
+            schedules=schedules,
+            cover=cover,
         )
         check_optional("config", config, GovernorConfig)
         check_sinks(sinks)
@@ -388,6 +395,9 @@ class TolariaGovernor(Readings):
             SnapshotError: there is no memory for the new slots. Whatever is raised, nothing has changed.
         """
         self._attached.refuse_recording("load_state_dict")
-        self._attached = self._attached.taking_over(state)
+        former = self._attached
+        self._attached = former.taking_over(state)
+        if self._attached is not former:
+            former.make_way()
         self._begin()
         self._telemetry.deliver()

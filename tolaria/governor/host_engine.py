@@ -7,6 +7,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tolaria import ops
+from tolaria.errors import SnapshotError
 from tolaria.governor.engine import Engine
 from tolaria.governor.row import Row
 from tolaria.ops import Order, PanicReason, StateField
@@ -21,20 +22,28 @@ class HostEngine(Engine):
         super().__init__(row, covered)
         self._view: npt.NDArray[np.float64] = row.state.numpy()[:, row.column]
         self._host: list[HostState | None] = [None, None]
+        self._is_half_restored = False
         self.adopt_current_state()
+        for optimizer in covered.optimizers:
+            self.hook(optimizer)
 
     def act(self) -> None:
         """Carry out what the last judgement ordered."""
         if self._view[StateField.restore_order]:
             self.restore()
-        elif self._view[StateField.capture_order_0] >= 0:
+        else:
+            self.complete_restore()
+            self._capture_if_ordered()
+        if self.seed_holders and self.seeds_are_due():
+            self.cull_poisoned_seeds()
+
+    def _capture_if_ordered(self) -> None:
+        if self._view[StateField.capture_order_0] >= 0:
             self.cull_poisoned_seeds()
             self.sync_structure()
             self._capture(self.host_parts())
         elif self.covered.structure() != self.structure:
             self.sync_structure()
-        if self.seed_holders and self.seeds_are_due():
-            self.cull_poisoned_seeds()
 
     def sync_structure(self, *, leave_out: bool = False) -> None:
         """As the base class, where something may have changed."""
@@ -43,6 +52,7 @@ class HostEngine(Engine):
 
     def snapshot(self) -> None:
         """Capture now, by hand."""
+        self.complete_restore()
         self.cull_poisoned_seeds()
         self.sync_structure()
         host = self.host_parts()
@@ -59,12 +69,15 @@ class HostEngine(Engine):
 
     def _copy_to_slot(self, host: HostState) -> None:
         slot = int(self._view[StateField.capture_order_0])
-        self._host[slot] = None  # from here to the end the slot is neither the old capture nor the new one
+        bad = self.bad_host_part(host)
+        # First: nobody restores this slot before the judge holds it whole, which is after the last part.
+        host.keys = self.slots.mark_captured(slot)
+        self._host[slot] = host
         row = self._row
         for part in (0, 1):
             ops.snapshot_capture_(row.state, row.column, self.slots.table, part, row.mailbox)
-        host.keys = self.slots.mark_captured(slot)
-        self._host[slot] = host
+        if bad is not None:
+            self._view[StateField.candidate_bad] = self.number_of_host_part(bad)
 
     def restore(self) -> None:
         """Put the last known good state back, in place; the order must have been given."""
@@ -75,15 +88,30 @@ class HostEngine(Engine):
         self._put_back(self._row.state_with_order(), None, again=True)
 
     def _put_back(self, state: Tensor, mailbox: Tensor | None, *, again: bool = False) -> None:
-        self.sync_structure(leave_out=True)
         slot = int(self._view[StateField.last_good])
         host = self._host[slot]
         assert host is not None, "the last known good slot always has its host-side parts"
+        self._is_half_restored = True
+        host.bring_back(self.covered)
+        self.sync_structure(leave_out=True)
+        self.structure = []  # the next step acts, in any case
         self.recreate_missing(slot, host)
         kept = host.rates_to_keep(self.covered)
         ops.snapshot_restore_(state, self._row.column, self._row.settings, self.slots.table, mailbox)
-        host.load_into(self.covered, again=again, kept=kept)
+        self.slots.mark_written()
+        try:
+            host.load_into(self.covered, again=again, kept=kept)
+        except SnapshotError:  # one part refused, everything else is back
+            self._is_half_restored = False
+            raise
+        self._is_half_restored = False
         self.tell_left_out()
+
+    def complete_restore(self) -> None:
+        """Complete a restore that an exception or Ctrl-C left half done: all of it once more."""
+        if self._is_half_restored:
+            self.restore_again()
+            self.has_restored_again = True
 
     def _capture_and_promote(self, host: HostState) -> None:
         self.order(Order.CAPTURE)

@@ -42,6 +42,11 @@ def clear_gradients(covered: CoveredState) -> None:
                 parameter.grad = None
 
 
+def _groups(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    """Their parameter groups, each once: an optimizer and the one that it wraps share them."""
+    return list({id(group): group for optimizer in optimizers for group in optimizer.param_groups}.values())
+
+
 def scale_learning_rates(
     optimizers: Iterable[Optimizer], schedulers: Iterable[object], factor: float
 ) -> None:
@@ -50,14 +55,13 @@ def scale_learning_rates(
     LambdaLR, OneCycleLR and SWALR compute the rate from other rates, so these are scaled too
     (``base_lrs``, and ``max_lr``, ``min_lr``, ``swa_lr`` in the groups).
     """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for key in _SCALED_GROUP_KEYS:
-                value = group.get(key)
-                if isinstance(value, Tensor):
-                    value.mul_(factor)
-                elif isinstance(value, int | float):
-                    group[key] = value * factor
+    for group in _groups(optimizers):
+        for key in _SCALED_GROUP_KEYS:
+            value = group.get(key)
+            if isinstance(value, Tensor):
+                value.mul_(factor)
+            elif isinstance(value, int | float):
+                group[key] = value * factor
     for scheduler in schedulers:
         _scale_scheduler(scheduler, factor)
 

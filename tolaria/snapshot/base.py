@@ -14,6 +14,7 @@ from tolaria.snapshot.coverage import Coverage, check_unsharded
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.finite_state import StateCheck
 from tolaria.snapshot.host_state import HostState
+from tolaria.snapshot.inner_optimizers import with_inner
 from tolaria.snapshot.place import is_finite
 from tolaria.snapshot.slots import Slots, check_coverable
 from tolaria.snapshot.watch import StructureWatch
@@ -48,6 +49,7 @@ class SnapshotBase:
         self.state_check = StateCheck(covered, self.slots, self._watch)
         check_unsharded(covered)
         self._find_exempt()
+        self._exempt_parts: frozenset[str] | None = None
         self._coverage = Coverage(covered)
         self._coverage.look(attaching=True)
 
@@ -56,7 +58,7 @@ class SnapshotBase:
         covered = self.covered.tensors()
         check_coverable(covered)
         bad = [t for t in covered if not is_finite(t.tensor)]
-        broken = [t.name for t in bad if t.kind == "parameter"]
+        broken = [t.name for t in bad if t.kind == "parameter" and (t.hooked or t.tensor.requires_grad)]
         if broken:
             raise ValueError(
                 f"model: expected finite parameters, got NaN or infinity in {', '.join(broken[:5])}"
@@ -91,6 +93,13 @@ class SnapshotBase:
         self.slots.check_whole()
         return HostState.of(self.covered)
 
+    def bad_host_part(self, host: HostState) -> str | None:
+        """The first extra of ``host`` that holds NaN or infinity in CPU memory, and did not at attach."""
+        bad = {name for name, tensor in host.tensors() if tensor.is_cpu and not is_finite(tensor)}
+        if self._exempt_parts is None:
+            self._exempt_parts = frozenset(bad)
+        return min(bad - self._exempt_parts, default=None)
+
     def sync_structure(self, *, leave_out: bool = False) -> None:
         """Look for tensors that came, went or moved, and lay the slots out anew if there are any.
 
@@ -108,6 +117,7 @@ class SnapshotBase:
         changed = self.slots.sync(tensors, leave_out=leave_out)
         self.structure = self.covered.structure()
         self.seed_holders = walk.seed_holders
+        self.covered.note_forms(walk)
         if not self.slots.left_out:
             self._watch.mark(walk, tensors)
         if changed:
@@ -120,14 +130,15 @@ class SnapshotBase:
 
     def recreate_missing(self, slot: int, host: HostState) -> None:
         """Give what the capture in ``slot`` has and its owner dropped back to the owner."""
-        for key, tensor in self.slots.missing_live(slot, host.keys):
-            self.covered.recreate(key, tensor)
+        for missing in self.slots.missing_live(slot, host.keys):
+            self.covered.recreate(*missing)
 
     def remove_optimizer(self, optimizer: Optimizer) -> None:
-        """Stop covering ``optimizer``; the captures forget it too."""
-        if any(known is optimizer for known in self.covered.optimizers):
-            self.covered.optimizers = [o for o in self.covered.optimizers if o is not optimizer]
-            self.slots.forget_optimizer(optimizer)
+        """Stop covering ``optimizer`` and those that it wraps; the captures forget them too."""
+        leaving = {id(o) for o in with_inner([optimizer])}
+        for gone in (o for o in self.covered.optimizers if id(o) in leaving):
+            self.slots.forget_optimizer(gone)
+        self.covered.optimizers = [o for o in self.covered.optimizers if id(o) not in leaving]
 
     def tell_left_out(self) -> None:
         """Warn of live tensors that a restore has left alone, unless an error has named them before."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
-from torch.optim import Optimizer
-
 from tolaria.errors import UncoveredWarning
 from tolaria.snapshot.covered import CoveredState, CoveredTensor
+from tolaria.snapshot.inner_optimizers import inner_optimizers
 
 _SHARDED = {"DTensor", "FlatParameter"}
 
@@ -74,24 +73,12 @@ def _elsewhere(candidate: CoveredTensor) -> str:
 def _wrapped(covered: CoveredState) -> Iterator[str]:
     """Optimizers inside of others, whose state is their own."""
     for i, optimizer in enumerate(covered.optimizers):
-        for name, inner in _inner(optimizer):
-            if inner.state is optimizer.state:
-                continue
+        for name, inner in inner_optimizers(optimizer):
             if not any(inner is known for known in covered.optimizers):
                 yield (
                     f"the state of optimizers[{i}].{name} ({type(inner).__name__}), which "
                     f"{type(optimizer).__name__} wraps: hand over both"
                 )
-
-
-def _inner(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
-    """Optimizers among its attributes, or in a list, tuple or dict there."""
-    for name, value in vars(optimizer).items():
-        if isinstance(value, Optimizer):
-            yield name, value
-        elif isinstance(value, list | tuple | dict):
-            entries = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from ((f"{name}[{key!r}]", each) for key, each in entries if isinstance(each, Optimizer))
 
 
 def _strangers(covered: CoveredState) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -11,19 +12,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tolaria.errors import SnapshotError
+from tolaria.ops import live_view
 from tolaria.snapshot.fresh_state import fresh_value
 from tolaria.snapshot.grad_scaler import SCALER_TENSORS
+from tolaria.snapshot.module_tree import ModuleForm
 from tolaria.snapshot.parts import Parts
 from tolaria.snapshot.protocols import HoldsSeed, TakesPartInRollback
 from tolaria.snapshot.rng import Generators
-from tolaria.snapshot.schedules import LoweredRates, ScheduleFinder
+from tolaria.snapshot.schedules import SCHEDULED, LoweredRates, ScheduleFinder, reaches
 
 Kind = Literal["parameter", "buffer", "optimizer", "scaler", "extra"]
 
 
 @dataclass(frozen=True, slots=True)
 class CoveredTensor:
-    """A tensor that a capture covers, under a key that outlives its replacement."""
+    """A tensor that a capture covers.
+
+    A parameter's key is the object's identity, wherever surgery moves it. Other tensors are often replaced by
+    new ones at every step, so their key is who holds them: a buffer's module and its name there.
+    """
 
     key: Hashable
     name: str
@@ -31,6 +39,8 @@ class CoveredTensor:
     kind: Kind
     owner: Tensor
     """The parameter that optimizer state belongs to; elsewhere the tensor itself."""
+    anchor: object = None
+    """What ``key`` has the id of: kept alive as long as the key is known."""
     watched: bool = True
     """Whether a non-finite value in it is the run's trouble; an incubating seed's is not."""
     zeroed: bool = False
@@ -81,7 +91,7 @@ class Walk(NamedTuple):
     modules: list[tuple[str, str, nn.Module]]
     """Every module below the roots, in the order of ``named_modules``, behind its root's prefix."""
     participants: list[tuple[str, TakesPartInRollback]]
-    """Those of the model that take part in rollbacks."""
+    """Those that take part in rollbacks."""
     seed_holders: list[tuple[str, HoldsSeed]]
     """Those of the model that may hold an incubating seed."""
 
@@ -102,14 +112,28 @@ class CoveredState:
         self.extras = dict(parts.extras)
         self.generators = Generators(parts.device, parts.generators, restore_rng)
         self.device = parts.device
+        self.keeps_schedules = parts.schedules == "keep"
+        self._only_trained = parts.cover == "trained"
         self.lowered = LoweredRates()
         self.schedules = ScheduleFinder()
+        self.forms: tuple[ModuleForm, ...] = ()
+        """Which object stands where in the modules, as of the last :meth:`note_forms`."""
         self._retired = WeakIdKeyDictionary()
 
     def retire(self, tensors: Sequence[Tensor]) -> None:
         """Cover these no more, though an optimizer may still hold them: their seed was culled."""
         for tensor in tensors:
             self._retired[tensor] = True
+
+    def retired_ids(self) -> frozenset[int]:
+        """The ids of what :meth:`retire` was given."""
+        return frozenset(map(id, self._retired))
+
+    def note_forms(self, walk: Walk) -> None:
+        """Note which object stands where; seed slots see to their children themselves."""
+        slots = {id(module) for _, module in walk.participants}
+        own = (m for *_, m in walk.modules if not isinstance(m, torch.jit.ScriptModule))
+        self.forms = tuple(ModuleForm.of(module) for module in own if id(module) not in slots)
 
     # -- tensors ---------------------------------------------------------------------------------------------
 
@@ -142,7 +166,8 @@ class CoveredState:
         own = [(name, m) for prefix, name, m in modules if not prefix]
         return Walk(
             modules,
-            [(name, cast(TakesPartInRollback, m)) for name, m in own if _has(m, _PARTICIPANT)],
+            # Those of an averaged copy of the model, too: it must not keep a seed that the model has dropped.
+            [(p + name, cast(TakesPartInRollback, m)) for p, name, m in modules if _has(m, _PARTICIPANT)],
             [(name, cast(HoldsSeed, m)) for name, m in own if _has(m, _SEED_HOLDER)],
         )
 
@@ -162,42 +187,60 @@ class CoveredState:
         modules = [(prefix, f"{path}." if path else "", module) for prefix, path, module in walk.modules]
         for prefix, path, module in modules:
             for leaf, parameter in module._parameters.items():
-                if parameter is not None:
+                if parameter is not None and not (
+                    self._only_trained and not parameter.requires_grad and id(parameter) not in stepped
+                ):
                     name = prefix + path + leaf
                     names.setdefault(id(parameter), name)
                     hooked = id(parameter) in stepped
-                    key: Hashable = ("module", prefix, path + leaf)
-                    yield CoveredTensor(key, name, parameter, "parameter", parameter, hooked=hooked)
+                    key: Hashable = ("parameter", id(parameter))
+                    yield CoveredTensor(
+                        key, name, parameter, "parameter", parameter, parameter, hooked=hooked
+                    )
         for prefix, path, module in modules:
             for leaf, buffer in module._buffers.items():
                 if buffer is not None:
-                    key = ("module", prefix, path + leaf)
-                    yield CoveredTensor(key, prefix + path + leaf, buffer, "buffer", buffer)
+                    key = ("buffer", id(module), leaf)
+                    yield CoveredTensor(key, prefix + path + leaf, buffer, "buffer", buffer, module)
         for i, optimizer in enumerate(self.optimizers):
-            yield from self._optimizer_tensors(i, optimizer, names)
+            left_alone = SCHEDULED if self._keeps_rates(optimizer) else ()
+            yield from self._optimizer_tensors(i, optimizer, names, left_alone)
         for name in SCALER_TENSORS:
             tensor = getattr(self.scaler, name, None)
             if isinstance(tensor, Tensor):
                 yield CoveredTensor(("scaler", name), f"scaler.{name}", tensor, "scaler", tensor)
 
+    def _keeps_rates(self, optimizer: Optimizer) -> bool:
+        """Whether a schedule that a restore leaves alone drives the rates of ``optimizer``."""
+        return self.keeps_schedules and any(reaches(schedule, optimizer) for schedule in self.schedulers)
+
     @staticmethod
-    def _optimizer_tensors(i: int, optimizer: Optimizer, names: dict[int, str]) -> Iterator[CoveredTensor]:
+    def _optimizer_tensors(
+        i: int, optimizer: Optimizer, names: dict[int, str], left_alone: Collection[str]
+    ) -> Iterator[CoveredTensor]:
+        shared = _shared(optimizer)
         for g, group in enumerate(optimizer.param_groups):
+            first = group["params"][0] if group["params"] else None
             for key, value in group.items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and key not in left_alone:
                     named = f"optimizer[{i}].group[{g}].{key}"
-                    yield CoveredTensor(("group", id(optimizer), g, key), named, value, "scaler", value)
+                    key_: Hashable = ("group", id(optimizer), id(first), key)
+                    yield CoveredTensor(key_, named, value, "scaler", value, first)
             for p, parameter in enumerate(group["params"]):
                 name = names.get(id(parameter), f"optimizer[{i}].group[{g}].params[{p}]")
                 if id(parameter) not in names:
                     own: Hashable = ("parameter", id(parameter))
-                    yield CoveredTensor(own, name, parameter, "parameter", parameter, hooked=True)
+                    yield CoveredTensor(own, name, parameter, "parameter", parameter, parameter, hooked=True)
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
                         named = f"optimizer[{i}].{key}({name})"
                         key_ = ("state", id(optimizer), id(parameter), key)
-                        fresh = fresh_value(optimizer, group, key)
-                        yield CoveredTensor(key_, named, value, "optimizer", parameter, fresh_value=fresh)
+                        # Somebody else's, too: a restore that does not know it must not find zeros for it.
+                        is_shared = id(value) in shared
+                        fresh = value if is_shared else fresh_value(optimizer, group, key)
+                        yield CoveredTensor(
+                            key_, named, value, "optimizer", parameter, parameter, fresh_value=fresh
+                        )
 
     def structure(self) -> list[int]:
         """A cheap sign of growth: parameters per group of every optimizer."""
@@ -213,42 +256,63 @@ class CoveredState:
         """Cover the schedules over covered optimizers that have turned up since the last look."""
         self.schedules.look(self.optimizers, self.schedulers)
 
-    def recreate(self, key: Hashable, value: Tensor) -> None:
-        """Give a covered tensor that its owner dropped or replaced by one of another form back to it."""
+    def recreate(self, key: Hashable, anchor: object, value: Tensor) -> None:
+        """Give a covered tensor that its owner dropped or replaced by one of another form back to it.
+
+        Args:
+            key: as in :class:`CoveredTensor`.
+            anchor: likewise.
+            value: what it was at the capture.
+        """
         if not isinstance(key, tuple):
             return
         kind, *where = key
-        if kind == "module":
-            self._recreate_in_module(where[0], where[1], value)
+        if kind == "parameter" and isinstance(anchor, Tensor):
+            _fill(anchor, value)
+        elif kind == "buffer" and isinstance(anchor, nn.Module):
+            if where[1] in anchor._buffers:
+                _put(anchor._buffers, where[1], value)
         elif kind == "scaler" and self.scaler is not None:
             setattr(self.scaler, where[0], value)
-        for optimizer in self.optimizers:
-            groups = optimizer.param_groups
-            if kind == "group" and where[0] == id(optimizer) and where[1] < len(groups):
-                groups[where[1]][where[2]] = value
-            elif kind == "state" and where[0] == id(optimizer):
-                for parameter in (p for group in groups for p in group["params"] if id(p) == where[1]):
-                    optimizer.state[parameter][where[2]] = value
-
-    def _recreate_in_module(self, prefix: str, name: str, value: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = dict(self.roots())[prefix]
-        for step in filter(None, path.split(".")):
-            found = module._modules.get(step)
-            if found is None:  # it left the model, and its tensors with it
-                return
-            module = found
-        for live, kind in ((module._parameters, nn.Parameter), (module._buffers, Tensor.detach)):
-            if leaf in live:
-                _put(live, leaf, value, kind)
-                return
+        elif kind in ("group", "state") and isinstance(anchor, Tensor):
+            for optimizer in (o for o in self.optimizers if id(o) == where[0]):
+                homes = [g for g in optimizer.param_groups if any(p is anchor for p in g["params"])]
+                for home in homes:
+                    (home if kind == "group" else optimizer.state[anchor])[where[2]] = value
 
 
-def _put(live: dict[str, Any], leaf: str, value: Tensor, kind: Callable[[Tensor], Tensor]) -> None:
+def _shared(optimizer: Optimizer) -> set[int]:
+    """Ids of state tensors that belong to several parameters, or to the optimizer itself: lookup tables."""
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return set()
+    states = [s for s in optimizer.state.values() if isinstance(s, Mapping)]
+    held = Counter(id(v) for state in states for v in state.values() if isinstance(v, Tensor))
+    own = (v for name, v in vars(optimizer).items() if name != "state")
+    lists = (
+        list(v.values()) if isinstance(v, dict) else v for v in own if isinstance(v, dict | list | tuple)
+    )
+    attributes = {id(v) for v in (*vars(optimizer).values(), *(v for each in lists for v in each))}
+    return {key for key, count in held.items() if count > 1 or key in attributes}
+
+
+@torch.no_grad()
+def _fill(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter the bytes of ``value``: in its own memory, if it still has that form."""
+    form = (parameter.shape, parameter.stride(), parameter.dtype)
+    try:
+        if form == (value.shape, value.stride(), value.dtype):
+            live_view(parameter).copy_(live_view(value))
+            return
+    except SnapshotError:  # its memory is gone, or too small
+        pass
+    become(parameter, value)
+
+
+def _put(live: dict[str, Any], leaf: str, value: Tensor) -> None:
     """Make ``value`` the tensor at ``leaf``: in the object that is there, if it can hold it."""
     tensor = live[leaf]
     if tensor is None or not become(tensor, value):
-        live[leaf] = kind(value)
+        live[leaf] = value.detach()
 
 
 def become(tensor: Tensor, value: Tensor) -> bool:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from tolaria.snapshot.host_state import HostState, HostValues
+from tolaria.snapshot.host_state import HostState
+from tolaria.snapshot.optimizer_state import HostValues
 
 _MOST = 512
 """Kept launches at most: more than this the host cannot be ahead of the device, whose queues are shorter."""

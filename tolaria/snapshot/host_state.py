@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from tolaria.errors import SnapshotError
-from tolaria.snapshot import loose_state
-from tolaria.snapshot.covered import CoveredState
-from tolaria.snapshot.fresh_state import fresh_value
+from tolaria.snapshot.covered import CoveredState, Walk
 from tolaria.snapshot.grad_scaler import load_scaler_values, scaler_values
+from tolaria.snapshot.host_copy import HostCopy, is_plain
+from tolaria.snapshot.module_tree import ModuleForm, put_back_tree
+from tolaria.snapshot.optimizer_state import OptimizerHost
+from tolaria.snapshot.protocols import TakesPartInRollback
 from tolaria.snapshot.schedules import KeptRates
-
-HostValues = dict[int, dict[int, dict[str, Any]]]
-"""By step, then by the parameter's id: the entries of an optimizer's state that are on the host."""
-
-
-@dataclass(slots=True)
-class OptimizerHost:
-    """The host-side part of one optimizer at a capture."""
-
-    optimizer: Optimizer
-    groups: list[dict[str, Any]]
-    state_keys: dict[int, set[str]]
-    values: dict[int, dict[str, Any]]
-    loose: loose_state.Loose = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -37,12 +23,13 @@ class HostState:
     """Everything a capture covers that is no tensor on the governor's device."""
 
     optimizers: list[OptimizerHost]
-    parameters: list[tuple[nn.Module, str, nn.Parameter]]
-    """Which object every parameter was."""
-    schedulers: list[dict[str, Any]]
+    forms: tuple[ModuleForm, ...]
+    """Which object stood where in the modules."""
+    schedulers: list[HostCopy]
     scaler: dict[str, Any]
-    extras: dict[str, dict[str, Any]]
-    modules: dict[str, dict[str, Any]]
+    extras: dict[str, HostCopy]
+    modules: list[tuple[TakesPartInRollback, dict[str, Any]]]
+    own_states: list[OwnState]
     rng: dict[str, Any]
     rates_lowered: int
     """How often the learning rates had been lowered by then."""
@@ -58,34 +45,51 @@ class HostState:
         """A copy of every host-side part as it is now.
 
         Raises:
-            SnapshotError: a scheduler or an extra cannot say its state.
+            SnapshotError: a scheduler, an extra or a module cannot say its state.
         """
         walk = covered.walk()
         covered.schedules.captured(covered.optimizers)
         covered.find_schedules()
         return cls(
-            optimizers=[_optimizer_host(covered, optimizer) for optimizer in covered.optimizers],
-            parameters=[
-                (module, name, parameter)
-                for *_, module in walk.modules
-                for name, parameter in module._parameters.items()
-                if parameter is not None
-            ],
+            optimizers=[OptimizerHost.of(covered, optimizer) for optimizer in covered.optimizers],
+            forms=covered.forms,
             schedulers=[
-                _told(f"schedulers[{i}]", scheduler.state_dict)
+                _copied(f"schedulers[{i}]", scheduler.state_dict)
                 for i, scheduler in enumerate(covered.schedulers)
             ],
             scaler=scaler_values(covered.scaler),
             extras={
-                name: _told(f"extras[{name!r}]", extra.state_dict)
+                name: _copied(f"extras[{name!r}]", extra.state_dict)
                 for name, extra in covered.extras.items()
                 if not isinstance(extra, nn.Module)
             },
-            modules={name: module.rollback_state() for name, module in walk.participants},
+            modules=[(module, module.rollback_state()) for _, module in walk.participants],
+            own_states=list(_own_states(walk)),
             rng=covered.generators.state(),
             rates_lowered=covered.lowered.reflected,
             rate_moves=covered.schedules.moves_by_hand(),
         )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors among the extras' parts, by name: what a capture of slots does not search."""
+        for name, state in self.extras.items():
+            for tensor in state.tensors():
+                yield f"extras[{name!r}]", tensor
+
+    def bring_back(self, covered: CoveredState) -> bool:
+        """Give modules and parameters that were lost since their place back; whether there were any.
+
+        To be called before the tensors are restored, which is done for what can be reached. Parameters whose
+        optimizer is covered no more stay away, and what replaced them stays: nobody would train them.
+        """
+        live = {id(p) for o in covered.optimizers for group in o.param_groups for p in group["params"]}
+        for host in self.optimizers:
+            trained = {id(p) for group in host.groups for p in group.params}
+            if any(host.optimizer is optimizer for optimizer in covered.optimizers):
+                live |= trained
+        trained = {id(p) for host in self.optimizers for group in host.groups for p in group.params}
+        given_up = _with_holders(self.forms, trained - live)
+        return put_back_tree(self.forms, (root for _, root in covered.roots()), given_up)
 
     def load_into(
         self,
@@ -95,7 +99,7 @@ class HostState:
         again: bool = False,
         kept: KeptRates | None = None,
     ) -> None:
-        """Put every host-side part back; what came into being after the capture is removed.
+        """Put every host-side part back; state that came into being after the capture is removed.
 
         Args:
             covered: what the capture was of; its tensors are restored already.
@@ -105,123 +109,121 @@ class HostState:
             kept: what :meth:`rates_to_keep` said before the tensors were restored; None: say it now.
 
         Raises:
-            SnapshotError: a scheduler or an extra refused its state; everything else is back.
+            SnapshotError: a scheduler, an extra or a module refused its state; everything else is back.
         """
         if kept is None:
             kept = self.rates_to_keep(covered)
-            kept.tell_lost()
+            if not covered.keeps_schedules:
+                kept.tell_lost()
+        dropped = self._load_modules(covered)
         captured = {id(host.optimizer): host for host in self.optimizers}
         for optimizer in covered.optimizers:
             if id(optimizer) in captured:
-                _load_optimizer(optimizer, captured[id(optimizer)], keep_fresh=keep_fresh)
+                captured[id(optimizer)].load(keep_fresh=keep_fresh, dropped=dropped)
             else:  # unknown at the capture: it starts afresh
                 optimizer.state.clear()
         kept.put_back()
         covered.schedules.restored(kept.before, self.rate_moves)
         covered.lowered.restored(self.rates_lowered, kept)
-        self._reattach_parameters(covered)
         load_scaler_values(covered.scaler, self.scaler)
-        for name, module in covered.walk().participants:
-            module.load_rollback_state(self.modules.get(name))
         refused = [
             *(
                 _refusal(f"schedulers[{i}]", scheduler.load_state_dict, state)
                 for i, (scheduler, state) in enumerate(zip(covered.schedulers, self.schedulers, strict=False))
+                if not covered.keeps_schedules
             ),
             *(
                 _refusal(f"extras[{name!r}]", covered.extras[name].load_state_dict, state)
                 for name, state in self.extras.items()
             ),
+            *(_refusal(own.name, own.load, own.state) for own in self.own_states),
         ]
         self.restores += not again
         covered.generators.load(self.rng, max(0, self.restores - 1))
         for error in filter(None, refused):
             raise error
 
+    def _load_modules(self, covered: CoveredState) -> frozenset[int]:
+        """Take the participants back; the ids of parameters that left the model with that."""
+        before = covered.walk()
+        captured = {id(module): state for module, state in self.modules}
+        for _, module in before.participants:
+            module.load_rollback_state(captured.get(id(module)))
+        if not before.participants:
+            return frozenset()
+        return _parameter_ids(before) - _parameter_ids(covered.walk()) | covered.retired_ids()
+
     def rates_to_keep(self, covered: CoveredState) -> KeptRates:
         """The rates that a restore leaves alone, since this capture does not know their schedule."""
         covered.find_schedules()
-        return KeptRates(covered.optimizers, covered.schedulers, len(self.schedulers))
-
-    def _reattach_parameters(self, covered: CoveredState) -> None:
-        """Undo a replacement of parameter objects that the optimizers know nothing of.
-
-        ``load_state_dict(assign=True)`` is one: the optimizers keep the old objects, the model has new ones.
-        """
-        held = {id(p) for o in covered.optimizers for group in o.param_groups for p in group["params"]}
-        moved: set[int] = set()
-        for module, name, parameter in self.parameters:
-            has_place = name in module._parameters  # a ScriptModule's mapping has no get()
-            current = module._parameters[name] if has_place else parameter
-            if id(parameter) not in held or (id(current) in held and current is not parameter):
-                continue
-            if current is not None and id(parameter) not in moved:  # of tied ones the first was restored
-                moved.add(id(parameter))
-                if current is not parameter:
-                    parameter.data = current.data
-            if has_place:
-                module._parameters[name] = parameter
+        known = 0 if covered.keeps_schedules else len(self.schedulers)
+        return KeptRates(covered.optimizers, covered.schedulers, known)
 
 
-def _told(name: str, state_dict: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class OwnState:
+    """State that a module keeps beside its tensors, and how it takes it back."""
+
+    name: str
+    load: Callable[[Any], object]
+    state: HostCopy
+
+
+def _own_states(walk: Walk) -> Iterator[OwnState]:
+    """What modules say in ``get_extra_state``; of modules among the extras also counters and the like.
+
+    Those of an extra (an EMA's count of updates, a metric's sums) are plain data among its attributes.
+    """
+    for prefix, path, module in walk.modules:
+        name = prefix + path or "model"
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            state = _copied(f"{name}.get_extra_state()", module.get_extra_state)
+            yield OwnState(f"{name}.set_extra_state()", module.set_extra_state, state)
+        if prefix:
+            data = {k: v for k, v in vars(module).items() if k not in _MODULES_OWN and is_plain(v)}
+            if data:
+                yield OwnState(name, vars(module).update, HostCopy.of(data))
+
+
+_MODULES_OWN = frozenset(vars(nn.Module())) | {"_is_full_backward_hook"}
+
+
+def _parameter_ids(walk: Walk) -> frozenset[int]:
+    return frozenset(id(p) for *_, module in walk.modules for _, p in module._parameters.items())
+
+
+def _with_holders(forms: tuple[ModuleForm, ...], parameters: set[int]) -> set[int]:
+    """The ids of parameters, and of the modules that hold one of them at any depth."""
+    found = set(parameters)
+    while found:
+        holders = {
+            id(form.module)
+            for form in forms
+            if any(id(o) in found for o in (*form.children.values(), *form.parameters.values()))
+        }
+        if holders <= found:
+            break
+        found |= holders
+    return found
+
+
+def _copied(name: str, state_dict: Callable[[], Any]) -> HostCopy:
     try:
-        return copy.deepcopy(state_dict())
+        return HostCopy.of(state_dict())
     except Exception as error:
         raise SnapshotError(
-            f"{name}: its state_dict() cannot be captured ({error!r}); nothing was captured"
+            f"{name}: its state cannot be captured ({error!r}); nothing was captured"
         ) from error
 
 
-def _refusal(
-    name: str, load: Callable[[dict[str, Any]], object], state: dict[str, Any]
-) -> SnapshotError | None:
+def _refusal(name: str, load: Callable[[Any], object], state: HostCopy) -> SnapshotError | None:
     """What to raise once everything else is back, if ``load`` fails."""
     try:
-        load(copy.deepcopy(state))
+        load(state.fresh())
     except Exception as error:
         refusal = SnapshotError(
-            f"{name}: its load_state_dict() failed in a rollback ({error!r}); everything else was put back"
+            f"{name}: it refused its state in a rollback ({error!r}); everything else was put back"
         )
         refusal.__cause__ = error
         return refusal
     return None
-
-
-def _optimizer_host(covered: CoveredState, optimizer: Optimizer) -> OptimizerHost:
-    def host_values(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            k: copy.deepcopy(v) for k, v in values.items() if k != "params" and not covered.is_captured(v)
-        }
-
-    groups = [host_values(g) for g in optimizer.param_groups]
-    own = parameter_states(optimizer)
-    state_keys = {id(parameter): set(state) for parameter, state in own}
-    values = {id(parameter): host_values(state) for parameter, state in own}
-    return OptimizerHost(optimizer, groups, state_keys, values, loose_state.copied(optimizer))
-
-
-def parameter_states(optimizer: Optimizer, also: Collection[int] = ()) -> list[tuple[Tensor, dict[str, Any]]]:
-    """State by parameter, of those in a group and those whose id is in ``also``."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}.union(also)
-    return [(parameter, state) for parameter, state in optimizer.state.items() if id(parameter) in own]
-
-
-def _load_optimizer(optimizer: Optimizer, captured: OptimizerHost, *, keep_fresh: bool) -> None:
-    del optimizer.param_groups[len(captured.groups) :]
-    for target, values in zip(optimizer.param_groups, captured.groups, strict=False):
-        target.update(copy.deepcopy(values))
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for parameter, state in parameter_states(optimizer, also=captured.state_keys):
-        keys, group = captured.state_keys.get(id(parameter), set()), groups.get(id(parameter))
-        late = [k for k in state if k not in keys]
-        if keep_fresh and group is not None and not keys:
-            fresh = [
-                isinstance(state[k], Tensor) and fresh_value(optimizer, group, k) is not None for k in late
-            ]
-            late = [] if all(fresh) and all(state[k].device == parameter.device for k in late) else late
-        for key in late:
-            del state[key]
-        state.update(copy.deepcopy(captured.values.get(id(parameter), {})))
-        if not state:
-            del optimizer.state[parameter]
-    loose_state.put_back(optimizer, captured.loose, keep=captured.state_keys)

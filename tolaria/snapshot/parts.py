@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from tolaria._arguments import check_each, check_optional
+from tolaria._arguments import check_choice, check_each, check_optional
+from tolaria.snapshot.inner_optimizers import with_inner
 from tolaria.snapshot.protocols import Stateful
+
+Cover = Literal["all", "trained"]
+"""Every parameter, or only what an optimizer holds or may come to hold: not the frozen ones."""
+ScheduleChoice = Literal["rewind", "keep"]
+"""Whether a restore takes schedulers and their rates back, or leaves them where a trainer counts on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,8 @@ class Parts:
     """Random generators beside the default ones."""
     device: torch.device
     """Tensors on it are captured; tensors elsewhere belong to the host-side parts."""
+    schedules: ScheduleChoice = "rewind"
+    cover: Cover = "all"
 
     @classmethod
     def checked(
@@ -42,12 +51,14 @@ class Parts:
         scaler: torch.amp.GradScaler | None = None,
         extras: Mapping[str, Stateful] | None = None,
         generators: Sequence[torch.Generator] = (),
+        schedules: ScheduleChoice = "rewind",
+        cover: Cover = "all",
     ) -> Parts:
         """The parts, after a look at what they are.
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: an optimizer comes twice, or a parameter is not initialised yet.
+            ValueError: an optimizer comes twice, a parameter is not initialised yet, or a word is no choice.
             RuntimeError: the parameters are on several devices, or on one that is not supported.
         """
         listed = checked_optimizers(model, optimizers)
@@ -55,14 +66,24 @@ class Parts:
         check_schedulers(schedulers)
         check_each("generators", generators, "torch.Generator", lambda v: isinstance(v, torch.Generator))
         _check_extras(extras)
+        check_choice("schedules", schedules, get_args(ScheduleChoice))
+        check_choice("cover", cover, get_args(Cover))
         device = single_device(model, listed)
         return cls(
-            model, tuple(listed), tuple(schedulers), scaler, dict(extras or {}), tuple(generators), device
+            model,
+            tuple(listed),
+            tuple(schedulers),
+            scaler,
+            dict(extras or {}),
+            tuple(generators),
+            device,
+            schedules,
+            cover,
         )
 
 
 def checked_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    """The optimizers as a list, after a look at the types.
+    """The optimizers and those that they wrap as a list, after a look at the types.
 
     Raises:
         TypeError: the model is no module, or an optimizer none.
@@ -88,7 +109,7 @@ def checked_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimi
         raise ValueError(
             f"model: expected initialised parameters, got a lazy {lazy[0]}; run one forward before attaching"
         )
-    return listed
+    return with_inner(listed)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -41,8 +41,8 @@ class Place:
     name: str
     number: int
     """What a capture reports when it finds a non-finite value here."""
-    owner: Tensor
-    """Kept alive while the place exists, since the key may hold its id."""
+    anchor: object
+    """Kept alive while the place exists, since the key holds its id."""
     live: Tensor
     """The tensor as it was last seen; see :func:`tolaria.ops.live_view`."""
     block: Block
@@ -57,7 +57,7 @@ class Place:
         """The place of ``covered``, whose :func:`tolaria.ops.live_view` is ``view``."""
         first, second = block.memory
         slots = slot_view(first, 0, view), slot_view(second, 0, view)
-        return cls(covered.key, covered.name, number, covered.owner, view, block, slots)
+        return cls(covered.key, covered.name, number, covered.anchor, view, block, slots)
 
 
 def fresh_copy(key: PlaceKey, place: Place, slot: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tolaria.errors import UncoveredWarning
 from tolaria.snapshot.protocols import Stateful
 
-_SCHEDULED = ("lr", "momentum", "betas")
+SCHEDULED = ("lr", "momentum", "betas")
 """What the schedules of torch write to a group at every step."""
 
 
@@ -63,13 +63,15 @@ class ScheduleFinder:
         self._taken_back.update((key, before) for key, before in rates.items() if key in late)
 
     def captured(self, optimizers: Sequence[Optimizer]) -> None:
-        """Say where a restore took back a rate that was set by hand, if nobody has set it since.
+        """Say where a restore raised a rate that was set by hand, if nobody has set it since.
 
         Who sets the rate at every step is not concerned; who counts steps and lowers it at some of them is.
+        One that came out lower is what an agent wants that tried a rate too high.
         """
         for optimizer in optimizers:
             before, now = self._taken_back.pop(id(optimizer), []), _rates(optimizer)
-            if not before or now != self._rates.get(id(optimizer)) or before[: len(now)] == now:
+            is_higher = any((b or 0.0) < (a or 0.0) for b, a in zip(before, now, strict=False))
+            if not is_higher or now != self._rates.get(id(optimizer)):
                 continue
             if not any(told is optimizer for told in self._told):
                 self._told.append(optimizer)
@@ -134,7 +136,7 @@ class KeptRates:
         self.before = {id(o): _rates(o) for o in optimizers}
         """The rates by the optimizer's id, as they are before the restore."""
         self._values = [
-            (group, {key: copy.deepcopy(group[key]) for key in _SCHEDULED if key in group})
+            (group, {key: copy.deepcopy(group[key]) for key in SCHEDULED if key in group})
             for optimizer in driven
             for group in optimizer.param_groups
         ]
@@ -285,7 +287,9 @@ def _warn_hidden(optimizer: Optimizer) -> None:
 def _warn_taken_back(
     optimizer: Optimizer, before: Sequence[float | None], after: Sequence[float | None]
 ) -> None:
-    former, now = next((b or 0.0, a or 0.0) for b, a in zip(before, after, strict=False) if b != a)
+    former, now = next(
+        (b or 0.0, a or 0.0) for b, a in zip(before, after, strict=False) if (b or 0.0) < (a or 0.0)
+    )
     warnings.warn(
         f"governor: a rollback took the rate of a covered optimizer ({type(optimizer).__name__}) back from "
         f"{former:g} to {now:g}, and whatever had set it has not set it again; hand it over in "

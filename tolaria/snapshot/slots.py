@@ -162,8 +162,9 @@ class Slots:
         dropped: list[Block] = []
         for key, place in former.places.items():
             if key not in self._forgotten and (key in live or key in held[0] or key in held[1]):
-                view = live[key][1] if key in live else place.live
-                kept[key] = replace(place, live=view, is_live=key in live)
+                tracked, view = live.get(key, (None, place.live))
+                name = place.name if tracked is None else tracked.name
+                kept[key] = replace(place, name=name, live=view, is_live=key in live)
             else:  # the table still points to those that were live
                 (dropped if key in former.live_keys else idle).append(place.block)
         born = [key for key in live if key not in kept]
@@ -233,10 +234,22 @@ class Slots:
         """Keys of the tensors that a capture covers now."""
         return self._layout.live_keys
 
-    def missing_live(self, slot: int, keys: frozenset[Hashable]) -> list[tuple[Hashable, Tensor]]:
-        """Tensors of ``keys`` that ``slot`` holds but their owner dropped: fresh copies on their device."""
+    def mark_written(self) -> None:
+        """Tell autograd that every live tensor was written to, which the compiled restore does not.
+
+        A backward through a forward from before then raises, as after any other change in place.
+        """
+        live = (place.live for place in self.places.values() if place.is_live)
+        torch.autograd.graph.increment_version([view for view in live if not view.is_inference()])
+
+    def missing_live(self, slot: int, keys: frozenset[Hashable]) -> list[tuple[Hashable, object, Tensor]]:
+        """Tensors of ``keys`` that ``slot`` holds but their owner dropped.
+
+        Returns:
+            Of each the key, its anchor (see :class:`CoveredTensor`), and a fresh copy on its device.
+        """
         gone = [(key, place) for key, place in self.places.items() if not place.is_live and key in keys]
-        return [(place.key, fresh_copy(key, place, slot)) for key, place in gone]
+        return [(place.key, place.anchor, fresh_copy(key, place, slot)) for key, place in gone]
 
     def forget_optimizer(self, optimizer: Optimizer) -> None:
         """Drop the places of its state and its hyper-parameters, with the next :meth:`sync`."""

@@ -17,7 +17,7 @@ from tolaria import ops
 from tolaria.errors import TolariaError
 from tolaria.ops import ConfigField, SnapshotEntry, SnapshotTable, StateField, live_view, slot_view
 from tolaria.snapshot import graphs
-from tolaria.snapshot.host_state import HostValues, parameter_states
+from tolaria.snapshot.optimizer_state import HostValues, parameter_states
 
 _ALIGN = 256
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from tolaria.snapshot.covered import CoveredState, CoveredTensor, Walk
 from tolaria.snapshot.grad_scaler import SCALER_TENSORS
@@ -111,3 +114,35 @@ class StructureWatch:
             [len(tensors()) for tensors in mark.staged],
             self._covered.structure(),
         )
+
+
+class BeforeSteps:
+    """Calls its owner before each step of some optimizers, as long as the owner lives.
+
+    What was put into an optimizer since the last look has its birth value until that step.
+    """
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = weakref.WeakMethod(call)
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(call.__self__, _remove, self._handles)  # type: ignore[attr-defined]
+
+    def hook(self, optimizer: Optimizer) -> None:
+        """Call before its steps, too."""
+        found = self._call
+
+        def before(*_: object) -> None:
+            call = found()
+            if call is not None:
+                call()
+
+        self._handles.append(optimizer.register_step_pre_hook(before))
+
+    def close(self) -> None:
+        """Call no more."""
+        _remove(self._handles)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

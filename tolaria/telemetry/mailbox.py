@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ class MailboxReader:
         self.told = int(self._status[StatusField.events])
         self._rollbacks = self.status(StatusField.rollback_count)
 
-    def read(self, names: Sequence[str], capture_bytes: int) -> Iterator[GovernorEvent]:
+    def read(self, name_of: Callable[[int], str | None], capture_bytes: int) -> Iterator[GovernorEvent]:
         """The events since the last call, oldest first; a count stands in for those that were overwritten.
 
         No rollback is lost with them: those that the status words count but no record tells of are told as
@@ -73,12 +73,14 @@ class MailboxReader:
             record = self._ring[self.told % len(self._ring)].tolist()
             if int(self._status[StatusField.events]) - self.told > self._readable:
                 # the device lapped us while we read: count it as dropped
-                yield from self.read(names, capture_bytes)
+                yield from self.read(name_of, capture_bytes)
                 return
             self.told += 1
-            yield self._decode(record, names, capture_bytes)
+            yield self._decode(record, name_of, capture_bytes)
 
-    def _decode(self, r: list[float], names: Sequence[str], capture_bytes: int) -> GovernorEvent:
+    def _decode(
+        self, r: list[float], name_of: Callable[[int], str | None], capture_bytes: int
+    ) -> GovernorEvent:
         step, kind = int(r[RecordField.step]), EventKind(int(r[RecordField.kind]))
         capture_id, capture_step = int(r[RecordField.capture_id]), int(r[RecordField.capture_step])
         if kind is EventKind.CAPTURE:
@@ -93,7 +95,7 @@ class MailboxReader:
         if kind is EventKind.PROMOTION:
             return PromotionEvent(step=step, row=self._row, capture_id=capture_id, capture_step=capture_step)
         index = int(r[RecordField.tensor_index])
-        name = None if index < 0 else names[index] if index < len(names) else "a tensor of another rank"
+        name = None if index < 0 else name_of(index) or "a tensor of another rank"
         reason = PanicReason(int(r[RecordField.reason]))
         thresholds = (
             r[RecordField.threshold_absolute],

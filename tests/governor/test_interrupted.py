@@ -1,0 +1,165 @@
+"""Ctrl-C at any line of a call: the state is that of before or of after, or the next call completes it."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tolaria
+from tolaria.governor import GovernorConfig, TolariaGovernor
+
+PACKAGE = str(Path(tolaria.__file__).parent)
+
+
+class Trace:
+    """Passes through the package, and raises at one line of it, when it is reached for the first time."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.places: dict[tuple[CodeType, int], None] = {}
+        self.has_raised = False
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        if not code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line" and not self.has_raised:
+            place = code, frame.f_lineno
+            is_new = place not in self.places
+            self.places[place] = None
+            if is_new and len(self.places) - 1 == self.at:
+                self.has_raised = True
+                raise KeyboardInterrupt
+        return self
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
+class Counter:
+    """An extra with a number."""
+
+    def __init__(self) -> None:
+        self.n = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"n": self.n}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.n = state["n"]
+
+
+class Run:
+    """A state that says everywhere which one it is."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=0.9)
+        for p in self.model.parameters():
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: 1.0)
+        self.extra = Counter()
+        self.mark(1.0)
+        config = GovernorConfig(snapshot_interval=1000, probation=2, max_restores_of_one_capture=1000)
+        self.governor = TolariaGovernor(
+            self.model,
+            self.optimizer,
+            schedulers=[self.scheduler],
+            extras={"extra": self.extra},
+            config=config,
+        )
+        self.mark(2.0)
+
+    def mark(self, value: float) -> None:
+        with torch.no_grad():
+            for tensor in (*self.model.parameters(), self.model[1].running_mean):
+                tensor.fill_(value)
+            for state in self.optimizer.state.values():
+                state["momentum_buffer"].fill_(value)
+        self.optimizer.param_groups[0]["lr"] = value
+        self.scheduler.last_epoch = int(value)
+        self.extra.n = value
+
+    def marks(self) -> set[float]:
+        """What the parts say; one number if they are of one state."""
+        moments = [state["momentum_buffer"] for state in self.optimizer.state.values()]
+        tensors = [*self.model.parameters(), self.model[1].running_mean, *moments]
+        found = {value for tensor in tensors for value in tensor.detach().flatten().tolist()}
+        rate = self.optimizer.param_groups[0]["lr"]
+        return found | {rate, float(self.scheduler.last_epoch), self.extra.n}
+
+
+def prepared_load(run: Run) -> Callable[[], None]:
+    saved = run.governor.state_dict()
+    return lambda: run.governor.load_state_dict(saved)
+
+
+def prepared_load_of_another_size(run: Run) -> Callable[[], None]:
+    config = GovernorConfig(snapshot_interval=1000, window=40, probation=2)
+    other = TolariaGovernor(nn.Linear(1, 1), [], config=config)
+    saved = other.state_dict()
+    return lambda: run.governor.load_state_dict(saved)
+
+
+CALLS: dict[str, Callable[[Run], Callable[[], Any]]] = {
+    "snapshot": lambda run: run.governor.snapshot,
+    "step_that_rolls_back": lambda run: lambda: run.governor.step(math.nan),
+    "execute_rollback": lambda run: run.governor.execute_rollback,
+    "reset": lambda run: run.governor.reset,
+    "load_state_dict": prepared_load,
+    "load_state_dict_of_another_size": prepared_load_of_another_size,
+}
+
+
+EVERY = int(os.environ.get("TOLARIA_INTERRUPT_EVERY", "7"))
+"""One line of so many is tried; 1: all of them, which takes minutes."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_interrupted_at_any_line(name: str) -> None:
+    run, whole = Run(), Trace()
+    call = CALLS[name](run)
+    with whole.on():
+        call()
+    assert len(whole.places) > 50
+    torn = []
+    for at in range(0, len(whole.places), EVERY):
+        run, trace = Run(), Trace(at)
+        call = CALLS[name](run)
+        try:
+            with trace.on():
+                call()
+        except KeyboardInterrupt:
+            pass
+        if not trace.has_raised:
+            continue  # a line that only the first of all calls passes through
+        run.governor.step(1.0)
+        after = run.marks()
+        for _ in range(4):
+            run.governor.step(1.0)
+        run.mark(3.0)
+        with torch.no_grad():
+            run.model[0].weight.fill_(math.nan)
+        run.governor.step(math.nan)
+        at_last = run.marks()
+        if after not in ({1.0}, {2.0}) or at_last not in ({1.0}, {2.0}):
+            code, line = list(whole.places)[at]
+            torn.append(f"{Path(code.co_filename).name}:{line} {code.co_name}: {after}, then {at_last}")
+    assert torn == []

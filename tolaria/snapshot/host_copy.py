@@ -1,0 +1,124 @@
+"""Copies of values that live on the host: numbers, containers, tensors are copied, live objects are not.
+
+A hyper-parameter, a scheduler's state or an extra's may hold more than numbers: a layer (K-FAC), a function,
+an optimizer, another scheduler. A deep copy of those would be a second one that nobody drives. Here modules,
+optimizers, generators and callables stay the objects they are, and an object that can say its state (another
+scheduler) stays, too, with a copy of its attributes that is put back into it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_ATOMS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """A copy of a value, to be put back any number of times."""
+
+    value: Any
+    inner: tuple[tuple[object, dict[str, Any]], ...]
+    """Live objects within the value that have a state of their own, and copies of their attributes."""
+    live: tuple[object, ...]
+    """Live objects within the value; kept, since a memo knows them by their ids."""
+
+    @classmethod
+    def of(cls, value: object, live: Iterable[object] = ()) -> HostCopy:
+        """A copy of ``value``, in which the objects of ``live`` stay the ones they are."""
+        kept: dict[int, object] = {id(thing): thing for thing in live}
+        stateful: list[object] = []
+        for thing in _live_objects(value, kept):
+            kept[id(thing)] = thing
+            if _has_state(thing):
+                stateful.append(thing)
+        inner = tuple((thing, copy.deepcopy(vars(thing), dict(kept))) for thing in stateful)
+        return cls(copy.deepcopy(value, dict(kept)), inner, tuple(kept.values()))
+
+    def fresh(self) -> Any:  # noqa: ANN401  (whatever was copied)
+        """A copy of the value; the live objects within it get their attributes back."""
+        for thing, attributes in self.inner:
+            vars(thing).update(copy.deepcopy(attributes, self._memo()))
+        return copy.deepcopy(self.value, self._memo())
+
+    def _memo(self) -> dict[int, Any]:
+        return {id(thing): thing for thing in self.live}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that were copied."""
+        for part in (self.value, *(attributes for _, attributes in self.inner)):
+            yield from _find(part, lambda thing: isinstance(thing, Tensor), set(self._memo()))
+
+
+def is_plain(value: object) -> bool:
+    """Whether ``value`` is data alone: numbers, strings, tensors and containers of such, to any depth."""
+    others = _find(value, lambda thing: not isinstance(thing, (*_ATOMS, *_CONTAINERS, Tensor)), set())
+    return next(others, None) is None
+
+
+def _has_state(thing: object) -> bool:
+    """Whether it is driven by whoever holds it, and can say its state: a scheduler within a scheduler."""
+    if isinstance(thing, nn.Module | Optimizer | type) or not hasattr(thing, "__dict__"):
+        return False
+    return all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def _stays(thing: object) -> bool:
+    """Whether a copy of it would be another one that nobody uses."""
+    if isinstance(thing, (Tensor, *_CONTAINERS, *_ATOMS)):
+        return False
+    return isinstance(thing, nn.Module | Optimizer | torch.Generator) or callable(thing) or _has_state(thing)
+
+
+def _live_objects(value: object, known: dict[int, object]) -> Iterator[object]:
+    yield from _find(value, _stays, set(known))
+
+
+def _find(value: object, wanted: Callable[[object], bool], seen: set[int]) -> Iterator[Any]:
+    """Everything within ``value`` that is wanted, each once; what is found is looked into if it has state."""
+    stack = [value]
+    while stack:
+        thing = stack.pop()
+        if isinstance(thing, _ATOMS) or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        is_found = wanted(thing)
+        if is_found:
+            yield thing
+        if isinstance(thing, dict):
+            stack += [*thing.keys(), *thing.values()]
+        elif isinstance(thing, _CONTAINERS):
+            stack += thing
+        elif not isinstance(thing, Tensor | nn.Module | Optimizer | type) and (
+            not is_found or _has_state(thing)
+        ):
+            stack += _attributes(thing)
+
+
+def _attributes(thing: object) -> list[object]:
+    return list(vars(thing).values()) if hasattr(thing, "__dict__") and not callable(thing) else []
+
+
+@torch.no_grad()
+def refill(live: object, value: object) -> object:
+    """``value``, in the tensors and dictionaries that are there if they fit: others may hold them, too."""
+    if isinstance(live, Tensor) and isinstance(value, Tensor):
+        return live.copy_(value) if _form(live) == _form(value) else value
+    if type(live) is dict and type(value) is dict:
+        parts = {key: refill(live.get(key), part) for key, part in value.items()}
+        live.clear()
+        live.update(parts)
+        return live
+    return value
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout

@@ -1,0 +1,39 @@
+"""Optimizers that wrap others: Lookahead and its kin, those with one optimizer for each kind of parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch.optim import Optimizer
+
+
+def inner_optimizers(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
+    """Optimizers with a state of their own among its attributes, or in a list or dict there, by name."""
+    for name, value in vars(optimizer).items():
+        if isinstance(value, Optimizer):
+            yield from _own(name, value, optimizer)
+        elif isinstance(value, dict) and name != "state":
+            for key, each in value.items():
+                if isinstance(each, Optimizer):
+                    yield from _own(f"{name}[{key!r}]", each, optimizer)
+        elif isinstance(value, list | tuple):
+            for i, each in enumerate(value):
+                if isinstance(each, Optimizer):
+                    yield from _own(f"{name}[{i}]", each, optimizer)
+
+
+def _own(name: str, inner: Optimizer, outer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
+    if inner.state is not outer.state:
+        yield name, inner
+
+
+def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """The optimizers and those that they wrap, each once."""
+    found: list[Optimizer] = []
+    waiting = list(optimizers)
+    while waiting:
+        optimizer = waiting.pop(0)
+        if not any(optimizer is known for known in found):
+            found.append(optimizer)
+            waiting += [inner for _, inner in inner_optimizers(optimizer)]
+    return found

@@ -1,0 +1,145 @@
+"""What an optimizer keeps beside the tensors that captures copy, and how it is put back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tolaria.snapshot import loose_state
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.fresh_state import fresh_value
+from tolaria.snapshot.host_copy import HostCopy, is_plain, refill
+
+HostValues = dict[int, dict[int, dict[str, Any]]]
+"""By step, then by the parameter's id: the entries of an optimizer's state that are on the host."""
+
+_TORCHS_OWN = frozenset(vars(torch.optim.SGD([torch.zeros(1, device="cpu")], lr=0.0))) | {
+    "_opt_called",
+    "step",
+}
+"""Attributes that every optimizer has: groups, state, hooks, what schedules of torch mark."""
+
+
+@dataclass(slots=True)
+class GroupHost:
+    """One parameter group: which dict it was, what it trained, its settings that are on the host."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    settings: HostCopy
+
+
+@dataclass(slots=True)
+class OptimizerHost:
+    """The host-side part of one optimizer at a capture."""
+
+    optimizer: Optimizer
+    groups: list[GroupHost]
+    state_keys: dict[int, set[str]]
+    values: dict[int, dict[str, Any]]
+    loose: loose_state.Loose
+    attributes: dict[str, HostCopy]
+    """Counters and the like of optimizers that are not torch's own: plain data among their attributes."""
+
+    @classmethod
+    def of(cls, covered: CoveredState, optimizer: Optimizer) -> OptimizerHost:
+        """A copy as it is now."""
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        own = parameter_states(optimizer)
+        return cls(
+            optimizer,
+            groups=[
+                GroupHost(g, list(g["params"]), HostCopy.of(_on_host(covered, g), trained))
+                for g in optimizer.param_groups
+            ],
+            state_keys={id(parameter): set(state) for parameter, state in own},
+            values={id(parameter): copy.deepcopy(_on_host(covered, state)) for parameter, state in own},
+            loose=loose_state.copied(optimizer),
+            attributes={name: HostCopy.of(value, trained) for name, value in _attributes(optimizer)},
+        )
+
+    def load(self, *, keep_fresh: bool, dropped: Collection[int]) -> None:
+        """Put it back; state that came into being after the capture is removed.
+
+        Args:
+            keep_fresh: leave state that was put back to its value before the first step where it is.
+            dropped: ids of parameters that left the model with this restore, and its groups with it.
+        """
+        self._load_groups(dropped)
+        self._load_state(keep_fresh)
+        loose_state.put_back(self.optimizer, self.loose, keep=self.state_keys)
+        for name, value in self.attributes.items():
+            setattr(self.optimizer, name, refill(getattr(self.optimizer, name, None), value.fresh()))
+
+    def _load_groups(self, dropped: Collection[int]) -> None:
+        """Each captured group gets its parameters and settings back; what the user put in since, stays.
+
+        A group is known by its parameters, since ``load_state_dict`` makes new dicts.
+        """
+        live, placed = self.optimizer.param_groups, {id(p) for host in self.groups for p in host.params}
+        homes = {id(p): group for group in live for p in group["params"]}
+        chosen: list[dict[str, Any]] = []
+        for host in self.groups:
+            homely = (homes[id(p)] for p in host.params if id(p) in homes)
+            group = next((g for g in homely if not _is_in(g, chosen)), None)
+            if group is None:  # it was taken out, or it is empty
+                group = host.group if not _is_in(host.group, chosen) else dict(host.group)
+            late = [p for p in group["params"] if id(p) not in placed and id(p) not in dropped]
+            late = late if _is_in(group, live) else []
+            if list(map(id, group["params"])) != list(map(id, [*host.params, *late])):
+                group["params"] = [*host.params, *late]
+            group.update(host.settings.fresh())
+            chosen.append(group)
+        for group in (g for g in live if not _is_in(g, chosen)):
+            group["params"] = [p for p in group["params"] if id(p) not in placed and id(p) not in dropped]
+            if group["params"]:
+                chosen.append(group)
+        if list(map(id, chosen)) != list(map(id, live)):
+            live[:] = chosen
+
+    def _load_state(self, keep_fresh: bool) -> None:
+        optimizer = self.optimizer
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for parameter, state in parameter_states(optimizer, also=self.state_keys):
+            keys, group = self.state_keys.get(id(parameter), set()), groups.get(id(parameter))
+            late = [k for k in state if k not in keys]
+            if keep_fresh and group is not None and not keys:
+                fresh = [
+                    isinstance(state[k], Tensor) and fresh_value(optimizer, group, k) is not None
+                    for k in late
+                ]
+                late = [] if all(fresh) and all(state[k].device == parameter.device for k in late) else late
+            for key in late:
+                del state[key]
+            state.update(copy.deepcopy(self.values.get(id(parameter), {})))
+            if not state:
+                del optimizer.state[parameter]
+
+
+def parameter_states(optimizer: Optimizer, also: Collection[int] = ()) -> list[tuple[Tensor, dict[str, Any]]]:
+    """State by parameter, of those in a group and those whose id is in ``also``."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}.union(also)
+    return [(parameter, state) for parameter, state in optimizer.state.items() if id(parameter) in own]
+
+
+def _is_in(thing: object, things: Iterable[object]) -> bool:
+    return any(thing is other for other in things)
+
+
+def _on_host(covered: CoveredState, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k != "params" and not covered.is_captured(v)}
+
+
+def _attributes(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
+    """Its attributes that are data; those of torch's optimizers are constants."""
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return
+    for name, value in vars(optimizer).items():
+        if name not in _TORCHS_OWN and is_plain(value):
+            yield name, value
