@@ -104,6 +104,20 @@ class Layered(torch.optim.Optimizer):
                 p.add_(p.grad / scale, alpha=-group["lr"])
 
 
+class CountsInItsGroup(torch.optim.Optimizer):
+    """Bias correction by a step that the first step puts into the group."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"] / (1 - 0.9 ** group["step"]))
+
+
 MAKERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "lookahead": lambda m: Lookahead(torch.optim.AdamW(m.parameters(), lr=1e-2)),
     "lookahead_twice": lambda m: Lookahead(Lookahead(torch.optim.AdamW(m.parameters(), lr=1e-2)), k=2),
@@ -111,6 +125,7 @@ MAKERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "attributes": lambda m: Attributes(m.parameters()),
     "table": lambda m: Table(m.parameters()),
     "layered": Layered,
+    "counts_in_its_group": lambda m: CountsInItsGroup(m.parameters()),
 }
 
 

@@ -119,7 +119,10 @@ class HostState:
         captured = {id(host.optimizer): host for host in self.optimizers}
         for optimizer in covered.optimizers:
             if id(optimizer) in captured:
-                captured[id(optimizer)].load(keep_fresh=keep_fresh, dropped=dropped)
+                driven_since = id(optimizer) in kept.ids
+                captured[id(optimizer)].load(
+                    keep_fresh=keep_fresh, dropped=dropped, keep_settings=driven_since
+                )
             else:  # unknown at the capture: it starts afresh
                 optimizer.state.clear()
         kept.put_back()

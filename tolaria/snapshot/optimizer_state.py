@@ -32,6 +32,7 @@ class GroupHost:
 
     group: dict[str, Any]
     params: list[Tensor]
+    keys: frozenset[str]
     settings: HostCopy
 
 
@@ -55,7 +56,7 @@ class OptimizerHost:
         return cls(
             optimizer,
             groups=[
-                GroupHost(g, list(g["params"]), HostCopy.of(_on_host(covered, g), trained))
+                GroupHost(g, list(g["params"]), frozenset(g), HostCopy.of(_on_host(covered, g), trained))
                 for g in optimizer.param_groups
             ],
             state_keys={id(parameter): set(state) for parameter, state in own},
@@ -64,20 +65,21 @@ class OptimizerHost:
             attributes={name: HostCopy.of(value, trained) for name, value in _attributes(optimizer)},
         )
 
-    def load(self, *, keep_fresh: bool, dropped: Collection[int]) -> None:
+    def load(self, *, keep_fresh: bool, dropped: Collection[int], keep_settings: bool) -> None:
         """Put it back; state that came into being after the capture is removed.
 
         Args:
             keep_fresh: leave state that was put back to its value before the first step where it is.
             dropped: ids of parameters that left the model with this restore, and its groups with it.
+            keep_settings: leave settings that came since in the groups: a schedule of later put them there.
         """
-        self._load_groups(dropped)
+        self._load_groups(dropped, keep_settings)
         self._load_state(keep_fresh)
         loose_state.put_back(self.optimizer, self.loose, keep=self.state_keys)
         for name, value in self.attributes.items():
             setattr(self.optimizer, name, refill(getattr(self.optimizer, name, None), value.fresh()))
 
-    def _load_groups(self, dropped: Collection[int]) -> None:
+    def _load_groups(self, dropped: Collection[int], keep_settings: bool) -> None:
         """Each captured group gets its parameters and settings back; what the user put in since, stays.
 
         A group is known by its parameters, since ``load_state_dict`` makes new dicts.
@@ -94,6 +96,8 @@ class OptimizerHost:
             late = late if _is_in(group, live) else []
             if list(map(id, group["params"])) != list(map(id, [*host.params, *late])):
                 group["params"] = [*host.params, *late]
+            for key in () if keep_settings else group.keys() - host.keys:
+                del group[key]
             group.update(host.settings.fresh())
             chosen.append(group)
         for group in (g for g in live if not _is_in(g, chosen)):
