@@ -94,7 +94,7 @@ class HostEngine(Engine):
         self._is_half_restored = True
         host.bring_back(self.covered)
         self.sync_structure(leave_out=True)
-        self.structure = []  # the next step acts, in any case
+        structure, self.structure = self.structure, []  # interrupted from here on, the next step acts
         self.recreate_missing(slot, host)
         kept = host.rates_to_keep(self.covered)
         ops.snapshot_restore_(state, self._row.column, self._row.settings, self.slots.table, mailbox)
@@ -104,7 +104,7 @@ class HostEngine(Engine):
         except SnapshotError:  # one part refused, everything else is back
             self._is_half_restored = False
             raise
-        self._is_half_restored = False
+        self._is_half_restored, self.structure = False, structure
         self.tell_left_out()
 
     def complete_restore(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class HostCopy:
     @classmethod
     def of(cls, value: object, live: Iterable[object] = ()) -> HostCopy:
         """A copy of ``value``, in which the objects of ``live`` stay the ones they are."""
+        if _is_flat(value):
+            return cls(value.copy(), (), ())
         kept: dict[int, object] = {id(thing): thing for thing in live}
         stateful: list[object] = []
         for thing in _live_objects(value, kept):
@@ -56,6 +58,14 @@ class HostCopy:
         """The tensors that were copied."""
         for part in (self.value, *(attributes for _, attributes in self.inner)):
             yield from _find(part, lambda thing: isinstance(thing, Tensor), set(self._memo()))
+
+
+def _is_flat(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether it is a dict of numbers and tuples of numbers, as the settings of a group are."""
+    return type(value) is dict and all(
+        isinstance(v, _ATOMS) or (type(v) is tuple and all(isinstance(n, _ATOMS) for n in v))
+        for v in value.values()
+    )
 
 
 def is_plain(value: object) -> bool:

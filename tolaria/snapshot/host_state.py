@@ -89,7 +89,7 @@ class HostState:
                 live |= trained
         trained = {id(p) for host in self.optimizers for group in host.groups for p in group.params}
         given_up = _with_holders(self.forms, trained - live)
-        return put_back_tree(self.forms, (root for _, root in covered.roots()), given_up)
+        return put_back_tree(self.forms, lambda: [m for *_, m in covered.walk().modules], given_up)
 
     def load_into(
         self,

@@ -8,7 +8,7 @@ with the module that held it, which gets the form that it had: class, children, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,18 +106,20 @@ def _assign(target: Any, values: Mapping[Any, Any]) -> None:  # noqa: ANN401  (a
         target.update(values)
 
 
-def put_back_tree(forms: Iterable[ModuleForm], roots: Iterable[nn.Module], given_up: Collection[int]) -> bool:
-    """Bring back what was lost from the trees below ``roots``; whether there was anything.
+def put_back_tree(
+    forms: Iterable[ModuleForm], walk: Callable[[], Iterable[nn.Module]], given_up: Collection[int]
+) -> bool:
+    """Bring back what was lost from the modules; whether there was anything.
 
     Args:
         forms: the modules as they were, but those that see to their own children.
-        roots: where the trees begin.
+        walk: every module that can be reached now.
         given_up: ids of modules and parameters that are not wanted back.
     """
-    known, roots = {id(form.module): form for form in forms}, list(roots)
+    known = {id(form.module): form for form in forms}
     has_changed = False
     while True:
-        modules = {id(m): m for root in roots for m in root.modules()}
+        modules = {id(module): module for module in walk()}
         reachable = modules.keys() | {id(p) for m in modules.values() for p in m._parameters.values()}
         lost = [known[i] for i in modules if i in known and known[i].has_lost(reachable, given_up)]
         if not lost:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,10 @@ class OptimizerHost:
                 for g in optimizer.param_groups
             ],
             state_keys={id(parameter): set(state) for parameter, state in own},
-            values={id(parameter): copy.deepcopy(_on_host(covered, state)) for parameter, state in own},
+            values={
+                id(parameter): {k: copy.deepcopy(v) for k, v in _on_host(covered, state).items()}
+                for parameter, state in own
+            },
             loose=loose_state.copied(optimizer),
             attributes={name: HostCopy.of(value, trained) for name, value in _attributes(optimizer)},
         )
@@ -86,26 +89,29 @@ class OptimizerHost:
         """
         live, placed = self.optimizer.param_groups, {id(p) for host in self.groups for p in host.params}
         homes = {id(p): group for group in live for p in group["params"]}
-        chosen: list[dict[str, Any]] = []
+        chosen: dict[int, dict[str, Any]] = {}  # by id, in their order
+
+        def late(group: dict[str, Any]) -> list[Tensor]:
+            return [p for p in group["params"] if id(p) not in placed and id(p) not in dropped]
+
         for host in self.groups:
             homely = (homes[id(p)] for p in host.params if id(p) in homes)
-            group = next((g for g in homely if not _is_in(g, chosen)), None)
+            group = next((g for g in homely if id(g) not in chosen), None)
+            params = [*host.params, *(late(group) if group is not None else ())]
             if group is None:  # it was taken out, or it is empty
-                group = host.group if not _is_in(host.group, chosen) else dict(host.group)
-            late = [p for p in group["params"] if id(p) not in placed and id(p) not in dropped]
-            late = late if _is_in(group, live) else []
-            if list(map(id, group["params"])) != list(map(id, [*host.params, *late])):
-                group["params"] = [*host.params, *late]
+                group = host.group if id(host.group) not in chosen else dict(host.group)
+            if list(map(id, group["params"])) != list(map(id, params)):
+                group["params"] = params
             for key in () if keep_settings else group.keys() - host.keys:
                 del group[key]
             group.update(host.settings.fresh())
-            chosen.append(group)
-        for group in (g for g in live if not _is_in(g, chosen)):
-            group["params"] = [p for p in group["params"] if id(p) not in placed and id(p) not in dropped]
+            chosen[id(group)] = group
+        for group in (g for g in live if id(g) not in chosen):
+            group["params"] = late(group)
             if group["params"]:
-                chosen.append(group)
-        if list(map(id, chosen)) != list(map(id, live)):
-            live[:] = chosen
+                chosen[id(group)] = group
+        if list(chosen) != list(map(id, live)):
+            live[:] = list(chosen.values())
 
     def _load_state(self, keep_fresh: bool) -> None:
         optimizer = self.optimizer
@@ -130,10 +136,6 @@ def parameter_states(optimizer: Optimizer, also: Collection[int] = ()) -> list[t
     """State by parameter, of those in a group and those whose id is in ``also``."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}.union(also)
     return [(parameter, state) for parameter, state in optimizer.state.items() if id(parameter) in own]
-
-
-def _is_in(thing: object, things: Iterable[object]) -> bool:
-    return any(thing is other for other in things)
 
 
 def _on_host(covered: CoveredState, values: Mapping[str, Any]) -> dict[str, Any]:
