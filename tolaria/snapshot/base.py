@@ -95,7 +95,7 @@ class SnapshotBase:
 
     def bad_host_part(self, host: HostState) -> str | None:
         """The first extra of ``host`` that holds NaN or infinity in CPU memory, and did not at attach."""
-        bad = {name for name, tensor in host.tensors() if tensor.is_cpu and not is_finite(tensor)}
+        bad = {name for name, tensor in host.extra_tensors() if tensor.is_cpu and not is_finite(tensor)}
         if self._exempt_parts is None:
             self._exempt_parts = frozenset(bad)
         return min(bad - self._exempt_parts, default=None)

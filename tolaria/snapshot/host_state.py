@@ -70,7 +70,7 @@ class HostState:
             rate_moves=covered.schedules.moves_by_hand(),
         )
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def extra_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors among the extras' parts, by name: what a capture of slots does not search."""
         for name, state in self.extras.items():
             for tensor in state.tensors():
