@@ -70,6 +70,8 @@ def _is_flat(value: object) -> TypeGuard[dict[str, Any]]:
 
 def is_plain(value: object) -> bool:
     """Whether ``value`` is data alone: numbers, strings, tensors and containers of such, to any depth."""
+    if isinstance(value, _ATOMS):
+        return True
     others = _find(value, lambda thing: not isinstance(thing, (*_ATOMS, *_CONTAINERS, Tensor)), set())
     return next(others, None) is None
 

@@ -182,7 +182,7 @@ def _own_states(walk: Walk) -> Iterator[OwnState]:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             state = _copied(f"{name}.get_extra_state()", module.get_extra_state)
             yield OwnState(f"{name}.set_extra_state()", module.set_extra_state, state)
-        if prefix:
+        if prefix and not type(module).__module__.startswith("torch.nn"):  # whose attributes are settings
             data = {k: v for k, v in vars(module).items() if k not in _MODULES_OWN and is_plain(v)}
             if data:
                 yield OwnState(name, vars(module).update, HostCopy.of(data))
