@@ -162,12 +162,14 @@ def test_topk_beyond_the_classes_is_always_a_hit(backend, device):
     assert acc[MetricsField.TOPK_CORRECT] == 5
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("label", [3, -1, 1000])
-def test_a_label_out_of_range_is_an_error_and_changes_nothing(backend, label):
-    acc = empty(3)
-    words = rf"labels: expected class indices from 0 to 2 or ignore_index -100, got {label} at position 1"
-    with pytest.raises(ValueError, match=words):
-        classification_metrics_(acc, torch.randn(2, 3), torch.tensor([0, label]))
+def test_a_label_out_of_range_is_an_error_and_changes_nothing(backend, label, position):
+    acc, labels = empty(3), torch.tensor([0, -100, 2])
+    labels[position] = label
+    words = r"labels: expected class indices from 0 to 2 or ignore_index -100, "
+    with pytest.raises(ValueError, match=rf"{words}got {label} at position {position}"):
+        classification_metrics_(acc, torch.randn(3, 3), labels)
     assert not acc.any()
 
 
