@@ -89,6 +89,7 @@ FIRST_LINE = defaultdict(lambda: INCLUDE, {".cpp": "#pragma GCC optimize(1)\n" +
 GOVERNOR = "test_lanes.py test_verdicts.py test_options.py test_rollback.py test_bank.py test_any_bytes.py"
 FAMILIES = (
     ("governor|lanes.h", ["ops/test_governor.py", *(f"governor/{name}" for name in GOVERNOR.split())]),
+    ("page_locked", ["snapshot/test_page_locked.py", "governor/test_device.py"]),
     ("snapshot", ["ops/test_snapshot.py", "governor/test_rollback.py", "snapshot/test_replaced_state.py"]),
     ("stats|multi_tensor", ["ops/test_stats.py"]),
     ("metrics", ["ops/test_metrics.py"]),

@@ -22,7 +22,7 @@ def material() -> tuple[nn.Module, Tensor, Tensor]:
 
 def governed(model: nn.Module, x: Tensor, y: Tensor, backend: str) -> tuple[list[Tensor], list[str]]:
     """A run with captures, a rollback, one by hand, a skip and a state saved and loaded: weights, events."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)  # AdamW of torch 2.9 cannot do it
     config = GovernorConfig(
         snapshot_interval=5, min_history=4, gradient_norm=True, skip_anomalous_steps=True, restore_rng=True
     )
@@ -78,7 +78,7 @@ def test_a_growing_model_under_a_default_device() -> None:
     example = torch.zeros(2, 4)
     with default("device"):
         model = MorphogeneticModel(host, {"seed": "1"}, example_input=example)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         governor = TolariaGovernor(model, optimizer, config=GovernorConfig(snapshot_interval=5))
         slot = model.germinate("seed", lambda features: nn.Linear(8, 8), rng_seed=1)
         slot.start_training()
