@@ -91,15 +91,10 @@ class TolariaGovernor(Readings):
         process_group: ProcessGroup | None = None,
     ) -> None:
         parts = Parts.checked(
-            model,
-            optimizers,
-            schedulers=schedulers,
-            scaler=scaler,
-            extras=extras,
-            generators=generators,
-            schedules=schedules,
-            cover=cover,
-        )
+            model, optimizers,
+            schedulers=schedulers, scaler=scaler, extras=extras, generators=generators,
+            schedules=schedules, cover=cover,
+        )  # fmt: skip
         check_optional("config", config, GovernorConfig)
         check_sinks(sinks)
         check_ranks(process_group)
