@@ -23,17 +23,26 @@ def test_data_is_copied_and_can_be_put_back_again_and_again() -> None:
     assert [t.tolist() for t in copied.tensors()] == [[1.0, 1.0]]
 
 
-def test_what_is_alive_stays_what_it_is() -> None:
+def test_in_what_an_optimizer_holds_the_living_stays_what_it_is() -> None:
     layer, parameter = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     generator = torch.Generator()
     value = [layer, layer.forward, optimizer, generator, len, {"p": parameter}]
-    fresh = HostCopy.of(value, [parameter]).fresh()
+    fresh = HostCopy.of_settings(value, [parameter]).fresh()
     assert fresh[0] is layer
     assert fresh[1].__self__ is layer
     assert fresh[2] is optimizer
     assert fresh[3] is generator
     assert fresh[5]["p"] is parameter
+
+
+def test_in_a_state_an_optimizer_stays_and_a_module_is_copied_with_its_methods() -> None:
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    module, call, step = HostCopy.of([layer, layer.forward, optimizer.zero_grad]).fresh()
+    assert module is not layer
+    assert call.__self__ is module
+    assert step.__self__ is optimizer
 
 
 def test_a_scheduler_within_a_value_gets_its_attributes_back() -> None:

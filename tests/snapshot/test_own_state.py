@@ -231,6 +231,41 @@ def test_an_extra_that_turns_nan_is_found_at_the_next_capture() -> None:
     assert torch.isfinite(average.shadow["weight"]).all()
 
 
+class Hands:
+    """An extra whose state is the objects themselves: nothing else covers them."""
+
+    def __init__(self) -> None:
+        self.module, self.source, self.count = nn.Linear(2, 2), torch.Generator(), Count()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"module": self.module, "source": self.source, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module, self.source, self.count = state["module"], state["source"], state["count"]
+
+
+class Count:
+    def __init__(self) -> None:
+        self.n = 0
+
+    def __call__(self) -> None:
+        self.n += 1
+
+
+def test_objects_in_the_state_of_an_extra_go_back() -> None:
+    model, extra = nn.Linear(2, 2), Hands()
+    governor = attach(model, extras={"extra": extra})
+    weight, draws = extra.module.weight.detach().clone(), torch.rand(3, generator=extra.source)
+    for _ in range(2):
+        with torch.no_grad():
+            extra.module.weight.fill_(float("nan"))
+        extra.count()
+        governor.execute_rollback()
+        assert torch.equal(extra.module.weight, weight)
+        assert torch.equal(torch.rand(3, generator=extra.source), draws)
+        assert extra.count.n == 0
+
+
 def test_an_extra_that_was_not_finite_from_the_start_is_left_in_peace() -> None:
     model = nn.Linear(2, 2)
     average = Shadow(model)

@@ -22,7 +22,7 @@ from tolaria.snapshot.protocols import HoldsSeed, TakesPartInRollback
 from tolaria.snapshot.rng import Generators
 from tolaria.snapshot.schedules import SCHEDULED, LoweredRates, ScheduleFinder, reaches
 
-Kind = Literal["parameter", "buffer", "optimizer", "scaler", "extra"]
+Kind = Literal["parameter", "buffer", "optimizer", "scaler"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """Copies of values that live on the host: numbers, containers, tensors are copied, live objects are not.
 
-A hyper-parameter, a scheduler's state or an extra's may hold more than numbers: a layer (K-FAC), a function,
-an optimizer, another scheduler. A deep copy of those would be a second one that nobody drives. Here modules,
-optimizers, generators and callables stay the objects they are, and an object that can say its state (another
-scheduler) stays, too, with a copy of its attributes that is put back into it.
+The state of a scheduler or an extra may hold an optimizer or another scheduler. A deep copy of those would be
+a second one that nobody drives: here they stay the objects they are, and what can say its state (the other
+scheduler) gets a copy of its attributes put back into it. In what an optimizer holds, modules (K-FAC),
+generators and whatever can be called stay as well: they belong to the model. In the state of an extra they
+are just what is to be covered.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeGuard
 
 import torch
@@ -32,17 +34,22 @@ class HostCopy:
     """Live objects within the value; kept, since a memo knows them by their ids."""
 
     @classmethod
-    def of(cls, value: object, live: Iterable[object] = ()) -> HostCopy:
-        """A copy of ``value``, in which the objects of ``live`` stay the ones they are."""
+    def of(cls, value: object) -> HostCopy:
+        """A copy of what a scheduler, a module or an extra says its state is."""
+        return cls._of(value, {}, _is_driven)
+
+    @classmethod
+    def of_settings(cls, value: object, parameters: Iterable[Tensor]) -> HostCopy:
+        """A copy of what an optimizer that trains ``parameters`` holds; those stay the ones they are."""
         if _is_flat(value):
             return cls(value.copy(), (), ())
-        kept: dict[int, object] = {id(thing): thing for thing in live}
-        stateful: list[object] = []
-        for thing in _live_objects(value, kept):
-            kept[id(thing)] = thing
-            if _has_state(thing):
-                stateful.append(thing)
-        inner = tuple((thing, copy.deepcopy(vars(thing), dict(kept))) for thing in stateful)
+        return cls._of(value, {id(parameter): parameter for parameter in parameters}, _is_no_setting)
+
+    @classmethod
+    def _of(cls, value: object, kept: dict[int, object], stays: Callable[[object], bool]) -> HostCopy:
+        found = list(_find(value, stays, set(kept)))
+        kept = kept | {id(thing): thing for thing in found}
+        inner = tuple((t, copy.deepcopy(vars(t), dict(kept))) for t in found if _has_state(t))
         return cls(copy.deepcopy(value, dict(kept)), inner, tuple(kept.values()))
 
     def fresh(self) -> Any:  # noqa: ANN401  (whatever was copied)
@@ -83,15 +90,16 @@ def _has_state(thing: object) -> bool:
     return all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
-def _stays(thing: object) -> bool:
+def _is_driven(thing: object) -> bool:
     """Whether a copy of it would be another one that nobody uses."""
+    return isinstance(thing, Optimizer) or _has_state(thing)
+
+
+def _is_no_setting(thing: object) -> bool:
+    """Likewise, for what an optimizer holds."""
     if isinstance(thing, (Tensor, *_CONTAINERS, *_ATOMS)):
         return False
-    return isinstance(thing, nn.Module | Optimizer | torch.Generator) or callable(thing) or _has_state(thing)
-
-
-def _live_objects(value: object, known: dict[int, object]) -> Iterator[object]:
-    yield from _find(value, _stays, set(known))
+    return isinstance(thing, nn.Module | torch.Generator) or callable(thing) or _is_driven(thing)
 
 
 def _find(value: object, wanted: Callable[[object], bool], seen: set[int]) -> Iterator[Any]:
@@ -105,18 +113,21 @@ def _find(value: object, wanted: Callable[[object], bool], seen: set[int]) -> It
         is_found = wanted(thing)
         if is_found:
             yield thing
-        if isinstance(thing, dict):
-            stack += [*thing.keys(), *thing.values()]
-        elif isinstance(thing, _CONTAINERS):
-            stack += thing
-        elif not isinstance(thing, Tensor | nn.Module | Optimizer | type) and (
-            not is_found or _has_state(thing)
-        ):
-            stack += _attributes(thing)
+        if not is_found or _has_state(thing):
+            stack += _within(thing)
 
 
-def _attributes(thing: object) -> list[object]:
-    return list(vars(thing).values()) if hasattr(thing, "__dict__") and not callable(thing) else []
+def _within(thing: object) -> Iterable[object]:
+    """What a deep copy of it would copy, but for what modules, optimizers and tensors hold."""
+    if isinstance(thing, dict):
+        return [*thing.keys(), *thing.values()]
+    if isinstance(thing, _CONTAINERS):
+        return thing
+    if isinstance(thing, MethodType):
+        return [thing.__self__]
+    if isinstance(thing, Tensor | nn.Module | Optimizer | type | FunctionType | ModuleType):
+        return []
+    return list(getattr(thing, "__dict__", {}).values())
 
 
 @torch.no_grad()

@@ -76,8 +76,8 @@ class HostState:
             for tensor in state.tensors():
                 yield f"extras[{name!r}]", tensor
 
-    def bring_back(self, covered: CoveredState) -> bool:
-        """Give modules and parameters that were lost since their place back; whether there were any.
+    def bring_back(self, covered: CoveredState) -> None:
+        """Give modules and parameters that were lost since their place back.
 
         To be called before the tensors are restored, which is done for what can be reached. Parameters whose
         optimizer is covered no more stay away, and what replaced them stays: nobody would train them.
@@ -89,7 +89,7 @@ class HostState:
                 live |= trained
         trained = {id(p) for host in self.optimizers for group in host.groups for p in group.params}
         given_up = _with_holders(self.forms, trained - live)
-        return put_back_tree(self.forms, lambda: [m for *_, m in covered.walk().modules], given_up)
+        put_back_tree(self.forms, lambda: [m for *_, m in covered.walk().modules], given_up)
 
     def load_into(
         self,

@@ -108,8 +108,8 @@ def _assign(target: Any, values: Mapping[Any, Any]) -> None:  # noqa: ANN401  (a
 
 def put_back_tree(
     forms: Iterable[ModuleForm], walk: Callable[[], Iterable[nn.Module]], given_up: Collection[int]
-) -> bool:
-    """Bring back what was lost from the modules; whether there was anything.
+) -> None:
+    """Bring back what was lost from the modules.
 
     Args:
         forms: the modules as they were, but those that see to their own children.
@@ -117,14 +117,12 @@ def put_back_tree(
         given_up: ids of modules and parameters that are not wanted back.
     """
     known = {id(form.module): form for form in forms}
-    has_changed = False
     while True:
         modules = {id(module): module for module in walk()}
         reachable = modules.keys() | {id(p) for m in modules.values() for p in m._parameters.values()}
         lost = [known[i] for i in modules if i in known and known[i].has_lost(reachable, given_up)]
         if not lost:
-            return has_changed
+            return
         for form in lost:
             form.put_back()
-        known = {i: form for i, form in known.items() if not any(form is done for done in lost)}
-        has_changed = True
+            del known[id(form.module)]

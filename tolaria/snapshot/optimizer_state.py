@@ -56,7 +56,9 @@ class OptimizerHost:
         return cls(
             optimizer,
             groups=[
-                GroupHost(g, list(g["params"]), frozenset(g), HostCopy.of(_on_host(covered, g), trained))
+                GroupHost(
+                    g, list(g["params"]), frozenset(g), HostCopy.of_settings(_on_host(covered, g), trained)
+                )
                 for g in optimizer.param_groups
             ],
             state_keys={id(parameter): set(state) for parameter, state in own},
@@ -65,7 +67,7 @@ class OptimizerHost:
                 for parameter, state in own
             },
             loose=loose_state.copied(optimizer),
-            attributes={name: HostCopy.of(value, trained) for name, value in _attributes(optimizer)},
+            attributes={name: HostCopy.of_settings(value, trained) for name, value in _attributes(optimizer)},
         )
 
     def load(self, *, keep_fresh: bool, dropped: Collection[int], keep_settings: bool) -> None:
