@@ -4,52 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import tolaria
+from tests.interrupting import Interruption
 from tolaria.governor import GovernorConfig, TolariaGovernor
-
-PACKAGE = str(Path(tolaria.__file__).parent)
-
-
-class Trace:
-    """Passes through the package, and raises at one line of it, when it is reached for the first time."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.at = at
-        self.places: dict[tuple[CodeType, int], None] = {}
-        self.has_raised = False
-
-    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
-        code = frame.f_code
-        if not code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line" and not self.has_raised:
-            place = code, frame.f_lineno
-            is_new = place not in self.places
-            self.places[place] = None
-            if is_new and len(self.places) - 1 == self.at:
-                self.has_raised = True
-                raise KeyboardInterrupt
-        return self
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        before = sys.gettrace()
-        sys.settrace(self)
-        try:
-            yield
-        finally:
-            sys.settrace(before)
 
 
 class Counter:
@@ -134,21 +98,21 @@ EVERY = int(os.environ.get("TOLARIA_INTERRUPT_EVERY", "7"))
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_interrupted_at_any_line(name: str) -> None:
-    run, whole = Run(), Trace()
+    run, whole = Run(), Interruption()
     call = CALLS[name](run)
     with whole.on():
         call()
     assert len(whole.places) > 50
     torn = []
     for at in range(0, len(whole.places), EVERY):
-        run, trace = Run(), Trace(at)
+        run, interruption = Run(), Interruption(at)
         call = CALLS[name](run)
         try:
-            with trace.on():
+            with interruption.on():
                 call()
         except KeyboardInterrupt:
             pass
-        if not trace.has_raised:
+        if not interruption.has_happened:
             continue  # a line that only the first of all calls passes through
         run.governor.step(1.0)
         after = run.marks()

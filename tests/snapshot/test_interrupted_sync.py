@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import CodeType, FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.interrupting import Interruption
 from tolaria.errors import SnapshotError
 from tolaria.governor import GovernorConfig, TolariaGovernor
 from tolaria.snapshot import slots as slots_module
@@ -23,39 +20,8 @@ PUBLISHING = {"sync", "adopt", "sync_structure", "_structure_changed", "mark", "
 """Where the marks are set: interrupted at every bytecode, elsewhere at every line."""
 
 
-class Trace:
-    """Passes through what lays the slots out, and raises at one place of it, if told to.
-
-    A place is a line, or a bytecode where marks are set, when it is reached for the first time.
-    """
-
-    def __init__(self, at: int | None = None) -> None:
-        self.at = at
-        self.places: dict[tuple[CodeType, int], None] = {}
-        self.happened = False
-
-    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
-        code = frame.f_code
-        if not code.co_filename.endswith(LAYING_OUT):
-            return None
-        in_detail = frame.f_trace_opcodes = code.co_name in PUBLISHING
-        if event == ("opcode" if in_detail else "line") and not self.happened:
-            place = code, frame.f_lasti if in_detail else frame.f_lineno
-            is_new = place not in self.places
-            self.places[place] = None
-            if is_new and len(self.places) - 1 == self.at:
-                self.happened = True
-                raise KeyboardInterrupt
-        return self
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        before = sys.gettrace()
-        sys.settrace(self)
-        try:
-            yield
-        finally:
-            sys.settrace(before)
+def interruption(at: int | None = None) -> Interruption:
+    return Interruption(at, within=LAYING_OUT, in_detail=PUBLISHING)
 
 
 class Run:
@@ -107,15 +73,15 @@ class Run:
 
 @pytest.mark.parametrize("then", ["goes_on", "reverts"])
 def test_interrupted_at_any_line(then: str) -> None:
-    run, whole = Run(), Trace()
+    run, whole = Run(), interruption()
     with whole.on():
         run.governor.notify_structure_changed()
     assert len(whole.places) > 400, "the trace sees less than it did: have the files moved?"
     for at, (code, _) in enumerate(whole.places):
         if then == "reverts" and code.co_name not in PUBLISHING:
             continue
-        run, trace = Run(), Trace(at)
-        with trace.on(), pytest.raises(KeyboardInterrupt):
+        run, here = Run(), interruption(at)
+        with here.on(), pytest.raises(KeyboardInterrupt):
             run.governor.notify_structure_changed()
         run.check_table()
         if then == "reverts":
