@@ -7,12 +7,12 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tolaria import ops
-from tolaria.errors import SnapshotError
 from tolaria.governor.engine import Engine
 from tolaria.governor.row import Row
 from tolaria.ops import Order, PanicReason, StateField
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.host_state import HostState
+from tolaria.snapshot.transfer import Transfer
 
 
 class HostEngine(Engine):
@@ -21,8 +21,7 @@ class HostEngine(Engine):
     def __init__(self, row: Row, covered: CoveredState) -> None:
         super().__init__(row, covered)
         self._view: npt.NDArray[np.float64] = row.state.numpy()[:, row.column]
-        self._host: list[HostState | None] = [None, None]
-        self._is_half_restored = False
+        self._transfer = Transfer(self)
         self.adopt_current_state()
         for optimizer in covered.optimizers:
             self.hook(optimizer)
@@ -47,7 +46,7 @@ class HostEngine(Engine):
 
     def sync_structure(self, *, leave_out: bool = False) -> None:
         """As the base class, where something may have changed."""
-        if not self.structure or self._watch.has_moved():
+        if self.may_have_moved():
             super().sync_structure(leave_out=leave_out)
 
     def snapshot(self) -> None:
@@ -70,14 +69,14 @@ class HostEngine(Engine):
     def _copy_to_slot(self, host: HostState) -> None:
         slot = int(self._view[StateField.capture_order_0])
         bad = self.bad_host_part(host)
-        # First: nobody restores this slot before the judge holds it whole, which is after the last part.
-        host.keys = self.slots.mark_captured(slot)
-        self._host[slot] = host
+        self._transfer.capture(slot, host, self._copy)
+        if bad is not None:
+            self._view[StateField.candidate_bad] = self.number_of_host_part(bad)
+
+    def _copy(self) -> None:
         row = self._row
         for part in (0, 1):
             ops.snapshot_capture_(row.state, row.column, self.slots.table, part, row.mailbox)
-        if bad is not None:
-            self._view[StateField.candidate_bad] = self.number_of_host_part(bad)
 
     def restore(self) -> None:
         """Put the last known good state back, in place; the order must have been given."""
@@ -88,28 +87,16 @@ class HostEngine(Engine):
         self._put_back(self._row.state_with_order(), None, again=True)
 
     def _put_back(self, state: Tensor, mailbox: Tensor | None, *, again: bool = False) -> None:
-        slot = int(self._view[StateField.last_good])
-        host = self._host[slot]
-        assert host is not None, "the last known good slot always has its host-side parts"
-        self._is_half_restored = True
-        host.bring_back(self.covered)
-        self.sync_structure(leave_out=True)
-        structure, self.structure = self.structure, []  # interrupted from here on, the next step acts
-        self.recreate_missing(slot, host)
-        kept = host.rates_to_keep(self.covered)
-        ops.snapshot_restore_(state, self._row.column, self._row.settings, self.slots.table, mailbox)
-        self.slots.mark_written()
-        try:
-            host.load_into(self.covered, again=again, kept=kept)
-        except SnapshotError:  # one part refused, everything else is back
-            self._is_half_restored = False
-            raise
-        self._is_half_restored, self.structure = False, structure
-        self.tell_left_out()
+        row, table = self._row, self.slots.table
+        self._transfer.restore(
+            int(self._view[StateField.last_good]),
+            lambda: ops.snapshot_restore_(state, row.column, row.settings, table, mailbox),
+            again=again,
+        )
 
     def complete_restore(self) -> None:
         """Complete a restore that an exception or Ctrl-C left half done: all of it once more."""
-        if self._is_half_restored:
+        if self._transfer.is_unfinished:
             self.restore_again()
             self.has_restored_again = True
 

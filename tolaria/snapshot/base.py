@@ -100,6 +100,10 @@ class SnapshotBase:
             self._exempt_parts = frozenset(bad)
         return min(bad - self._exempt_parts, default=None)
 
+    def may_have_moved(self) -> bool:
+        """Whether :meth:`sync_structure` may find something; a look at every container and address."""
+        return not self.structure or self._watch.has_moved()
+
     def sync_structure(self, *, leave_out: bool = False) -> None:
         """Look for tensors that came, went or moved, and lay the slots out anew if there are any.
 
