@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -48,10 +49,13 @@ class Interruption:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Trace the calls of this block."""
-        before = sys.gettrace()
+        """Trace the calls of this block; nothing is collected, since finalizers may swallow the exception."""
+        before, collects = sys.gettrace(), gc.isenabled()
+        gc.disable()
         sys.settrace(self)
         try:
             yield
         finally:
             sys.settrace(before)
+            if collects:
+                gc.enable()

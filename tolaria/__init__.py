@@ -28,6 +28,7 @@ from tolaria.governor import (
 )
 from tolaria.nn import AlphaSchedule, MorphogeneticModel, SeedSlot, SeedStage
 from tolaria.nn.device import validate_device
+from tolaria.snapshot.snapshot import Snapshot
 from tolaria.tasks import TaskSpec, create_model, get_task, list_tasks, register_task
 from tolaria.train import (
     EpochStats,
@@ -58,6 +59,7 @@ __all__ = [
     "PanicReason",
     "SeedSlot",
     "SeedStage",
+    "Snapshot",
     "SnapshotError",
     "TaskSpec",
     "TolariaError",

@@ -30,13 +30,14 @@ def check_optional(name: str, value: object, wanted: type) -> None:
         raise TypeError(f"{name}: expected {wanted.__name__} or None, got {type(value).__name__}")
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """``value`` must be one of some words.
+def check_choice(name: str, value: object, choices: Sequence[str] | Sequence[int]) -> None:
+    """``value`` must be one of some words or numbers; True is no 1.
 
     Raises:
         ValueError: it is another.
     """
-    if value not in choices:
+    fits = (value == choice and isinstance(value, type(choice)) for choice in choices)
+    if isinstance(value, bool) or not any(fits):
         raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
 
 

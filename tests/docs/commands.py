@@ -166,6 +166,7 @@ KNOWN: dict[str, Known] = {
     "python examples/drop_in.py": Known(),
     "python examples/ops_alone.py": Known(),
     "python examples/ppo_agent.py": Known(),
+    "python examples/what_if.py": Known(),
     "python setup.py build_ext --inplace": Known(),
     "ruff check . && ruff format --check . && mypy --strict tolaria": Known(needs=("ruff", "mypy")),
     "tolaria chaos": Known(long=True),

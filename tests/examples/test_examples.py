@@ -18,6 +18,11 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def test_what_if_learns(capsys):
+    assert load("what_if").main(stretches=4) > 95.0
+    assert "stretch 4" in capsys.readouterr().out
+
+
 def test_drop_in_survives_its_broken_step(capsys):
     assert load("drop_in").main(steps=200, broken_step=120) > 95.0
     assert "step 120: NON_FINITE, back to the state of step 100" in capsys.readouterr().out
@@ -37,4 +42,4 @@ def test_ppo_agent_learns_from_the_punishment(capsys):
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"drop_in", "ops_alone", "ppo_agent"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"drop_in", "ops_alone", "ppo_agent", "what_if"}

@@ -96,8 +96,6 @@ EVERY = int(os.environ.get("TOLARIA_INTERRUPT_EVERY", "7"))
 """One line of so many is tried; 1: all of them, which takes minutes."""
 
 
-# The garbage collector may run a finalizer of ours at any line; Python reports what is raised there, and goes on.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_interrupted_at_any_line(name: str) -> None:
     run, whole = Run(), Interruption()

@@ -137,7 +137,7 @@ class Attachment:
         Raises:
             TolariaError: a graph is being recorded, or the governor is closed.
         """
-        graphs.refuse_recording(self.engine.covered.device, call)
+        graphs.refuse_recording(self.engine.covered.device, f"governor.{call}")
 
     def catch_up(self) -> None:
         """Wait for the device, then hear of what it did, and follow: nothing is pending afterwards."""

@@ -145,7 +145,7 @@ class GovernorBank:
         engine = self._engines.get(i)
         if engine is None:
             return
-        graphs.refuse_recording(self._state.device, "detach")
+        graphs.refuse_recording(self._state.device, "governor.detach")
         engine.synchronize()  # sync: nothing is heard of later
         try:
             self._followers[i].hear()

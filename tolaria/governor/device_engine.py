@@ -131,8 +131,7 @@ class DeviceEngine(Engine):
             if self._flight.recorded_in(number) is None:
                 self._capture_here()
             return
-        if self._structure_moved():
-            self.sync_structure(leave_out=True)
+        self.follow_structure(leave_out=True)
         self._launch_restore()
         if self._may_be_due() and not self._row.config.log_only:
             self._capture_aside(self.host_parts())
@@ -214,10 +213,10 @@ class DeviceEngine(Engine):
 
     # -- structure -------------------------------------------------------------------------------------------
 
-    def _structure_moved(self) -> bool:
-        """Whether the table may be stale: a look at every container and address, no device call."""
+    def may_have_moved(self) -> bool:
+        """As the base class; an optimizer that has loaded a state may have, too."""
         moved, self._moved[:] = bool(self._moved), []
-        return moved or self._watch.has_moved()
+        return moved or super().may_have_moved()
 
     def sync_structure(self, *, leave_out: bool = False) -> None:
         """As the base class; the device is done with the old table before it is changed."""
@@ -255,8 +254,7 @@ class DeviceEngine(Engine):
 
     def snapshot(self) -> None:
         """Capture now, by hand."""
-        if self._structure_moved():
-            self.sync_structure()
+        self.follow_structure()
         host = self.host_parts()
         self.order(Order.CAPTURE)
         self._judged = max(self._judged, self.step_count)
@@ -265,16 +263,14 @@ class DeviceEngine(Engine):
     def restore(self) -> None:
         """Enqueue a restore whose order was given by hand."""
         self.wait()
-        if self._structure_moved():
-            self.sync_structure(leave_out=True)
+        self.follow_structure(leave_out=True)
         self._launch_restore()
         self.slots.mark_written()
 
     def restore_again(self) -> None:
         """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
         self.wait()
-        if self._structure_moved():
-            self.sync_structure(leave_out=True)
+        self.follow_structure(leave_out=True)
         self._put_back(self._row.state_with_order(), None)
         self.slots.mark_written()
         self._reconcile(again=True)  # the host-side parts once more, too

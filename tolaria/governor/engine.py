@@ -56,6 +56,12 @@ class Engine(SnapshotBase, ABC):
         self.defer_panics = False
         """Leave a poisoned capture to the next judgement, where ranks agree, instead of panicking at once."""
         super().__init__(covered, row.config.storage)
+        if self.broken:
+            raise ValueError(
+                f"model: expected finite parameters, got NaN or infinity in {', '.join(self.broken[:5])}"
+                + (f" and {len(self.broken) - 5} more" if len(self.broken) > 5 else "")
+                + "; a governor cannot vouch for such a state"
+            )
         self._steps = BeforeSteps(self._notice_growth)
 
     @property
@@ -91,7 +97,7 @@ class Engine(SnapshotBase, ABC):
 
     def rollback(self) -> None:
         """Restore now, by hand. What may fail comes before the order."""
-        self.sync_structure(leave_out=True)
+        self.follow_structure(leave_out=True)
         self.order(Order.ROLLBACK)
         self.restore()
 
@@ -231,7 +237,7 @@ class Engine(SnapshotBase, ABC):
             if tensors and float(ops.tensor_stats(tensors)[2]) > 0:
                 self.covered.retire(tensors)
                 holder.cull()
-                self.structure = []
+                self.look_again()
                 self.untold.append(SeedCulledEvent(step=self.step_count, row=self._row.column, name=name))
 
     def seeds_are_due(self) -> bool:

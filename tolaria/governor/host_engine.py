@@ -39,21 +39,16 @@ class HostEngine(Engine):
     def _capture_if_ordered(self) -> None:
         if self._view[StateField.capture_order_0] >= 0:
             self.cull_poisoned_seeds()
-            self.sync_structure()
+            self.follow_structure()
             self._capture(self.host_parts())
         elif self.covered.structure() != self.structure:
             self.sync_structure()
-
-    def sync_structure(self, *, leave_out: bool = False) -> None:
-        """As the base class, where something may have changed."""
-        if self.may_have_moved():
-            super().sync_structure(leave_out=leave_out)
 
     def snapshot(self) -> None:
         """Capture now, by hand."""
         self.complete_restore()
         self.cull_poisoned_seeds()
-        self.sync_structure()
+        self.follow_structure()
         host = self.host_parts()
         self.order(Order.CAPTURE)
         self._capture(host)

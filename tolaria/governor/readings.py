@@ -72,7 +72,7 @@ class Readings:
     def state_dict(self) -> dict[str, Any]:
         """Settings, statistics and counts; no slots. Safe for ``torch.load`` with ``weights_only``."""
         at = self._attached
-        graphs.refuse_recording(at.row.state.device, "state_dict")
+        graphs.refuse_recording(at.row.state.device, "governor.state_dict")
         return statistics.saved_form(
             self.config, self.random_guess_loss, at.row.state, at.policy.saved_form()
         )

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tolaria.nn.features import features_of
 from tolaria.nn.nest import Inputs, call_with, check_inputs, to_device
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
-from tolaria.nn.slot import SeedFactory, SeedSlot, features_of
+from tolaria.nn.slot import SeedFactory, SeedSlot
 from tolaria.nn.stage import SeedStage
 from tolaria.nn.structure import check_structure, seed_numel
 

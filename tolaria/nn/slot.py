@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tolaria import ops
+from tolaria.nn.features import features_of, with_strides_of
 from tolaria.nn.probe import SeedTraits, probe_seed
 from tolaria.nn.randomness import RandomStream, check_rng_seed, derive_seed, preserve_random_state
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
@@ -19,6 +20,18 @@ from tolaria.nn.structure import check_structure
 
 SeedFactory = Callable[[Tensor], nn.Module]
 """Builds a seed for features like the given ones (values are meaningless; shape, dtype and device count)."""
+
+_OF_A_SEED = (
+    "seed",
+    "_stage",
+    "schedule",
+    "blueprint",
+    "options",
+    "rng_seed",
+    "generation",
+    "_traits",
+    "_stream",
+)
 
 
 class SeedSlot(nn.Module):
@@ -78,7 +91,7 @@ class SeedSlot(nn.Module):
             if not torch.is_grad_enabled():  # nobody can learn from it, and the host's values pass anyway
                 return features
             beside = ops.straight_through(features, self._run(seed, features.detach()))
-            return _with_strides_of(features, beside)
+            return with_strides_of(features, beside)
         if stage is SeedStage.FOSSILIZED and not features.is_cuda:
             return self._run(seed, features).to(features.dtype)  # which may differ under autocast
         grown = self._run(seed, ops.seed_gate(features, self.alpha))
@@ -253,14 +266,22 @@ class SeedSlot(nn.Module):
             "stage": self._stage,
             "generation": self.generation,
             "stream": self._stream.state() if self._stream is not None else None,
+            "seed": {name: getattr(self, name) for name in _OF_A_SEED},
         }
 
-    def load_rollback_state(self, captured: dict[str, object] | None) -> None:
+    def load_rollback_state(self, captured: dict[str, object] | None, *, keep_seed: bool = False) -> None:
         """Follow a restore of the tensors: a seed that was not FOSSILIZED at capture is dropped.
 
         Args:
             captured: what :meth:`rollback_state` returned at capture; None if the slot was not known then.
+            keep_seed: the seed of then comes back at its stage instead, whatever that was.
         """
+        if keep_seed and captured is not None:
+            for name, value in captured["seed"].items():  # type: ignore[attr-defined]
+                setattr(self, name, value)
+            if self._stream is not None:
+                self._stream.load_state(captured["stream"])  # type: ignore[arg-type]
+            return
         stage = captured["stage"] if captured is not None else SeedStage.DORMANT
         same_seed = (
             captured is not None and captured["generation"] == self.generation and self.seed is not None
@@ -357,37 +378,3 @@ class SeedSlot(nn.Module):
     def extra_repr(self) -> str:
         """Name, stage and blueprint."""
         return f"{self.name!r}, stage={self._stage.name}, blueprint={self.blueprint!r}"
-
-
-def features_of(output: object, slot: str) -> Tensor:
-    """The features in what an injection point returned: a tensor, or a tuple that begins with one.
-
-    Raises:
-        TypeError: anything else.
-    """
-    first = output[0] if isinstance(output, tuple) and output else output
-    if isinstance(first, Tensor):
-        return first
-    got = type(output).__name__
-    if isinstance(output, tuple):
-        got += f" that begins with {type(first).__name__}" if output else " that is empty"
-    raise TypeError(
-        f"slot {slot!r}: expected its injection point to return a tensor or a tuple that begins with one, "
-        f"got {got}; name a submodule that returns a tensor"
-    )
-
-
-def _with_strides_of(features: Tensor, beside: Tensor) -> Tensor:
-    """``beside`` laid out as ``features`` are, gaps included (those of a slice).
-
-    A layer that follows may choose its kernel by strides, and another kernel rounds differently. Features
-    that overlap themselves (expanded ones) cannot be copied so and stay dense.
-    """
-    if beside.stride() == features.stride():
-        return beside
-    extent = 1  # of the dimensions with smaller strides, from first to last element
-    for stride, size in sorted(zip(features.stride(), features.shape, strict=True)):
-        if size > 1 and stride < extent:
-            return beside
-        extent += stride * (size - 1)
-    return beside.new_empty_strided(features.shape, features.stride()).copy_(beside)

@@ -70,8 +70,8 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all segments in both slots."""
-        return 2 * sum(segment.nbytes for segment in self.segments)
+        """Bytes of all segments in one slot."""
+        return sum(segment.nbytes for segment in self.segments)
 
     def take(self, sizes: Sequence[int], new_segment: Callable[[int], Segment]) -> tuple[Arena, list[Block]]:
         """Room for so many bytes each.

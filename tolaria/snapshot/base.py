@@ -19,6 +19,9 @@ from tolaria.snapshot.place import is_finite
 from tolaria.snapshot.slots import Slots, check_coverable
 from tolaria.snapshot.watch import StructureWatch
 
+_UNKNOWN = [-1]
+"""A structure that no state has."""
+
 
 class SnapshotBase:
     """Slots for a covered state.
@@ -26,46 +29,42 @@ class SnapshotBase:
     Args:
         covered: what is covered.
         storage: where the slots of a CUDA model lie, ``"pinned"`` or ``"device"``.
+        copies: how many slots there are, 2 or 1.
 
     Attributes:
         covered: as given.
         slots: both copies; empty until :meth:`sync_structure`.
-        structure: a cheap sign of growth as of the last look; empty: look again.
+        structure: a cheap sign of growth as of the last look; see :meth:`look_again`.
         seed_holders: modules that may hold an incubating seed, as of the last look.
         state_check: looks whether the live state is finite.
+        broken: names of the parameters that were not finite from the start.
 
     Raises:
-        ValueError: a parameter is not finite.
         SnapshotError: a tensor cannot be copied byte by byte.
         RuntimeError: a parameter or buffer is a shard.
     """
 
-    def __init__(self, covered: CoveredState, storage: str) -> None:
+    def __init__(self, covered: CoveredState, storage: str, copies: int = 2) -> None:
         self.covered = covered
-        self.slots = Slots(covered.device, storage)
+        self.slots = Slots(covered.device, storage, copies)
         self.structure = covered.structure()
         self.seed_holders = covered.walk().seed_holders
         self._watch = StructureWatch(covered)
         self.state_check = StateCheck(covered, self.slots, self._watch)
         check_unsharded(covered)
-        self._find_exempt()
+        self.broken = self._find_exempt()
         self._exempt_parts: frozenset[str] | None = None
         self._coverage = Coverage(covered)
         self._coverage.look(attaching=True)
 
-    def _find_exempt(self) -> None:
-        """Tensors that are non-finite from the start are copied but not searched; a parameter may not be."""
+    def _find_exempt(self) -> list[str]:
+        """Tensors that are non-finite from the start are copied but not searched, parameters excepted."""
         covered = self.covered.tensors()
         check_coverable(covered)
         bad = [t for t in covered if not is_finite(t.tensor)]
-        broken = [t.name for t in bad if t.kind == "parameter" and (t.hooked or t.tensor.requires_grad)]
-        if broken:
-            raise ValueError(
-                f"model: expected finite parameters, got NaN or infinity in {', '.join(broken[:5])}"
-                + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
-                + "; a governor cannot vouch for such a state"
-            )
-        self.slots.exempt = frozenset(t.key for t in bad)
+        broken = [t for t in bad if t.kind == "parameter" and (t.hooked or t.tensor.requires_grad)]
+        self.slots.exempt = frozenset(t.key for t in bad) - {t.key for t in broken}
+        return [t.name for t in broken]
 
     def refuse_nonfinite(self) -> None:
         """Look at the live tensors that a capture would search; waits for the device.
@@ -102,7 +101,16 @@ class SnapshotBase:
 
     def may_have_moved(self) -> bool:
         """Whether :meth:`sync_structure` may find something; a look at every container and address."""
-        return not self.structure or self._watch.has_moved()
+        return self.structure == _UNKNOWN or self._watch.has_moved()
+
+    def look_again(self) -> None:
+        """Whatever there is now, the next look finds a change."""
+        self.structure = _UNKNOWN
+
+    def follow_structure(self, *, leave_out: bool = False) -> None:
+        """As :meth:`sync_structure`, where something may have changed."""
+        if self.may_have_moved():
+            self.sync_structure(leave_out=leave_out)
 
     def sync_structure(self, *, leave_out: bool = False) -> None:
         """Look for tensors that came, went or moved, and lay the slots out anew if there are any.
@@ -147,8 +155,9 @@ class SnapshotBase:
     def tell_left_out(self) -> None:
         """Warn of live tensors that a restore has left alone, unless an error has named them before."""
         if self.slots.left_out and (new := self.slots.untold(self.covered.tensors())):
+            voice = self.covered.voice
             warnings.warn(
-                "governor: a rollback leaves alone what no capture can hold: "
+                f"{voice.who}: {voice.restore} leaves alone what no capture can hold: "
                 + "; ".join(f"{name}: {why}" for name, why in new.items()),
                 UncoveredWarning,
                 stacklevel=2,

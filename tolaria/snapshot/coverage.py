@@ -31,7 +31,7 @@ def check_unsharded(covered: CoveredState) -> None:
 
 def _sharded(name: str, kind: str) -> RuntimeError:
     return RuntimeError(
-        f"model: {name} is sharded ({kind}), which is not supported; a governor needs whole parameters on "
+        f"model: {name} is sharded ({kind}), which is not supported; a rollback needs whole parameters on "
         "every rank, as under DistributedDataParallel"
     )
 
@@ -56,8 +56,9 @@ class Coverage:
         self._told.update(new)
         if new:
             more = f"; and {len(new) - 8} more" if len(new) > 8 else ""
+            voice = self._covered.voice
             warnings.warn(
-                f"governor: a rollback does not put back {'; '.join(new[:8])}{more}",
+                f"{voice.who}: {voice.restore} does not put back {'; '.join(new[:8])}{more}",
                 UncoveredWarning,
                 stacklevel=2,
             )

@@ -21,6 +21,7 @@ from tolaria.snapshot.parts import Parts
 from tolaria.snapshot.protocols import HoldsSeed, TakesPartInRollback
 from tolaria.snapshot.rng import Generators
 from tolaria.snapshot.schedules import SCHEDULED, LoweredRates, ScheduleFinder, reaches
+from tolaria.snapshot.voice import BY_HAND, GOVERNOR
 
 Kind = Literal["parameter", "buffer", "optimizer", "scaler"]
 
@@ -102,9 +103,13 @@ class CoveredState:
     Args:
         parts: what was handed over; optimizers and schedulers may join and leave later.
         restore_rng: whether random generators are covered at all.
+        by_hand: no governor restores it, but whoever made it: seeds come back at their captured stage, which
+            a governor's rollback drops, and a rate taken back is what was wanted.
     """
 
-    def __init__(self, parts: Parts, *, restore_rng: bool = False) -> None:
+    def __init__(self, parts: Parts, *, restore_rng: bool = False, by_hand: bool = False) -> None:
+        self.by_hand = by_hand
+        self.voice = BY_HAND if by_hand else GOVERNOR
         self.model = parts.model
         self.optimizers = list(parts.optimizers)
         self.schedulers = list(parts.schedulers)
@@ -115,7 +120,7 @@ class CoveredState:
         self.keeps_schedules = parts.schedules == "keep"
         self._only_trained = parts.cover == "trained"
         self.lowered = LoweredRates()
-        self.schedules = ScheduleFinder()
+        self.schedules = ScheduleFinder(self.voice)
         self.forms: tuple[ModuleForm, ...] = ()
         """Which object stands where in the modules, as of the last :meth:`note_forms`."""
         self._retired = WeakIdKeyDictionary()
@@ -143,8 +148,9 @@ class CoveredState:
         found: dict[int, CoveredTensor] = {}
         for candidate in self.candidates(walk):
             found.setdefault(id(candidate.tensor), candidate)
-        incubating = {id(t) for _, module in walk.seed_holders for t in module.incubating_tensors()}
-        zeroed = {id(t) for _, module in walk.participants for t in module.zero_alpha_tensors()}
+        holders, slots = ((), ()) if self.by_hand else (walk.seed_holders, walk.participants)
+        incubating = {id(t) for _, module in holders for t in module.incubating_tensors()}
+        zeroed = {id(t) for _, module in slots for t in module.zero_alpha_tensors()}
         return [
             replace(t, watched=id(t.owner) not in incubating, zeroed=id(t.tensor) in zeroed)
             if id(t.owner) in incubating or id(t.tensor) in zeroed

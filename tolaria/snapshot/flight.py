@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tolaria.snapshot import graphs
 
+_FLIGHTS: weakref.WeakSet[Flight] = weakref.WeakSet()
+
 
 class Flight:
     """One capture on a stream of its own; everybody who changes what it reads waits for it, on the device."""
@@ -24,6 +26,7 @@ class Flight:
         self.users: dict[int, torch.cuda.Stream] = {}
         """Every stream that this governor's own launches went to."""
         self._waited: set[int] = set()
+        _FLIGHTS.add(self)
         self._recorded: tuple[int, Flight] | None = None
         """The capture at the head of a recorded CUDA graph, under the number of its recording."""
 
@@ -40,6 +43,12 @@ class Flight:
         if self.started and stream.cuda_stream not in self._waited:
             stream.wait_event(self.done)
             self._waited.add(stream.cuda_stream)
+
+    @staticmethod
+    def join_all(device: torch.device) -> None:
+        """Make the current stream wait for every capture in flight on ``device``, whose ever it is."""
+        for flight in [f for f in _FLIGHTS if f.device == device]:
+            flight.join()
 
     def wait(self) -> None:
         """Join; while a graph is being recorded, join the capture at its head, if there is one."""

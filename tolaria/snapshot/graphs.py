@@ -74,11 +74,15 @@ def disarm(device: torch.device, change: Callable[[], None]) -> None:
 def refuse_recording(device: torch.device, call: str) -> None:
     """Refuse a call that cannot be part of a graph, before it changes anything.
 
+    Args:
+        device: whose current stream counts.
+        call: its name, for the error.
+
     Raises:
         TolariaError: a CUDA graph is being recorded on the current stream.
     """
     if is_recording(device):
         raise TolariaError(
-            f"governor.{call}: expected no CUDA graph to be recorded, since it waits for the device or looks "
+            f"{call}: expected no CUDA graph to be recorded, since it waits for the device or looks "
             "at what the host has; call it before or after the recording"
         )

@@ -52,11 +52,15 @@ class HostCopy:
         inner = tuple((t, copy.deepcopy(vars(t), dict(kept))) for t in found if _has_state(t))
         return cls(copy.deepcopy(value, dict(kept)), inner, tuple(kept.values()))
 
+    def copied(self) -> Any:  # noqa: ANN401  (whatever was copied)
+        """A copy of the value; the live objects within it are left as they are."""
+        return copy.deepcopy(self.value, self._memo())
+
     def fresh(self) -> Any:  # noqa: ANN401  (whatever was copied)
         """A copy of the value; the live objects within it get their attributes back."""
         for thing, attributes in self.inner:
             vars(thing).update(copy.deepcopy(attributes, self._memo()))
-        return copy.deepcopy(self.value, self._memo())
+        return self.copied()
 
     def _memo(self) -> dict[int, Any]:
         return {id(thing): thing for thing in self.live}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -25,6 +25,8 @@ class HostState:
     optimizers: list[OptimizerHost]
     forms: tuple[ModuleForm, ...]
     """Which object stood where in the modules."""
+    slot_forms: tuple[ModuleForm, ...]
+    """The same for modules that take part in rollbacks, without the seeds that a restore drops."""
     schedulers: list[HostCopy]
     scaler: dict[str, Any]
     extras: dict[str, HostCopy]
@@ -48,11 +50,13 @@ class HostState:
             SnapshotError: a scheduler, an extra or a module cannot say its state.
         """
         walk = covered.walk()
-        covered.schedules.captured(covered.optimizers)
+        if not covered.by_hand:
+            covered.schedules.captured(covered.optimizers)
         covered.find_schedules()
         return cls(
             optimizers=[OptimizerHost.of(covered, optimizer) for optimizer in covered.optimizers],
             forms=covered.forms,
+            slot_forms=tuple(_slot_form(covered, module) for _, module in walk.participants),
             schedulers=[
                 _copied(f"schedulers[{i}]", scheduler.state_dict)
                 for i, scheduler in enumerate(covered.schedulers)
@@ -77,11 +81,13 @@ class HostState:
                 yield f"extras[{name!r}]", tensor
 
     def bring_back(self, covered: CoveredState) -> None:
-        """Give modules and parameters that were lost since their place back.
+        """Give modules and parameters that were lost since their place back, and seeds if done by hand.
 
         To be called before the tensors are restored, which is done for what can be reached. Parameters whose
         optimizer is covered no more stay away, and what replaced them stays: nobody would train them.
         """
+        if covered.by_hand:
+            self._load_modules(covered)
         live = {id(p) for o in covered.optimizers for group in o.param_groups for p in group["params"]}
         for host in self.optimizers:
             trained = {id(p) for group in host.groups for p in group.params}
@@ -126,7 +132,8 @@ class HostState:
             else:  # unknown at the capture: it starts afresh
                 optimizer.state.clear()
         kept.put_back()
-        covered.schedules.restored(kept.before, self.rate_moves)
+        if not covered.by_hand:
+            covered.schedules.restored(kept.before, self.rate_moves)
         covered.lowered.restored(self.rates_lowered, kept)
         load_scaler_values(covered.scaler, self.scaler)
         refused = [
@@ -150,8 +157,9 @@ class HostState:
         """Take the participants back; the ids of parameters that left the model with that."""
         before = covered.walk()
         captured = {id(module): state for module, state in self.modules}
+        options = {"keep_seed": True} if covered.by_hand else {}
         for _, module in before.participants:
-            module.load_rollback_state(captured.get(id(module)))
+            module.load_rollback_state(captured.get(id(module)), **options)
         if not before.participants:
             return frozenset()
         return _parameter_ids(before) - _parameter_ids(covered.walk()) | covered.retired_ids()
@@ -167,9 +175,11 @@ class HostState:
 class OwnState:
     """State that a module keeps beside its tensors, and how it takes it back."""
 
+    module: nn.Module
     name: str
     load: Callable[[Any], object]
     state: HostCopy
+    is_extra_state: bool
 
 
 def _own_states(walk: Walk) -> Iterator[OwnState]:
@@ -181,14 +191,20 @@ def _own_states(walk: Walk) -> Iterator[OwnState]:
         name = prefix + path or "model"
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             state = _copied(f"{name}.get_extra_state()", module.get_extra_state)
-            yield OwnState(f"{name}.set_extra_state()", module.set_extra_state, state)
+            yield OwnState(module, f"{name}.set_extra_state()", module.set_extra_state, state, True)
         if prefix and not type(module).__module__.startswith("torch.nn"):  # whose attributes are settings
             data = {k: v for k, v in vars(module).items() if k not in _MODULES_OWN and is_plain(v)}
             if data:
-                yield OwnState(name, vars(module).update, HostCopy.of(data))
+                yield OwnState(module, name, vars(module).update, HostCopy.of(data), False)
 
 
 _MODULES_OWN = frozenset(vars(nn.Module())) | {"_is_full_backward_hook"}
+
+
+def _slot_form(covered: CoveredState, module: TakesPartInRollback) -> ModuleForm:
+    form = ModuleForm.of(cast(nn.Module, module))
+    drops_seed = not covered.by_hand and module.zero_alpha_tensors()
+    return replace(form, children={}) if drops_seed else form
 
 
 def _parameter_ids(walk: Walk) -> frozenset[int]:

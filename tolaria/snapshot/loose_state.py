@@ -21,6 +21,12 @@ def copied(optimizer: Optimizer) -> Loose:
     return [(k, copy.deepcopy(v, dict(kept))) for k, v in optimizer.state.items() if id(k) not in own]
 
 
+def of_then(optimizer: Optimizer, captured: Loose) -> dict[Any, Any]:
+    """Copies of the captured entries, by key."""
+    kept = _own(optimizer)
+    return {key: copy.deepcopy(value, dict(kept)) for key, value in captured}
+
+
 def put_back(optimizer: Optimizer, captured: Loose, keep: Collection[int]) -> None:
     """Make the loose entries what they were, in the tensors and dictionaries that are there if they fit.
 

@@ -64,8 +64,21 @@ def fresh_copy(key: PlaceKey, place: Place, slot: int) -> Tensor:
     """What ``slot`` holds of a place, as a new tensor of its form on its device."""
     copy = torch.empty_strided(key.shape, key.stride, dtype=key.dtype, device=place.live.device)
     live_view(copy).copy_(place.slots[slot])
-    copy = copy.conj() if key.is_conj else copy
-    return torch._neg_view(copy) if key.is_neg else copy
+    return _signed(key, copy)
+
+
+def stored(key: PlaceKey, memory: Tensor) -> Tensor:
+    """The tensor whose distinct elements are ``memory``, a slot's or a copy of it: a view of that."""
+    if memory.numel() == 0:
+        memory = memory.new_empty(key.shape)
+    elif memory.dim() != len(key.shape):  # elements that overlapped
+        memory = memory.as_strided(key.shape, key.stride)
+    return _signed(key, memory.expand(key.shape))
+
+
+def _signed(key: PlaceKey, memory: Tensor) -> Tensor:
+    memory = memory.conj() if key.is_conj else memory
+    return torch._neg_view(memory) if key.is_neg else memory
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -27,8 +27,14 @@ class TakesPartInRollback(Protocol):
         """Host-side facts at a capture."""
         ...
 
-    def load_rollback_state(self, captured: dict[str, Any] | None, /) -> None:
-        """Go back to the captured facts (None: it was not there), after the tensors were restored."""
+    def load_rollback_state(self, captured: dict[str, Any] | None, /, *, keep_seed: bool = False) -> None:
+        """Go back to the captured facts (None: it was not there), after the tensors were restored.
+
+        Args:
+            captured: what :meth:`rollback_state` returned.
+            keep_seed: a seed that was there comes back at its stage; without, a governor's rollback drops it
+                unless it was a fossil.
+        """
         ...
 
     def zero_alpha_tensors(self) -> list[Tensor]:

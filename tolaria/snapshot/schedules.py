@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.errors import UncoveredWarning
 from tolaria.snapshot.protocols import Stateful
+from tolaria.snapshot.voice import GOVERNOR, Voice
 
 SCHEDULED = ("lr", "momentum", "betas")
 """What the schedules of torch write to a group at every step."""
@@ -28,7 +29,8 @@ class ScheduleFinder:
     holds the optimizer, which takes about 10 ms: it is made at captures and restores alone, after a hint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, voice: Voice) -> None:
+        self._voice = voice
         self._hints: dict[int, list[object]] = {}
         self._rates: dict[int, list[float | None]] = {}
         self._by_hand: dict[int, int] = {}
@@ -75,7 +77,7 @@ class ScheduleFinder:
                 continue
             if not any(told is optimizer for told in self._told):
                 self._told.append(optimizer)
-                _warn_taken_back(optimizer, before, now)
+                _warn_taken_back(self._voice, optimizer, before, now)
 
     def _tell_hidden(self, known: Sequence[object], hinted: Sequence[Optimizer]) -> None:
         """Name optimizers whose ``step`` a schedule has wrapped that the garbage collector does not show."""
@@ -84,7 +86,7 @@ class ScheduleFinder:
         for optimizer in hinted:
             if "step" in vars(optimizer) and not any(reaches(s, optimizer) for s in known):
                 self._told.append(optimizer)
-                _warn_hidden(optimizer)
+                _warn_hidden(self._voice, optimizer)
 
     def refresh(self, optimizers: Sequence[Optimizer]) -> None:
         """The rates of now are what they should be: a restore or its policy has set them."""
@@ -112,7 +114,7 @@ class ScheduleFinder:
                 schedulers.append(schedule)
             elif not any(reaches(schedule, known) for known in schedulers):
                 self._told.append(schedule)
-                _warn(schedule)
+                _warn(self._voice, schedule)
 
 
 class KeptRates:
@@ -147,7 +149,7 @@ class KeptRates:
             for optimizer in self._driven:
                 rates = [group.get("lr") for group in optimizer.param_groups]
                 if reaches(schedule, optimizer) and any(isinstance(r, Tensor) and r.is_cuda for r in rates):
-                    _warn(schedule)
+                    _warn(GOVERNOR, schedule)
                     break
 
     def put_back(self) -> None:
@@ -264,20 +266,20 @@ def _tells_its_state(schedule: LRScheduler) -> bool:
     return True
 
 
-def _warn(schedule: object) -> None:
+def _warn(voice: Voice, schedule: object) -> None:
     kind, optimizer = type(schedule).__name__, type(_attributes(schedule)["optimizer"]).__name__
     warnings.warn(
-        f"governor: {kind} drives the rate of a covered optimizer ({optimizer}) and is not covered: a "
-        "rollback takes the rate back without it; pass schedulers=[...], or call add_scheduler",
+        f"{voice.who}: {kind} drives the rate of a covered optimizer ({optimizer}) and is not covered: "
+        f"{voice.restore} takes the rate back without it; pass schedulers=[...], or call add_scheduler",
         UncoveredWarning,
         stacklevel=2,
     )
 
 
-def _warn_hidden(optimizer: Optimizer) -> None:
+def _warn_hidden(voice: Voice, optimizer: Optimizer) -> None:
     warnings.warn(
-        f"governor: a schedule drives the rate of a covered optimizer ({type(optimizer).__name__}) and "
-        "cannot be found after gc.freeze(): a rollback takes the rate back without it; pass "
+        f"{voice.who}: a schedule drives the rate of a covered optimizer ({type(optimizer).__name__}) and "
+        f"cannot be found after gc.freeze(): {voice.restore} takes the rate back without it; pass "
         "schedulers=[...], or call add_scheduler",
         UncoveredWarning,
         stacklevel=2,
@@ -285,14 +287,14 @@ def _warn_hidden(optimizer: Optimizer) -> None:
 
 
 def _warn_taken_back(
-    optimizer: Optimizer, before: Sequence[float | None], after: Sequence[float | None]
+    voice: Voice, optimizer: Optimizer, before: Sequence[float | None], after: Sequence[float | None]
 ) -> None:
     former, now = next(
         (b or 0.0, a or 0.0) for b, a in zip(before, after, strict=False) if (b or 0.0) < (a or 0.0)
     )
     warnings.warn(
-        f"governor: a rollback took the rate of a covered optimizer ({type(optimizer).__name__}) back from "
-        f"{former:g} to {now:g}, and whatever had set it has not set it again; hand it over in "
+        f"{voice.who}: {voice.restore} took the rate of a covered optimizer ({type(optimizer).__name__}) "
+        f"back from {former:g} to {now:g}, and whatever had set it has not set it again; hand it over in "
         "schedulers=[...] (state_dict and load_state_dict are enough), or set the rate at every step",
         UncoveredWarning,
         stacklevel=2,

@@ -59,11 +59,13 @@ class Slots:
     Args:
         device: where the live tensors are.
         storage: ``"pinned"`` or ``"device"``; on the CPU slots are ordinary memory either way.
+        copies: 2, or 1: both slots are then the same memory, and a capture overwrites the one before.
     """
 
-    def __init__(self, device: torch.device, storage: str = "pinned") -> None:
+    def __init__(self, device: torch.device, storage: str = "pinned", copies: int = 2) -> None:
         self.device = device
         self._storage = storage
+        self._copies = copies
         self.table = SnapshotTable(device=device)
         # On CUDA work may be under way that was enqueued with addresses of long ago.
         self._layout = _Layout(Arena(keeps=device.type == "cuda"), self.table.prepare(()))
@@ -82,8 +84,8 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both slots."""
-        return self._layout.arena.nbytes
+        """Bytes of all slots."""
+        return self._copies * self._layout.arena.nbytes
 
     @property
     def segments(self) -> list[Tensor]:
@@ -189,8 +191,8 @@ class Slots:
         )
 
     def _new_segment(self, nbytes: int) -> Segment:
-        first, second = (allocate(nbytes, self.device, self._storage) for _ in (0, 1))
-        return Segment((first, second))
+        taken = [allocate(nbytes, self.device, self._storage) for _ in range(self._copies)]
+        return Segment((taken[0], taken[-1]))
 
     def _give_birth(
         self, live: _Live, places: Mapping[PlaceKey, Place], held: list[frozenset[Hashable]]
@@ -202,7 +204,7 @@ class Slots:
         former = self._layout
         memory: MemoryMap | None = None
         for key in (key for key in live if key not in former.live_keys or key in self._forgotten):
-            covered, slots = live[key][0], [slot for slot in (0, 1) if key not in held[slot]]
+            covered, slots = live[key][0], [slot for slot in range(self._copies) if key not in held[slot]]
             if not slots:
                 continue
             write_birth_value(covered, places[key], slots)
@@ -223,6 +225,8 @@ class Slots:
     def mark_captured(self, slot: int) -> frozenset[PlaceKey]:
         """Note that slot now holds exactly the live tensors; returns their keys."""
         keys, (first, second) = self._layout.live_keys, self._layout.held
+        if self._copies == 1:
+            first = second = keys
         self._layout = replace(self._layout, held=(first, keys) if slot else (keys, second))
         return keys
 

@@ -57,8 +57,9 @@ class Transfer:
         base, host = self._base, self.host(slot)
         self.is_unfinished = True
         host.bring_back(base.covered)
-        base.sync_structure(leave_out=True)
-        structure, base.structure = base.structure, []  # interrupted from here on, the next look finds a change
+        base.follow_structure(leave_out=True)
+        structure = base.structure
+        base.look_again()  # interrupted from here on, the next step or call acts
         base.recreate_missing(slot, host)
         kept = host.rates_to_keep(base.covered)
         put_back()
