@@ -15,6 +15,7 @@ from tolaria.governor.attachment import Attachment
 from tolaria.governor.config import GovernorConfig, resolve_random_guess_loss
 from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
+from tolaria.governor.judging import check_verdict
 from tolaria.governor.readings import Readings
 from tolaria.ops import StateField
 from tolaria.ops.governor import judge_
@@ -178,7 +179,7 @@ class TolariaGovernor(Readings):
         else:
             engine, skipper = at.engine, at.skipper
             if isinstance(loss, Verdict):
-                self._check_latest(loss, nonfinite=nonfinite, gradient_norm=gradient_norm)
+                check_verdict(loss, self._latest, nonfinite=nonfinite, gradient_norm=gradient_norm)
                 must_act = True
             else:
                 must_act = at.judge.judge(engine, loss, nonfinite, gradient_norm)
@@ -188,14 +189,6 @@ class TolariaGovernor(Readings):
             self._finish_step(engine)
         elif skipper is not None:
             skipper.after_step()
-
-    def _check_latest(self, verdict: Verdict, **others: object) -> None:
-        """A verdict given to :meth:`step` must be the last one, and say all."""
-        if self._latest is not verdict:
-            raise ValueError("loss: expected the verdict that was returned last, got an older one")
-        for name, value in others.items():
-            if value is not None:
-                raise ValueError(f"{name}: expected None with a verdict, which is judged already")
 
     @outside_inference
     def _finish_step(self, engine: Engine) -> None:

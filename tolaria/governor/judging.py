@@ -16,6 +16,7 @@ from tolaria.governor.skipping import StepSkipper
 from tolaria.ops import StateField
 from tolaria.ops.governor import judge_
 from tolaria.snapshot import graphs
+from tolaria.telemetry.verdict import Verdict
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,6 +98,19 @@ class Judge:
         skipper = self.skipper
         flag = engine.state_check.flag(None if skipper is None else skipper.put_back_buffers())
         return flag if self._group is None else agree_on_flag(self._group, row.state, flag)
+
+
+def check_verdict(verdict: Verdict, latest: Verdict | None, **others: object) -> None:
+    """A verdict given in place of a loss must be the ``latest``, and say all.
+
+    Raises:
+        ValueError: it is older, or one of the ``others`` comes with it.
+    """
+    if verdict is not latest:
+        raise ValueError("loss: expected the verdict that was returned last, got an older one")
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None with a verdict, which is judged already")
 
 
 def would_roll_back(
