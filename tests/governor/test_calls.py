@@ -51,6 +51,11 @@ def make(
     return model, optimizer, TolariaGovernor(model, optimizer, config=config, **kw)
 
 
+def load(**options: Any) -> None:
+    governor = make()[2]
+    governor.load_state_dict(governor.state_dict(), **options)
+
+
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     model(torch.ones(4, 3)).square().sum().backward()
     optimizer.step()
@@ -89,6 +94,7 @@ BAD_ARGUMENTS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "optimizers": (TypeError, "optimizers: expected", lambda: TolariaGovernor(nn.Linear(1, 1), None)),  # type: ignore[arg-type]
     "flag": (TypeError, "nonfinite: expected a bool", lambda: make()[2].step(1.0, nonfinite="no")),  # type: ignore[arg-type]
     "state": (TypeError, "state: expected a dict", lambda: make()[2].load_state_dict(None)),  # type: ignore[arg-type]
+    "keep_config": (TypeError, "keep_config: expected True or False, got int", lambda: load(keep_config=1)),
     "add-sink": (TypeError, "sinks", lambda: make()[2].add_sink(3)),  # type: ignore[arg-type]
     "add-scheduler": (TypeError, "schedulers", lambda: make()[2].add_scheduler(3)),  # type: ignore[arg-type]
 }
@@ -164,13 +170,15 @@ def test_loaded_settings_decide_whether_steps_are_skipped() -> None:
     model, optimizer, governor = make()
     plain, hooks = governor.state_dict(), len(optimizer._optimizer_step_pre_hooks)
     governor.load_state_dict(saved)
+    assert len(optimizer._optimizer_step_pre_hooks) == hooks
+    governor.load_state_dict(saved, keep_config=False)
     assert len(optimizer._optimizer_step_pre_hooks) > hooks
     kept = weights(model)
     model(torch.ones(4, 3)).sum().backward()
     governor.check_vital_signs(math.nan)
     optimizer.step()
     assert_same(model, kept)
-    governor.load_state_dict(plain)
+    governor.load_state_dict(plain, keep_config=False)
     assert len(optimizer._optimizer_step_pre_hooks) == hooks
     governor.close()
     assert not optimizer._optimizer_step_pre_hooks
@@ -181,7 +189,7 @@ def test_the_rollback_budget_survives_saving() -> None:
     first = make(settings=settings)[2]
     for _ in range(2):
         first.step(math.nan)
-    second = make()[2]
+    second = make(settings=settings)[2]
     second.load_state_dict(first.state_dict())
     assert second.offending_steps == (1, 2)
     with pytest.raises(TrainingDivergedError) as caught:

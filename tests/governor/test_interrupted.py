@@ -79,7 +79,7 @@ def prepared_load_of_another_size(run: Run) -> Callable[[], None]:
     config = GovernorConfig(snapshot_interval=1000, window=40, probation=2)
     other = TolariaGovernor(nn.Linear(1, 1), [], config=config)
     saved = other.state_dict()
-    return lambda: run.governor.load_state_dict(saved)
+    return lambda: run.governor.load_state_dict(saved, keep_config=False)
 
 
 CALLS: dict[str, Callable[[Run], Callable[[], Any]]] = {

@@ -149,9 +149,9 @@ def no_memory(run: Run) -> Iterator[None]:
     slot_memory.allocate = real
 
 
-def with_window(run: Run) -> dict[str, Any]:
+def load_another_window(run: Run) -> None:
     other = TolariaGovernor(nn.Linear(1, 1), [], config=run.governor.config.replace(window=24))
-    return other.state_dict()
+    run.governor.load_state_dict(other.state_dict(), keep_config=False)
 
 
 def odd_optimizer(run: Run) -> torch.optim.Optimizer:
@@ -182,9 +182,9 @@ REFUSED: dict[str, tuple[Trouble, Callable[[Run], object]]] = {
     "load: empty": (nothing, lambda r: r.governor.load_state_dict({})),
     "load: NaN": (poisoned, lambda r: r.governor.load_state_dict(r.governor.state_dict())),
     "load: mute": (mute, lambda r: r.governor.load_state_dict(r.governor.state_dict())),
-    "load: no memory": (no_memory, lambda r: r.governor.load_state_dict(with_window(r))),
-    "load: NaN, another window": (poisoned, lambda r: r.governor.load_state_dict(with_window(r))),
-    "load: mute, another window": (mute, lambda r: r.governor.load_state_dict(with_window(r))),
+    "load: no memory": (no_memory, lambda r: load_another_window(r)),
+    "load: NaN, another window": (poisoned, lambda r: load_another_window(r)),
+    "load: mute, another window": (mute, lambda r: load_another_window(r)),
     "add: no optimizer": (nothing, lambda r: r.governor.add_optimizer("adam")),  # type: ignore[arg-type]
     "add: uncopyable": (nothing, lambda r: r.governor.add_optimizer(odd_optimizer(r))),
     "add: no scheduler": (nothing, lambda r: r.governor.add_scheduler(3)),  # type: ignore[arg-type]

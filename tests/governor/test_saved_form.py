@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
+import random
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -12,52 +12,22 @@ from typing import Any
 import pytest
 import torch
 from judged_runs import SETTINGS, carry_out_captures, losses_like_a_run, norms_like_a_run
-from torch import Tensor, nn
+from saved_forms import WINDOW, assert_refused, changed, make, places, through_a_file, through_json, without
 
 from tolaria import ops
-from tolaria.governor import GovernorConfig, TolariaGovernor
+from tolaria.governor import GovernorConfig
+from tolaria.governor.plain_values import plain, revived
 from tolaria.governor.saved_form import VERSION
-from tolaria.governor.saved_state import _VERSION_2, checked_state
-from tolaria.ops import MemoryField, StateField, memory_row
+from tolaria.governor.saved_state import checked_state
+from tolaria.ops import MemoryField, memory_row
 
 NAN, INF = math.nan, math.inf
-WINDOW = 20
 # What may be any number, and what any finite one.
 ANY = {"loss", "mean", "std", "threshold_absolute", "threshold_statistical", "threshold_multiplier"}
 ANY |= {"gradient_norm", "gradient_threshold", "life_mean"}
 FINITE = {"life_min", "life_max", "last_healthy", "drift_mean"}
 NOT_BELOW_0 = {"life_m2", "drift_variance", "drift", "drift_sum"}
 AT_MOST_0 = {"reward"}
-
-
-def make(**settings: Any) -> TolariaGovernor:
-    torch.manual_seed(0)
-    model = nn.Linear(4, 3)
-    governor = TolariaGovernor(
-        model, torch.optim.AdamW(model.parameters()), config=GovernorConfig(**settings), num_classes=10
-    )
-    for i in range(12):
-        governor.step(1.0 + 0.01 * i)
-    governor.step(NAN)
-    for i in range(15):
-        governor.step(1.0 + 0.01 * i)
-    return governor
-
-
-def through_a_file(saved: dict[str, Any]) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
-
-
-def places() -> list[tuple[str, int]]:
-    """Every field of the state and of its three memories, with its row."""
-    found = [(f.name, int(f)) for f in StateField]
-    for which, prefix in enumerate(("", "slot_0.", "slot_1.")):
-        found += [(prefix + f.name, memory_row(which, WINDOW, f)) for f in MemoryField]
-    return found
 
 
 def bad_values(name: str) -> list[float]:
@@ -73,25 +43,14 @@ def bad_values(name: str) -> list[float]:
     return [NAN, INF, -INF, -2.0, -5000.0, 0.5, 12.5, 2.0**53, 2.0**63, 1e300]
 
 
-def assert_refused(governor: TolariaGovernor, saved: Any, said: str) -> None:
-    """The governor names what is wrong, is as it was, and still restores."""
-    before, engine = governor.state_dict(), governor._engine
-    with pytest.raises(ValueError, match=said):
-        governor.load_state_dict(saved)
-    after = governor.state_dict()
-    assert torch.equal(before.pop("state").view(torch.int64), after.pop("state").view(torch.int64))
-    assert repr(before) == repr(after)
-    assert governor._engine is engine
-
-
 @pytest.mark.parametrize(("name", "row"), places(), ids=[name for name, _ in places()])
 def test_every_field_that_indexes_counts_or_selects_is_checked(name: str, row: int) -> None:
     governor = make()
     saved = through_a_file(governor.state_dict())
     for value in bad_values(name):
-        crafted = {**saved, "state": saved["state"].clone()}
-        crafted["state"][row] = value
-        assert_refused(governor, crafted, rf"state\.{name}: expected .*, got ")
+        for written in (value, plain(value)):
+            crafted = {**saved, "state": [*saved["state"][:row], written, *saved["state"][row + 1 :]]}
+            assert_refused(governor, crafted, rf"state\.{name}: expected .*, got ")
     with torch.no_grad():
         weight = governor._engine.covered.model.get_parameter("weight")
         kept = weight.clone()
@@ -142,63 +101,60 @@ def test_a_loss_that_counts_is_finite_and_one_beyond_the_size_is_nothing(kind: s
     assert_refused(governor, saved, rf"state\.{kind}\[4\]: expected a finite number, got ")
 
 
-class Odd(Tensor):
-    """Answers what it likes."""
-
-
-def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    """Sets ``path``, or makes it of what stood there."""
-
-    def change(saved: dict[str, Any]) -> None:
-        *above, last = path.split(".")
-        place: Any = saved
-        for key in above:
-            place = place[int(key)] if isinstance(place, list) else place[key]
-        place[last] = value(place[last]) if callable(value) else value
-
-    return change
-
-
-def without(path: str) -> Callable[[dict[str, Any]], None]:
-    def change(saved: dict[str, Any]) -> None:
-        *above, last = path.split(".")
-        place: Any = saved
-        for key in above:
-            place = place[int(key)] if isinstance(place, list) else place[key]
-        del place[last]
-
-    return change
+def deep() -> list[Any]:
+    """Lists in lists, more than Python calls."""
+    nest: list[Any] = []
+    for _ in range(100_000):
+        nest = [nest]
+    return nest
 
 
 DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "no-version": (without("version"), "version: expected 3, or 2, .* got None"),
-    "version-1": (changed("version", 1), "version: expected 3, .* got 1;"),
-    "version-99": (changed("version", 99), "version: expected 3, .* got 99;"),
-    "version-true": (changed("version", True), "version: expected 3"),
-    "version-tensor": (changed("version", torch.tensor([2, 3])), "version: expected 3"),
+    "no-version": (without("version"), "version: expected 4, or 2 or 3, .* got None"),
+    "version-1": (changed("version", 1), "version: expected 4, .* got 1;"),
+    "version-99": (changed("version", 99), "version: expected 4, .* got 99;"),
+    "version-true": (changed("version", True), "version: expected 4"),
+    "version-tensor": (changed("version", torch.tensor([2, 3])), "version: expected 4"),
     "no-state": (without("state"), "lacks state"),
     "no-config": (without("config"), "lacks config"),
     "no-policy": (without("policy"), "lacks policy"),
     "no-guess": (without("random_guess_loss"), "lacks random_guess_loss"),
     "more": (changed("slots", 3), "no other keys .* got 'slots'"),
     "more-no-name": (lambda saved: saved.update({3: 4}), "no other keys .* got 3"),
-    "state-none": (changed("state", None), "state: expected a plain tensor, got NoneType"),
-    "state-list": (changed("state", lambda t: t.tolist()), "state: expected a plain tensor, got list"),
-    "state-float32": (changed("state", lambda t: t.float()), "state: expected float64 .* got torch.float32"),
-    "state-int64": (changed("state", lambda t: t.long()), "state: expected float64"),
-    "state-complex": (changed("state", lambda t: t.to(torch.complex128)), "state: expected float64"),
-    "state-short": (changed("state", lambda t: t[:-1]), r"state: expected .* of shape \(\d+, 1\)"),
-    "state-flat": (changed("state", lambda t: t[:, 0]), "state: expected .* of shape"),
-    "state-two": (changed("state", lambda t: t.repeat(1, 2)), "state: expected .* of shape"),
-    "state-empty": (changed("state", lambda t: t[:0]), "state: expected .* of shape"),
-    "state-huge": (
-        changed("state", lambda t: t[:1].expand(1 << 50, 1)),
-        r"state: expected .*\(1125899906842624, 1\)",
+    "state-none": (changed("state", None), "state: expected a list of numbers, got NoneType"),
+    "state-tensor": (
+        changed("state", lambda s: torch.zeros(len(s), 1)),
+        "state: expected a list of numbers, got Tensor",
     ),
-    "state-meta": (changed("state", lambda t: t.to("meta")), "state: expected .* on meta"),
-    "state-sparse": (changed("state", lambda t: t.to_sparse()), "state: expected .*sparse_coo"),
-    "state-subclass": (changed("state", lambda t: t.as_subclass(Odd)), "state: expected a plain tensor"),
-    "state-overlaps": (changed("state", lambda t: t[:1].expand(len(t), 1)), r"state\..*: expected "),
+    "state-text": (changed("state", str), "state: expected a list of numbers, got str"),
+    "state-dict": (
+        changed("state", lambda s: dict(enumerate(s))),
+        "state: expected a list of numbers, got dict",
+    ),
+    "state-short": (changed("state", lambda s: s[:-1]), r"state: expected \d+ numbers, got \d+"),
+    "state-long": (changed("state", lambda s: [*s, 0.0]), r"state: expected \d+ numbers, got \d+"),
+    "state-empty": (changed("state", []), r"state: expected \d+ numbers, got 0"),
+    "state-nested": (
+        changed("state", lambda s: [[v] for v in s]),
+        r"state\[0\]: expected a number, got list",
+    ),
+    "state-word": (changed("state", lambda s: ["1.0", *s[1:]]), r"state\[0\]: expected a number, got '1.0'"),
+    "state-other-word": (
+        changed("state", lambda s: ["NaN", *s[1:]]),
+        r"state\[0\]: expected a number, got 'NaN'",
+    ),
+    "state-true": (changed("state", lambda s: [True, *s[1:]]), r"state\[0\]: expected a number, got True"),
+    "state-hole": (changed("state", lambda s: [None, *s[1:]]), r"state\[0\]: expected a number, got None"),
+    "state-huge": (changed("state", lambda s: [10**400, *s[1:]]), r"state\[0\]: expected a number, got int"),
+    "state-deep": (changed("state", lambda s: [deep(), *s[1:]]), r"state\[0\]: expected a number, got list"),
+    "config-deep": (
+        changed("config.rule", lambda _: deep()),
+        "config.rule: expected a plain value, got list",
+    ),
+    "reports-deep": (
+        changed("policy.reports", lambda _: deep()),
+        r"policy.reports\[0\]: expected a dict, got list",
+    ),
     "guess-nan": (changed("random_guess_loss", NAN), "random_guess_loss: expected a positive finite"),
     "guess-negative": (changed("random_guess_loss", -1.0), "random_guess_loss: .* got -1.0"),
     "guess-inf": (changed("random_guess_loss", INF), "random_guess_loss: .* got inf"),
@@ -216,7 +172,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "config: expected no other keys .* got 1",
     ),
     "config-window": (changed("config.window", 2**40), "window: expected an integer"),
-    "config-window-5": (changed("config.window", 12), r"state: expected .* of shape"),
+    "config-window-5": (changed("config.window", 12), r"state: expected 147 numbers, got 195"),
     "config-negative": (changed("config.cooldown", -1), "cooldown: expected an integer"),
     "config-nan": (changed("config.sensitivity", NAN), "sensitivity: expected a number"),
     "config-huge": (changed("config.snapshot_interval", 10**400), "config.snapshot_interval: expected"),
@@ -268,61 +224,6 @@ def test_what_is_damaged_is_named(kind: str) -> None:
     governor.step(1.0)
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda t: t.clone().requires_grad_(),
-        lambda t: nn.Parameter(t),
-        lambda t: torch.cat([t, t], dim=1)[:, 1:],
-        lambda t: t.repeat(2, 1)[: len(t)],
-        lambda t: torch._neg_view(-t),
-    ],
-    ids=["requires-grad", "parameter", "strided", "larger-storage", "negated-view"],
-)
-def test_a_state_is_read_wherever_it_lies(made: Callable[[Tensor], Tensor]) -> None:
-    governor, other = make(), make()
-    saved = governor.state_dict()
-    plain = saved["state"].clone()
-    other.load_state_dict({**saved, "state": made(saved["state"])})
-    assert not other._attached.row.state.requires_grad
-    for field in (StateField.step, StateField.life_mean, StateField.rollback_count):
-        assert other._attached.row.state[field] == plain[field]
-    assert other.history == governor.history
-    assert torch.equal(saved["state"].view(torch.int64), plain.view(torch.int64))
-    other.step(NAN)
-    assert torch.equal(saved["state"].view(torch.int64), plain.view(torch.int64))  # nothing is shared
-
-
-@pytest.mark.cuda
-def test_a_state_on_another_device_is_read() -> None:
-    governor, other = make(), make()
-    saved = governor.state_dict()
-    other.load_state_dict({**saved, "state": saved["state"].cuda()})
-    assert other.history == governor.history
-
-
-def test_a_state_of_version_2_is_converted() -> None:
-    governor, other = make(), make()
-    saved = governor.state_dict()
-    assert saved["version"] == VERSION == 3
-    names, memory = _VERSION_2
-    rows = [StateField[name] for name in names]
-    for which in range(3):
-        rows += [memory_row(which, WINDOW, MemoryField[name]) for name in memory]
-        rows += [memory_row(which, WINDOW, len(MemoryField) + i) for i in range(2 * WINDOW)]
-    saved["state"] = saved["state"][rows]
-    saved["version"] = 2
-    del saved["config"]["max_restores_of_one_capture"], saved["config"]["skips_before_rollback"]
-    saved["config"]["skip_anomalous_steps"] = True  # with which version 2 rolled back at a NaN
-    saved["policy"] = {name: saved["policy"][name] for name in ("reports", "offending_steps")}
-    other.load_state_dict(saved)
-    assert other.config == governor.config.replace(skip_anomalous_steps=True, skips_before_rollback=0)
-    assert (other.step_count, other.rollback_count) == (governor.step_count, governor.rollback_count)
-    assert other.history == governor.history
-    assert other.offending_steps == governor.offending_steps
-    assert other.lifetime == governor.lifetime
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("horizon", [0, 1, 2, 12])
 def test_no_state_that_a_run_reaches_is_refused(name: str, horizon: int) -> None:
@@ -336,15 +237,19 @@ def test_no_state_that_a_run_reaches_is_refused(name: str, horizon: int) -> None
             ops.governor_step_(state, settings, losses[step], None, None, None, norms[step])
             for row in range(n):
                 column = state[:, row : row + 1]
-                kept = checked_state(column, config, VERSION)
-                assert torch.equal(kept.view(torch.int64), column.contiguous().view(torch.int64))
+                for version, saved in ((3, column), (VERSION, revived(plain(column[:, 0].tolist())))):
+                    kept = checked_state(saved, config, version)
+                    assert torch.equal(kept.view(torch.int64), column.contiguous().view(torch.int64))
             carry_out_captures(state, torch.rand(n, generator=source) < 0.1)
 
 
-def test_saved_settings_are_those_that_were_given() -> None:
+@pytest.mark.parametrize("through", [through_a_file, through_json])
+def test_saved_settings_are_those_that_were_given(
+    through: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
     governor = make(lobotomy_band=(0.9, INF), absolute_threshold=None, warmup_bound=None, rule="any")
     other = make()
-    other.load_state_dict(through_a_file(governor.state_dict()))
+    other.load_state_dict(through(governor.state_dict()), keep_config=False)
     assert asdict(other.config) == asdict(governor.config)
 
 
@@ -364,3 +269,57 @@ def test_a_loaded_count_of_panics_of_any_size_costs_no_time() -> None:
 def test_a_setting_that_no_float64_holds_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected "):
         GovernorConfig(**{name: 10**400})
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    "",
+    "nan",
+    "-inf",
+    "x",
+    -1,
+    0,
+    1,
+    3,
+    21,
+    2**53,
+    10**400,
+    -0.0,
+    0.5,
+    1e300,
+    [],
+    {},
+    [1],
+]
+
+
+def ways_into(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The keys that lead to each value in lists and dicts."""
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [way] * bool(way) + [found for key in keys for found in ways_into(value[key], (*way, key))]
+
+
+@pytest.mark.parametrize("section", ["version", "config", "random_guess_loss", "policy", "state"])
+def test_whatever_stands_anywhere_is_taken_whole_or_refused(section: str) -> None:
+    saved, source, refused = make(cooldown=2, drift_horizon=4).state_dict(), random.Random(0), 0
+    ways = ways_into({section: saved[section]})
+    for _ in range(100):
+        damaged = copy.deepcopy(saved)
+        *above, last = source.choice(ways)
+        place: Any = damaged
+        for key in above:
+            place = place[key]
+        place[last] = source.choice(ODD)
+        governor = make()
+        before = governor.state_dict()
+        try:
+            governor.load_state_dict(damaged)
+        except ValueError:
+            assert governor.state_dict() == before
+            refused += 1
+        else:
+            make().load_state_dict(through_json(governor.state_dict()), keep_config=False)
+        governor.step(1.0)
+        governor.execute_rollback()
+    assert refused >= 10

@@ -200,7 +200,7 @@ def test_the_count_survives_a_resume() -> None:
     run = Run(before=False, skips_before_rollback=2)
     for loss in (1.0, math.nan, math.nan):
         run.governor.step(loss)
-    other = Run(before=False)
+    other = Run(before=False, skips_before_rollback=2)
     other.governor.load_state_dict(run.governor.state_dict())
     other.governor.step(math.nan)
     assert (run.governor.rollback_count, other.governor.rollback_count) == (0, 1)

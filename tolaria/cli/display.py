@@ -15,6 +15,7 @@ from tolaria.governor import (
     GovernorEvent,
     PanicReason,
     PromotionEvent,
+    ResumeEvent,
     RollbackEvent,
     VerdictEvent,
 )
@@ -47,6 +48,10 @@ def describe(event: GovernorEvent) -> str | None:
             f"ROLLBACK to step {report.restored_step}: {_words(report.reason)}{found}, "
             f"loss {report.loss:.4g}, {report.steps_lost} steps lost"
         )
+    if isinstance(event, ResumeEvent):
+        losses, rollbacks = count(event.healthy_losses, "loss", "losses"), count(event.rollbacks, "rollback")
+        said = f"resumed at step {event.step}: {losses} in the window, {rollbacks} so far"
+        return said if event.config_kept else said + ", saved settings"
     if isinstance(event, VerdictEvent) and not event.rollback:
         return f"{_words(event.reason)}, sat through: loss {event.loss:.4g} (mean {event.mean:.4g})"
     return None
@@ -220,7 +225,8 @@ class RichDisplay(QuietDisplay):
         for event in events:
             text = describe(event)
             if text is not None:
-                self._note(event.step, text, "bold red" if isinstance(event, RollbackEvent) else "yellow")
+                routine = "cyan" if isinstance(event, ResumeEvent) else "yellow"
+                self._note(event.step, text, "bold red" if isinstance(event, RollbackEvent) else routine)
 
     def on_finish(self, result: GrowthResult) -> None:
         """Give the terminal back; what was noted stays above the closing table."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from tolaria.errors import TolariaError, UncoveredWarning
 from tolaria.governor import statistics
-from tolaria.governor.config import GovernorConfig, resolve_random_guess_loss
+from tolaria.governor.config import GovernorConfig
 from tolaria.governor.device_engine import DeviceEngine
 from tolaria.governor.engine import Engine
 from tolaria.governor.following import Follower
@@ -21,13 +21,15 @@ from tolaria.governor.host_engine import HostEngine
 from tolaria.governor.judging import Judge
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.row import Row, make_rows
+from tolaria.governor.saved_state import fitted
 from tolaria.governor.skipping import StepSkipper, remove_hooks
-from tolaria.ops import Order
+from tolaria.ops import Order, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.inference import outside_inference
 from tolaria.snapshot.parts import checked_optimizers
 from tolaria.telemetry.delivery import Telemetry
+from tolaria.telemetry.events import ResumeEvent
 from tolaria.telemetry.mailbox import MailboxReader
 
 if TYPE_CHECKING:
@@ -48,11 +50,12 @@ class Attachment:
     Args:
         covered: what is governed; its state becomes the last known good one.
         config: the settings.
-        random_guess_loss: loss of guessing, or None; kept.
+        random_guess_loss: loss of guessing, or None.
         process_group: ranks that judge together, or None.
         telemetry: where events go.
 
     Attributes:
+        random_guess_loss: the loss of guessing in force: the one given, or one that was loaded.
         row: the judge's memory.
         running: carries out what the judge orders; None once it is closed, see :attr:`engine`.
         policy, follower: what the host does about what has happened.
@@ -70,7 +73,7 @@ class Attachment:
         process_group: ProcessGroup | None,
         telemetry: Telemetry,
     ) -> None:
-        self.random_guess_loss = random_guess_loss
+        self.random_guess_loss = self._given_guess = random_guess_loss
         self._group = process_group
         self._telemetry = telemetry
         settings = _settings_tensor(covered, config, random_guess_loss)
@@ -177,7 +180,7 @@ class Attachment:
 
     # -- under another's statistics --------------------------------------------------------------------------
 
-    def taking_over(self, state: Mapping[str, Any]) -> Attachment:
+    def taking_over(self, state: Mapping[str, Any], *, keep_config: bool) -> Attachment:
         """What goes on from a saved form: this one itself if its memory fits, else a successor.
 
         A successor takes over when it is put in this one's place; then :meth:`make_way`. The current state of
@@ -185,21 +188,27 @@ class Attachment:
 
         Args:
             state: what :meth:`TolariaGovernor.state_dict` returned.
+            keep_config: go on under the settings in force, instead of the saved ones.
 
         Raises:
-            ValueError, TypeError: it is something else, or the model is not finite.
+            ValueError, TypeError: one is something else, or the model is not finite.
             SnapshotError: there is no memory for the new slots. Whatever is raised, nothing has changed.
         """
-        config, saved = statistics.read_saved_form(state)
-        guess = resolve_random_guess_loss(None, state["random_guess_loss"])
+        if not isinstance(keep_config, bool):
+            raise TypeError(f"keep_config: expected True or False, got {type(keep_config).__name__}")
+        form = statistics.read_saved_form(state)
+        config = self.row.config if keep_config else form.config
+        given = self._given_guess if keep_config else form.random_guess_loss
+        guess = form.random_guess_loss if given is None else given
         policy = RollbackPolicy(config)
-        policy.load_saved_form(state["policy"])
+        policy.load_saved_form(form.policy)
+        saved = fitted(form.state, config)
         self.catch_up()  # sync: takes the state as it is
         fits = saved.shape == self.row.state.shape and all(
             getattr(config, name) == getattr(self.row.config, name) for name in ("storage", "event_capacity")
         )
         heir = (self._in_place if fits else self._successor)(config, guess, saved)
-        heir.random_guess_loss = guess
+        heir.random_guess_loss, heir._given_guess = guess, given
         heir.replace_policy(policy)
         heir.begin()
         return heir
@@ -213,6 +222,7 @@ class Attachment:
             statistics.take_over(self.row.state, saved)
 
         self.engine.adopt_current_state(take_over)
+        statistics.go_on_capturing(self.row, saved)
         self.row.renew(config)
         return self
 
@@ -222,10 +232,21 @@ class Attachment:
         try:
             successor.follower.last_report = self.follower.last_report
             successor.engine.adopt_current_state(partial(statistics.take_over, successor.row.state, saved))
+            statistics.go_on_capturing(successor.row, saved)
         except BaseException:
             successor.let_go()
             raise
         return successor
+
+    def resume_event(self, *, config_kept: bool) -> ResumeEvent:
+        """What was resumed, for telemetry; waits for the device."""
+        return ResumeEvent(
+            step=self.row.status(StatusField.step),
+            row=self.row.column,
+            healthy_losses=len(statistics.healthy_losses(self.row.state, self.row.config.window)),
+            rollbacks=self.row.status(StatusField.rollback_count),
+            config_kept=config_kept,
+        )
 
     def make_way(self) -> None:
         """Let go for a successor."""

@@ -375,8 +375,15 @@ class TolariaGovernor(Readings):
         self._telemetry.deliver()
 
     @outside_inference
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over settings, statistics and counts; the current model state becomes the last known good one.
+    def load_state_dict(self, state: Mapping[str, Any], *, keep_config: bool = True) -> None:
+        """Go on from a saved run: statistics, counts, when captures are due.
+
+        The current model state becomes the last known good one at once.
+
+        Args:
+            state: from :meth:`state_dict`, through JSON, too.
+            keep_config: keep the settings in force, and the random-guess loss if this governor was given one;
+                of a longer window the newest losses stay. False: the saved ones come into force.
 
         Raises:
             ValueError, TypeError: ``state`` is not from :meth:`state_dict`, or the model is not finite.
@@ -384,8 +391,9 @@ class TolariaGovernor(Readings):
         """
         self._attached.refuse_recording("load_state_dict")
         former = self._attached
-        self._attached = former.taking_over(state)
+        self._attached = former.taking_over(state, keep_config=keep_config)
         if self._attached is not former:
             former.make_way()
         self._begin()
+        self._telemetry.add([self._attached.resume_event(config_kept=keep_config)])
         self._telemetry.deliver()

@@ -19,7 +19,7 @@ class Readings:
 
     @property
     def config(self) -> GovernorConfig:
-        """The settings in force; :meth:`load_state_dict` brings others."""
+        """The settings in force; ``load_state_dict(state, keep_config=False)`` brings others."""
         return self._attached.row.config
 
     @config.setter
@@ -70,7 +70,11 @@ class Readings:
         return statistics.lifetime_statistics(self._attached.row.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, statistics and counts; no slots. Safe for ``torch.load`` with ``weights_only``."""
+        """Settings, statistics and counts; no slots.
+
+        Plain values that strict JSON knows (NaN and infinity are words), safe for ``torch.load`` with
+        ``weights_only``, too. On CUDA it waits for the device.
+        """
         at = self._attached
         graphs.refuse_recording(at.row.state.device, "governor.state_dict")
         return statistics.saved_form(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Any, TypeGuard
+from typing import Any
 
 from tolaria.governor.config import GovernorConfig
+from tolaria.governor.plain_values import is_integer, is_number, said
 from tolaria.governor.saved_state import MAX_COUNT
 from tolaria.ops import PanicReason
 from tolaria.telemetry.verdict import GovernorReport
 
-VERSION = 3
-"""Of the saved form. Version 2 counted neither skipped steps nor restores without progress."""
+VERSION = 4
+"""Of the saved form. Version 3 kept the statistics in a tensor, and numbers that JSON does not know as they
+are; version 2 counted neither skipped steps nor restores without progress."""
 
 
 def check_keys(where: str, saved: Mapping[Any, Any], known: set[str], *, may_lack: bool = False) -> None:
@@ -42,9 +44,10 @@ def checked_config(saved: object, version: int) -> GovernorConfig:
     for name, value in settings.items():
         values = value if isinstance(value, tuple | list) and len(value) == 2 else (value,)
         for part in values:
-            if not (part is None or isinstance(part, bool | str) or _is_number(part)):
-                raise ValueError(f"config.{name}: expected a plain value, got {_said(value)}")
-    return GovernorConfig(**({"skips_before_rollback": 0, **settings} if version == 2 else settings))
+            if not (part is None or isinstance(part, bool | str) or is_number(part)):
+                raise ValueError(f"config.{name}: expected a plain value, got {said(value)}")
+    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return GovernorConfig(**({"skips_before_rollback": 0, **chosen} if version == 2 else chosen))
 
 
 def check_random_guess_loss(saved: object) -> None:
@@ -53,8 +56,8 @@ def check_random_guess_loss(saved: object) -> None:
     Raises:
         ValueError: it is neither.
     """
-    if saved is not None and not (_is_number(saved) and 0 < saved < math.inf):
-        raise ValueError(f"random_guess_loss: expected a positive finite number or None, got {_said(saved)}")
+    if saved is not None and not (is_number(saved) and 0 < saved < math.inf):
+        raise ValueError(f"random_guess_loss: expected a positive finite number or None, got {said(saved)}")
 
 
 def check_policy(saved: object, fresh: Mapping[str, Any], version: int) -> None:
@@ -75,7 +78,7 @@ def _check_like(where: str, saved: object, fresh: Mapping[str, Any], version: in
             _check_like(place, value, born, version)
         elif isinstance(born, list):
             if not isinstance(value, list | tuple):
-                raise ValueError(f"{place}: expected a list, got {_said(value)}")  # noqa: TRY004 (data, not an argument)
+                raise ValueError(f"{place}: expected a list, got {said(value)}")  # noqa: TRY004 (data, not an argument)
             for i, item in enumerate(value):
                 (_check_report if name == "reports" else _check_count)(f"{place}[{i}]", item)
         else:
@@ -83,8 +86,8 @@ def _check_like(where: str, saved: object, fresh: Mapping[str, Any], version: in
 
 
 def _check_count(where: str, value: object, low: int = 0) -> None:
-    if not _is_integer(value) or not low <= value <= MAX_COUNT:
-        raise ValueError(f"{where}: expected a whole number from {low} to {MAX_COUNT}, got {_said(value)}")
+    if not is_integer(value) or not low <= value <= MAX_COUNT:
+        raise ValueError(f"{where}: expected a whole number from {low} to {MAX_COUNT}, got {said(value)}")
 
 
 def _check_report(where: str, saved: object) -> None:
@@ -100,39 +103,23 @@ def _check_report(where: str, saved: object) -> None:
 
 def _check_report_field(where: str, kind: Field[Any], value: object) -> None:
     if kind.type == "PanicReason":
-        if not _is_integer(value) or value not in set(PanicReason):
-            raise ValueError(f"{where}: expected a number from 0 to {max(PanicReason)}, got {_said(value)}")
+        if not is_integer(value) or value not in set(PanicReason):
+            raise ValueError(f"{where}: expected a number from 0 to {max(PanicReason)}, got {said(value)}")
     elif kind.type == "int":
         _check_count(where, value, low=-1)
     elif kind.type == "str | None":
         if not (value is None or isinstance(value, str)):
-            raise ValueError(f"{where}: expected a name or None, got {_said(value)}")
+            raise ValueError(f"{where}: expected a name or None, got {said(value)}")
     else:
         wanted = 3 if kind.type == "tuple[float, float, float]" else 1
         parts = value if wanted == 3 else (value,)
-        if not (isinstance(parts, tuple | list) and len(parts) == wanted and all(map(_is_number, parts))):
+        if not (isinstance(parts, tuple | list) and len(parts) == wanted and all(map(is_number, parts))):
             raise ValueError(
-                f"{where}: expected {'three numbers' if wanted == 3 else 'a number'}, got {_said(value)}"
+                f"{where}: expected {'three numbers' if wanted == 3 else 'a number'}, got {said(value)}"
             )
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a plain number that a float64 can hold; NaN and infinity are."""
-    return isinstance(value, float) or (_is_integer(value) and abs(value) <= 10**300)
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _mapping(where: str, value: object) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: expected a dict, got {_said(value)}")  # noqa: TRY004 (as above)
+        raise ValueError(f"{where}: expected a dict, got {said(value)}")  # noqa: TRY004 (as above)
     return value
-
-
-def _said(value: object) -> str:
-    """A value for a message: itself if it is plain and short, else its type."""
-    plain = value is None or isinstance(value, bool | float | str) or _is_number(value)
-    text = repr(value) if plain else ""
-    return text if text and len(text) <= 60 else type(value).__name__

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tolaria import ops
 from tolaria.governor.config import GovernorConfig
+from tolaria.governor.plain_values import is_number, said
 from tolaria.ops import MemoryField, PanicReason, StateField
 
 MAX_COUNT = 2**52
@@ -82,7 +83,7 @@ def checked_state(saved: object, config: GovernorConfig, version: int) -> Tensor
     """The statistics of a saved form, float64 ``(fields, 1)`` in this version's layout, in new memory.
 
     Args:
-        saved: what stands under ``"state"``.
+        saved: what stands under ``"state"``: a list of numbers, up to version 3 a tensor.
         config: the settings that it was saved with.
         version: the saved form's; an older one is converted.
 
@@ -90,7 +91,8 @@ def checked_state(saved: object, config: GovernorConfig, version: int) -> Tensor
         ValueError: a field holds what no governor writes; the message names it.
     """
     names = _VERSION_2 if version == 2 else (_names(StateField), _names(MemoryField))
-    column = _plain_column(saved, len(names[0]) + 3 * (len(names[1]) + 2 * config.window))
+    length = len(names[0]) + 3 * (len(names[1]) + 2 * config.window)
+    column = (_listed_column if version > 3 else _tensor_column)(saved, length)
     values = dict(_named(column, *names, config.window))
     _check_fields(values, config)
     _check_windows(values, config.window)
@@ -102,7 +104,45 @@ def checked_state(saved: object, config: GovernorConfig, version: int) -> Tensor
     )
 
 
-def _plain_column(saved: object, length: int) -> list[float]:
+def fitted(state: Tensor, config: GovernorConfig) -> Tensor:
+    """Checked statistics ``(fields, 1)`` brought under other settings, in new memory.
+
+    Of another window's losses and gradient norms the newest stay that fit. A cooldown and the drift baseline
+    count no further than the settings let them, and without a drift test there is no baseline.
+    """
+    head, memories = state[: len(StateField), 0].clone(), state[len(StateField) :, 0].view(3, -1).clone()
+    counts, windows = memories[:, : len(MemoryField)], memories[:, len(MemoryField) :].view(3, 2, -1)
+    kept = windows
+    if windows.shape[2] != config.window:
+        kept = windows.new_zeros(3, 2, config.window)
+        for which in range(3):
+            for kind, field in enumerate((MemoryField.history_size, MemoryField.gradient_size)):
+                size = int(counts[which, field])
+                most = min(size, config.window)
+                kept[which, kind, :most] = windows[which, kind, size - most : size]
+                counts[which, field] = most
+    head[StateField.cooldown_left].clamp_(max=float(config.cooldown))
+    counts[:, MemoryField.drift_count].clamp_(max=float(config.drift_horizon))
+    if config.drift_horizon == 0:
+        counts[:, MemoryField.drift_count : MemoryField.drift_sum + 1] = 0.0
+    elif config.drift_horizon > 1:
+        counts[:, MemoryField.drift_variance].clamp_(min=0.0)  # rounding took it there, at a horizon of 1
+    return torch.cat([head, torch.cat([counts, kept.flatten(1)], dim=1).flatten()]).unsqueeze(1)
+
+
+def _listed_column(saved: object, length: int) -> list[float]:
+    """The numbers of a list of ``length``."""
+    if not isinstance(saved, list | tuple):
+        raise ValueError(f"state: expected a list of numbers, got {type(saved).__name__}")  # noqa: TRY004 (data, not an argument)
+    if len(saved) != length:
+        raise ValueError(f"state: expected {length} numbers, got {len(saved)}")
+    for i, value in enumerate(saved):
+        if not is_number(value):
+            raise ValueError(f"state[{i}]: expected a number, got {said(value)}")
+    return [float(value) for value in saved]
+
+
+def _tensor_column(saved: object, length: int) -> list[float]:
     """The values of a strided float64 tensor ``(length, 1)`` wherever it lies and whatever it shares."""
     # A subclass may answer anything; a wrapper has no memory of its own.
     if not isinstance(saved, Tensor) or type(saved) not in (Tensor, torch.nn.Parameter):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tolaria.governor.config import GovernorConfig
+from tolaria.governor.config import GovernorConfig, resolve_random_guess_loss
+from tolaria.governor.plain_values import plain, revived
 from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.row import Row
 from tolaria.governor.saved_form import (
     VERSION,
     check_keys,
@@ -19,7 +21,7 @@ from tolaria.governor.saved_form import (
     checked_config,
 )
 from tolaria.governor.saved_state import checked_state
-from tolaria.ops import MemoryField, StateField, memory_row
+from tolaria.ops import ALL_PARTS_DONE, MemoryField, StateField, StatusField, memory_row, window_of
 
 
 def healthy_losses(state: Tensor, window: int) -> list[float]:
@@ -38,23 +40,40 @@ def lifetime_statistics(state: Tensor) -> dict[str, float]:
     return {"count": count, "mean": mean if count else math.nan, "std": std, "min": low, "max": high}
 
 
+_IN_A_ROW = (MemoryField.consecutive, MemoryField.lobotomy_pending, MemoryField.skips)
+"""What counts bad steps in a row."""
+
+
+class SavedForm(NamedTuple):
+    """What a governor saved of itself, checked, in this version's layout."""
+
+    config: GovernorConfig
+    """The settings that it had."""
+    random_guess_loss: float | None
+    """Its loss of guessing."""
+    policy: Mapping[str, Any]
+    """For :meth:`RollbackPolicy.load_saved_form`."""
+    state: Tensor
+    """Its statistics, float64 ``(fields, 1)`` on the CPU, for ``config.window``."""
+
+
 def saved_form(
     config: GovernorConfig, random_guess_loss: float | None, state: Tensor, policy: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a governor saves of itself: plain values and one CPU tensor."""
-    return {
+    """What a governor saves of itself, in values that strict JSON knows."""
+    column: list[float] = state[:, 0].tolist()  # sync: it is asked for
+    form = {
         "version": VERSION,
         "config": asdict(config),
         "random_guess_loss": random_guess_loss,
         "policy": policy,
-        "state": state.detach().cpu().clone(),
+        "state": column,
     }
+    return {name: plain(part) for name, part in form.items()}
 
 
-def read_saved_form(saved: Mapping[str, Any]) -> tuple[GovernorConfig, Tensor]:
-    """Settings and statistics of :func:`saved_form`, checked to the last field; version 2 is converted.
-
-    ``saved["policy"]`` and ``saved["random_guess_loss"]`` are checked, too, and may be used as they are.
+def read_saved_form(saved: Mapping[str, Any]) -> SavedForm:
+    """What :func:`saved_form` returned, checked to the last field; versions 2 and 3 are converted.
 
     Raises:
         ValueError: ``saved`` is nothing that :func:`saved_form` returned; the message names the field.
@@ -65,16 +84,21 @@ def read_saved_form(saved: Mapping[str, Any]) -> tuple[GovernorConfig, Tensor]:
             f"state: expected a dict from TolariaGovernor.state_dict(), got {type(saved).__name__}"
         )
     version = saved.get("version")
-    if type(version) is not int or version not in (2, VERSION):
+    if type(version) is not int or version not in (2, 3, VERSION):
         raise ValueError(
-            f"version: expected {VERSION}, or 2, which is converted, got {version!r}; load the state into "
-            "the version of tolaria that saved it"
+            f"version: expected {VERSION}, or 2 or 3, which are converted, got {version!r}; load the state "
+            "into the version of tolaria that saved it"
         )
     check_keys("", saved, {"version", "config", "random_guess_loss", "policy", "state"})
-    config = checked_config(saved["config"], version)
-    check_random_guess_loss(saved["random_guess_loss"])
-    check_policy(saved["policy"], RollbackPolicy(config).saved_form(), version)
-    return config, checked_state(saved["state"], config, version)
+    said = {name: saved[name] for name in ("config", "policy", "state")}
+    if version == VERSION:
+        said = {name: revived(part) for name, part in said.items()}
+    config = checked_config(said["config"], version)
+    guess = saved["random_guess_loss"]
+    check_random_guess_loss(guess)
+    check_policy(said["policy"], RollbackPolicy(config).saved_form(), version)
+    state = checked_state(said["state"], config, version)
+    return SavedForm(config, resolve_random_guess_loss(None, guess), said["policy"], state)
 
 
 def take_over(state: Tensor, saved: Tensor) -> None:
@@ -86,3 +110,26 @@ def take_over(state: Tensor, saved: Tensor) -> None:
         state[field] = fresh[field]
     for field in range(StateField.last_good, StateField.slot_ticket_1 + 1):
         state[field] = fresh[field]
+
+
+def go_on_capturing(row: Row, saved: Tensor) -> None:
+    """Capture from here on in the steps in which ``saved`` would have, once its statistics are taken over.
+
+    The next capture is due when it was due there. A candidate on probation goes on being on probation, under
+    the step of its capture, which decides when the one after it is due; its slot is the last known good one,
+    whose state, the adopted one, is younger by the verdicts that the probation has had so far.
+    """
+    old: list[float] = saved[:, 0].tolist()
+    state, status = row.state[:, row.column], row.mailbox[row.column]
+    slot = int(state[StateField.last_good])
+    for field in _IN_A_ROW:  # a capture follows a healthy verdict, so none brings bad steps back
+        state[memory_row(1 + slot, window_of(row.state), field)] = 0.0
+    state[StateField.anchor_step] = status[StatusField.anchor_step] = old[StateField.anchor_step]
+    candidate = int(old[StateField.candidate])
+    if candidate < 0 or old[StateField.candidate_bad] >= 0:  # a poisoned one is of a state that is gone
+        return
+    step = old[StateField.slot_step_0 + candidate]
+    state[StateField.slot_step_0 + slot] = status[StatusField.last_good_step] = step
+    state[StateField.candidate_healthy] = old[StateField.candidate_healthy]
+    state[StateField.candidate_done] = ALL_PARTS_DONE
+    state[StateField.candidate] = slot  # the last: it makes it one

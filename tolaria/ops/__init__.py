@@ -17,6 +17,7 @@ from tolaria.ops.snapshot import (
 from tolaria.ops.stats import tensor_stats
 from tolaria.ops.straight_through import straight_through
 from tolaria.reference.governor_layout import (
+    ALL_PARTS_DONE,
     ConfigField,
     EventKind,
     MemoryField,
@@ -33,6 +34,7 @@ from tolaria.reference.governor_layout import (
 from tolaria.reference.metrics import MetricsField
 
 __all__ = [
+    "ALL_PARTS_DONE",
     "ClassificationMetrics",
     "ConfigField",
     "EventKind",

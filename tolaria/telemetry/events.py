@@ -48,6 +48,18 @@ class AttachEvent(GovernorEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeEvent(GovernorEvent):
+    """A governor goes on from a saved run, whose last step is ``step``."""
+
+    healthy_losses: int
+    """Losses in the window."""
+    rollbacks: int
+    """Rollbacks so far."""
+    config_kept: bool
+    """Whether its settings stayed; if not, the saved ones came into force."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerdictEvent(GovernorEvent):
     """A verdict that was not healthy."""
 

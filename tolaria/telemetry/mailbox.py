@@ -135,7 +135,8 @@ class MailboxReader:
             consecutive_panics=panics,
             restored_capture=capture_id,
             restored_step=capture_step,
-            steps_lost=int(r[RecordField.steps_lost]),
+            # After a resume the judge counts from a capture of the run before it, which is older.
+            steps_lost=min(int(r[RecordField.steps_lost]), step - capture_step),
             reward=self._reward,
             rollback_count=int(r[RecordField.rollback_count]),
             tensor_name=name,

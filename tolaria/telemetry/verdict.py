@@ -154,4 +154,5 @@ def plain_report(report: GovernorReport) -> dict[str, Any]:
 
 def report_of(saved: Mapping[str, Any]) -> GovernorReport:
     """The report that :func:`plain_report` was made of."""
-    return GovernorReport(**{**saved, "reason": PanicReason(saved["reason"])})
+    thresholds = tuple(saved["thresholds"])  # a list where it came through JSON
+    return GovernorReport(**{**saved, "reason": PanicReason(saved["reason"]), "thresholds": thresholds})
