@@ -25,6 +25,7 @@ from tolaria.governor import (
     PanicReason,
     TolariaGovernor,
     Verdict,
+    load_snapshot,
 )
 from tolaria.nn import AlphaSchedule, MorphogeneticModel, SeedSlot, SeedStage
 from tolaria.nn.device import validate_device
@@ -73,6 +74,7 @@ __all__ = [
     "current_mode",
     "get_task",
     "list_tasks",
+    "load_snapshot",
     "register_task",
     "release_host_memory",
     "train_epoch_blended",

@@ -6,6 +6,7 @@ from tolaria import _moved
 from tolaria.governor.bank import GovernorBank
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.governor import TolariaGovernor
+from tolaria.governor.resume import load_snapshot
 from tolaria.ops import PanicReason
 from tolaria.telemetry.events import (
     AttachEvent,
@@ -43,6 +44,7 @@ __all__ = [
     "TolariaGovernor",
     "Verdict",
     "VerdictEvent",
+    "load_snapshot",
 ]
 
 if not TYPE_CHECKING:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,12 +26,15 @@ from tolaria.governor.judging import Judge
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.row import Row, make_rows
 from tolaria.governor.saved_state import fitted
+from tolaria.governor.saving import Save, Saver, own_memory
 from tolaria.governor.skipping import StepSkipper, remove_hooks
-from tolaria.ops import Order, StatusField
+from tolaria.ops import Order, StateField, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.host_state import HostState
 from tolaria.snapshot.inference import outside_inference
 from tolaria.snapshot.parts import checked_optimizers
+from tolaria.snapshot.saved import SavedState
 from tolaria.telemetry.delivery import Telemetry
 from tolaria.telemetry.events import ResumeEvent
 from tolaria.telemetry.mailbox import MailboxReader
@@ -60,6 +67,7 @@ class Attachment:
         running: carries out what the judge orders; None once it is closed, see :attr:`engine`.
         policy, follower: what the host does about what has happened.
         skipper: leaves bad steps out, if the settings say so.
+        saver: writes states to disk.
         plain: what :meth:`TolariaGovernor.step` needs if the loss alone is judged, by this rank alone and on
             the host; else None.
     """
@@ -115,6 +123,7 @@ class Attachment:
         self.follower.skipper = self.judge.skipper = self.skipper
         # A clean step then takes the shortest way, since between a step and the next every Python frame costs
         # 2 to 3 us (cold caches, Zen 3).
+        self.follower.saver = self.saver = Saver(config.save_every, config.save_path)
         row, is_plain = self.row, self._group is None and self.row.state.device.type == "cpu"
         is_plain = is_plain and not config.gradient_norm and not config.skips_before_rollback
         at_hand = row.state, row.settings, row.mailbox, row.reader, self.engine, self.skipper
@@ -237,6 +246,32 @@ class Attachment:
             successor.let_go()
             raise
         return successor
+
+    # -- on disk ---------------------------------------------------------------------------------------------
+
+    def last_good_state(self) -> dict[str, Any]:
+        """The last known good state as state dicts, and the governor's saved form as of its capture."""
+        slot, host, form = self._last_good()
+        return {**form, **SavedState(self.engine, host, slot).dicts()}
+
+    def start_saving(self, path: str | os.PathLike[str]) -> Future[Path]:
+        """Have the last known good state written; its slot is not overwritten meanwhile."""
+        slot, host, form = self._last_good()
+        # A replayed graph asks nobody before it captures, and a thread of its own must not use the device.
+        is_safe = self.row.config.storage != "device" and not graphs.is_kept(self.row.state)
+        take = own_memory if is_safe or self.row.state.is_cpu else torch.clone
+        parts = {**form, **SavedState(self.engine, host, slot, take, whole=False).dicts()}
+        return self.saver.start(Save(path, parts), self.engine.begin_reading(slot))
+
+    def _last_good(self) -> tuple[int, HostState, dict[str, Any]]:
+        """The slot of the last known good capture, its host-side parts, and what the governor says of it."""
+        self.catch_up()  # sync: asked for by name
+        slot, host = self.engine.last_good()
+        state = self.row.state[:, self.row.column : self.row.column + 1]
+        then = statistics.as_of_capture(state, slot)
+        config, policy = self.row.config, self.policy.saved_form()
+        form = statistics.saved_form(config, self.random_guess_loss, then, policy)
+        return slot, host, {"step": int(then[StateField.step]), "governor": form}
 
     def resume_event(self, *, config_kept: bool) -> ResumeEvent:
         """What was resumed, for telemetry; waits for the device."""

@@ -92,6 +92,11 @@ class GovernorConfig:
     """Steps between searches for non-finite values in incubating seeds (>= 1; 0: never)."""
     storage: Literal["pinned", "device"] = "pinned"
     """Where slots of a CUDA model lie: page-locked host memory, or the device's own."""
+    save_every: int = 0
+    """Write every so many promotions to ``save_path`` beside training; see ``TolariaGovernor.save`` (>= 0; 0:
+    none)."""
+    save_path: str | None = None
+    """Folder for ``save_every``."""
     event_capacity: int = 256
     """Events that can wait for ``poll()`` on a CUDA device before the oldest are dropped (>= 1)."""
 
@@ -120,6 +125,7 @@ class GovernorConfig:
             "max_restores_of_one_capture": (1, math.inf),
             "skips_before_rollback": (0, math.inf),
             "seed_check_interval": (0, math.inf),
+            "save_every": (0, math.inf),
             "event_capacity": (1, 1 << 20),
         }
         found: list[tuple[str, str, object]] = []
@@ -155,7 +161,11 @@ class GovernorConfig:
         for name in ("gradient_norm", "log_only", "restore_rng", "skip_anomalous_steps"):
             if not isinstance(getattr(self, name), bool):
                 found.append((name, "True or False", getattr(self, name)))
+        if not (self.save_path is None or isinstance(self.save_path, str)):
+            found.append(("save_path", "a path as a string, or None", self.save_path))
         bad = {name for name, _, _ in found}
+        if "save_every" not in bad and self.save_every and self.save_path is None:
+            found.append(("save_path", "a folder, since save_every is set", None))
         if not bad & {"window", "min_history"} and self.window < self.min_history:
             found.append(("window", f"at least min_history = {self.min_history}", self.window))
         if not bad & {"snapshot_interval", "probation"} and self.snapshot_interval <= self.probation:

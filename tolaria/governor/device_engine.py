@@ -159,6 +159,14 @@ class DeviceEngine(Engine):
     def _put_back(self, state: Tensor, mailbox: Tensor | None) -> None:
         ops.snapshot_restore_(state, self._row.column, self._row.settings, self.slots.table, mailbox)
 
+    def last_good(self) -> tuple[int, HostState]:
+        """The slot of the last known good capture, and its host-side parts; waits for the device."""
+        self.synchronize()
+        status = self._row.status
+        good = status(StatusField.last_good_capture), status(StatusField.last_good_ticket)
+        slot = int(self._row.state[StateField.last_good, self._row.column])  # sync: asked for by name
+        return slot, self._parts.of(*good)
+
     def _fork(self, flight: Flight, ticket: int) -> None:
         current = torch.cuda.current_stream(self.covered.device)
         arguments = self._row.state, self._row.column, self.slots.table
@@ -182,6 +190,7 @@ class DeviceEngine(Engine):
 
     def _keep(self, host: HostState) -> int:
         """File ``host`` for a capture about to be launched, and let go of what cannot come back any more."""
+        self.wait_for_reader()
         host.keys = self.slots.live_keys()
         status = self._row.status
         good = status(StatusField.last_good_capture), status(StatusField.last_good_ticket)

@@ -7,6 +7,7 @@ last known good one, and put the host-side parts back beside the tensors.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ class Engine(SnapshotBase, ABC):
         self.untold: deque[GovernorEvent] = deque()
         """Events that the ops cannot know, for whoever calls to tell once the work is done."""
         self._host_parts: list[str] = []
+        self._readers: list[tuple[int, threading.Event]] = []
+        """Who reads which slot, until when."""
         self.has_restored_again = False
         """The rates are those of a capture once more: what was done to them since is to be done again."""
         self.defer_panics = False
@@ -124,6 +127,10 @@ class Engine(SnapshotBase, ABC):
         prepare()
         self._capture_and_promote(host)
 
+    @abstractmethod
+    def last_good(self) -> tuple[int, HostState]:
+        """The slot of the last known good capture, and its host-side parts; waits for the device."""
+
     # Hooks: an engine overrides those it has something to do for.
 
     def complete_restore(self) -> None:
@@ -195,6 +202,24 @@ class Engine(SnapshotBase, ABC):
         if name not in self._host_parts:
             self._host_parts.append(name)
         return _FIRST_HOST_PART + self._host_parts.index(name)
+
+    def begin_reading(self, slot: int) -> Callable[[], None]:
+        """Nobody overwrites ``slot`` from here on; returns what ends that, in any thread."""
+        done = threading.Event()
+        self._readers.append((slot, done))
+        return done.set
+
+    def wait_for_reader(self, slot: int | None = None) -> None:
+        """Wait until ``slot``, or any if None, may be overwritten."""
+        for read, done in self._readers:
+            if slot in (None, read):
+                done.wait()
+        self._readers = [(read, done) for read, done in self._readers if not done.is_set()]
+
+    def sync_structure(self, *, leave_out: bool = False) -> None:
+        """As the base class; places that are let go may be given to others."""
+        self.wait_for_reader()
+        super().sync_structure(leave_out=leave_out)
 
     def attach_event(self) -> AttachEvent:
         """What was attached, for telemetry."""

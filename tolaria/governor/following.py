@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from tolaria.governor.engine import Engine
 from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.saving import Saver
 from tolaria.governor.skipping import StepSkipper
 from tolaria.snapshot.covered import CoveredState
 from tolaria.telemetry.delivery import Telemetry
@@ -97,6 +98,7 @@ class Follower:
         self.policy = policy
         self._telemetry = telemetry
         self.skipper: StepSkipper | None = None
+        self.saver: Saver | None = None
         self.mark = StepMark()
         self.last_report: GovernorReport | None = None
         self._heard: list[GovernorEvent] = []
@@ -142,6 +144,8 @@ class Follower:
             engine.learn(events)
             if self.skipper is not None:
                 self.skipper.learn(events)
+            if self.saver is not None:
+                self.saver.learn(events)
             engine.reconcile()
         finally:
             for event in events:

@@ -197,6 +197,7 @@ class TolariaGovernor(Readings):
             self._attached.mark_step()
         finally:
             self._follow()
+        self._attached.saver.save_if_due(self._attached.start_saving)
         self._tell()
 
     def _follow(self) -> None:
@@ -293,17 +294,16 @@ class TolariaGovernor(Readings):
     def close(self) -> None:
         """Let go of the model, the hooks and the slots; calls but ``poll`` are errors.
 
-        A rollback that the host has not heard of yet is heard of, and followed.
+        A rollback that the host has not heard of yet is heard of, and followed; saves are waited for.
         """
         at = self._attached
         if at.running is None:
             return
         at.refuse_recording("close")
         covered = at.running.covered
-        at.running.synchronize()  # sync: nothing is heard of later
         try:
-            at.follower.hear()
-            at.follower.follow()
+            at.catch_up()  # sync: nothing is heard of later
+            at.saver.finish(at.start_saving)
         finally:
             uncovered.unwatch(covered)
             at.close()

@@ -64,6 +64,7 @@ class HostEngine(Engine):
     def _copy_to_slot(self, host: HostState) -> None:
         slot = int(self._view[StateField.capture_order_0])
         bad = self.bad_host_part(host)
+        self.wait_for_reader(slot)
         self._transfer.capture(slot, host, self._copy)
         if bad is not None:
             self._view[StateField.candidate_bad] = self.number_of_host_part(bad)
@@ -88,6 +89,11 @@ class HostEngine(Engine):
             lambda: ops.snapshot_restore_(state, row.column, row.settings, table, mailbox),
             again=again,
         )
+
+    def last_good(self) -> tuple[int, HostState]:
+        """The slot of the last known good capture, and its host-side parts."""
+        slot = int(self._view[StateField.last_good])
+        return slot, self._transfer.host(slot)
 
     def complete_restore(self) -> None:
         """Complete a restore that an exception or Ctrl-C left half done: all of it once more."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from tolaria.governor import statistics
@@ -68,6 +71,37 @@ class Readings:
         On CUDA it waits for the device.
         """
         return statistics.lifetime_statistics(self._attached.row.state)
+
+    def last_good_state_dict(self) -> dict[str, Any]:
+        """The last known good state, to which a rollback would go back, as ordinary state dicts.
+
+        As :meth:`Snapshot.state_dict` says it, with ``governor`` (this one's :meth:`state_dict` as of the
+        capture) and ``step`` (of the capture) beside; copies, on the CPU. On CUDA it waits for the device.
+
+        Raises:
+            SnapshotError: an optimizer cannot say the state that it had.
+        """
+        at = self._attached
+        at.refuse_recording("last_good_state_dict")
+        return at.last_good_state()
+
+    def save(self, path: str | os.PathLike[str]) -> Future[Path]:
+        """Write the last known good state to disk, beside training; see :func:`load_snapshot`.
+
+        ``path`` gets a folder ``step_000000123`` by ``torch.distributed.checkpoint``: there whole or not at
+        all, and the two newest stay. Steps go on meanwhile; a capture that would overwrite the slot waits. On
+        CUDA this call waits for the device once.
+
+        Args:
+            path: the folder of snapshots; made if need be.
+
+        Returns:
+            A future whose ``result()`` waits, and is the snapshot's folder or raises what went wrong
+            (SnapshotError, FolderInUseError).
+        """
+        at = self._attached
+        at.refuse_recording("save")
+        return at.start_saving(path)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, statistics and counts; no slots.

@@ -133,3 +133,31 @@ def go_on_capturing(row: Row, saved: Tensor) -> None:
     state[StateField.candidate_healthy] = old[StateField.candidate_healthy]
     state[StateField.candidate_done] = ALL_PARTS_DONE
     state[StateField.candidate] = slot  # the last: it makes it one
+
+
+def as_of_capture(state: Tensor, slot: int) -> Tensor:
+    """``state`` ``(fields, 1)`` as it was when the capture in ``slot`` was made; waits for the device.
+
+    Windows, steps and when captures are due are those of then. Counts of the whole run (captures, rollbacks,
+    lifetime statistics) are those of now, as far as there were so many steps by then.
+    """
+    then = state.detach().cpu().clone()  # sync: it is asked for
+    column, window = then[:, 0], window_of(state)
+    length = memory_row(1, window, 0) - memory_row(0, window, 0)
+    source = memory_row(1 + slot, window, 0)
+    column[memory_row(0, window, 0) :][:length] = column[source : source + length].clone()
+    step = float(column[StateField.slot_step_0 + slot])
+    column[StateField.step] = column[StateField.anchor_step] = step
+    for field in (StateField.reason, StateField.rollback, StateField.panics, StateField.cooldown_left):
+        column[field] = 0.0  # a capture follows a healthy verdict, after any cooldown
+    of_steps = StateField.slot_step_0, StateField.slot_step_1, StateField.restored_step
+    for field in (*of_steps, StateField.steps_lost):
+        column[field] = min(step, float(column[field]))
+    counted = float(column[StateField.life_count])
+    if counted > step:
+        column[StateField.life_m2] *= step / counted
+        column[StateField.life_count] = step
+    if step == 0:
+        column[StateField.life_mean] = 0.0
+    column[StateField.candidate] = -1.0
+    return then

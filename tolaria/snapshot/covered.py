@@ -189,13 +189,11 @@ class CoveredState:
     def candidates(self, walk: Walk) -> Iterator[CoveredTensor]:
         """Every tensor that is covered, or would be on the governor's device; tied ones more than once."""
         names: dict[int, str] = {}
-        stepped = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        stepped = self._stepped()
         modules = [(prefix, f"{path}." if path else "", module) for prefix, path, module in walk.modules]
         for prefix, path, module in modules:
             for leaf, parameter in module._parameters.items():
-                if parameter is not None and not (
-                    self._only_trained and not parameter.requires_grad and id(parameter) not in stepped
-                ):
+                if parameter is not None and not self.leaves_out(parameter, stepped):
                     name = prefix + path + leaf
                     names.setdefault(id(parameter), name)
                     hooked = id(parameter) in stepped
@@ -215,6 +213,20 @@ class CoveredState:
             tensor = getattr(self.scaler, name, None)
             if isinstance(tensor, Tensor):
                 yield CoveredTensor(("scaler", name), f"scaler.{name}", tensor, "scaler", tensor)
+
+    def leaves_out(self, parameter: Tensor | None, stepped: Collection[int] | None = None) -> bool:
+        """Whether a parameter is frozen and in no optimizer, and such are not covered.
+
+        Args:
+            parameter: of the model.
+            stepped: ids of those in an optimizer, if known.
+        """
+        if parameter is None or not self._only_trained or parameter.requires_grad:
+            return False
+        return id(parameter) not in (self._stepped() if stepped is None else stepped)
+
+    def _stepped(self) -> set[int]:
+        return {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
 
     def _keeps_rates(self, optimizer: Optimizer) -> bool:
         """Whether a schedule that a restore leaves alone drives the rates of ``optimizer``."""

@@ -149,7 +149,8 @@ class HostState:
             *(_refusal(own.name, own.load, own.state) for own in self.own_states),
         ]
         self.restores += not again
-        covered.generators.load(self.rng, max(0, self.restores - 1))
+        if covered.generators.are_covered:
+            covered.generators.load(self.rng, max(0, self.restores - 1))
         for error in filter(None, refused):
             raise error
 

@@ -21,7 +21,7 @@ class Generators:
     own: Sequence[torch.Generator] = ()
     """Beside the default ones."""
     are_covered: bool = False
-    """False: their state is empty, and is put back as such."""
+    """Whether a restore puts them back."""
 
     def names(self) -> tuple[str, ...]:
         """What is covered, in words."""
@@ -32,9 +32,7 @@ class Generators:
         return ("torch.cpu", *device, "python.random", "numpy.random", *own)
 
     def state(self) -> dict[str, Any]:
-        """The state of every one of them; empty where they are not covered."""
-        if not self.are_covered:
-            return {}
+        """The state of every one of them: a run that is resumed needs it, covered or not."""
         state: dict[str, Any] = {
             "torch": torch.get_rng_state(),
             "python": random.getstate(),
@@ -46,7 +44,7 @@ class Generators:
         return state
 
     def load(self, state: dict[str, Any], repeats: int) -> None:
-        """Put them back to :meth:`state`.
+        """Put them back to :meth:`state`, whether they are covered or not.
 
         Args:
             state: what :meth:`state` returned.
@@ -55,8 +53,6 @@ class Generators:
                 same draws would lead to the same bad batch again. Merely to move it on would not do, since
                 draws that are shifted by a few numbers are nearly the same batch.
         """
-        if not state:
-            return
         torch.set_rng_state(state["torch"])
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])

@@ -28,12 +28,20 @@ class SavedState:
         host: its host-side parts.
         slot: where its tensors are.
         take: makes what is returned of a tensor in the slot: a copy, or the memory itself.
+        whole: with parameters that are left out as frozen (``cover="trained"``), as they are now.
     """
 
     def __init__(
-        self, base: SnapshotBase, host: HostState, slot: int, take: Callable[[Tensor], Tensor] = torch.clone
+        self,
+        base: SnapshotBase,
+        host: HostState,
+        slot: int,
+        take: Callable[[Tensor], Tensor] = torch.clone,
+        *,
+        whole: bool = True,
     ) -> None:
         self._covered, self._host, self._slot, self._take = base.covered, host, slot, take
+        self._whole = whole
         self._places: dict[Hashable, tuple[PlaceKey, Place]] = {
             place.key: (key, place) for key, place in base.slots.places.items() if key in host.keys
         }
@@ -48,7 +56,7 @@ class SavedState:
             ``model``, ``extras`` (by name), ``optimizers`` (those handed over, then those that they wrap),
             ``schedulers``, ``scaler`` (or None): what the ``state_dict()`` of each would have been, with
             tensors on the CPU; ``attributes``: plain data among the attributes of module extras, by path;
-            ``rng``: the random generators' states, if they are covered.
+            ``rng``: the random generators' states.
 
         Raises:
             SnapshotError: an optimizer cannot say the state that it had.
@@ -77,7 +85,8 @@ class SavedState:
             path, module = stack.pop()
             form = self._forms.get(id(module)) or ModuleForm.of(module)
             for name, parameter in form.parameters.items():
-                if parameter is not None:
+                left_out = not self._whole and self._covered.leaves_out(parameter)
+                if parameter is not None and not left_out:
                     found[path + name] = self._tensor(("parameter", id(parameter)), parameter)
             for name, buffer in form.buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:

@@ -195,7 +195,7 @@ class Snapshot:
         Returns:
             ``model``, ``optimizers`` (a list), ``schedulers`` (a list), ``scaler`` (or None), ``extras`` (by
             name): each for ``load_state_dict`` of its own; ``attributes``: plain data among the attributes of
-            module extras, by path; ``rng``: states of the random generators, if they are covered.
+            module extras, by path; ``rng``: states of the random generators.
 
         Raises:
             SnapshotError: nothing was captured yet, or an optimizer cannot say the state that it had.
