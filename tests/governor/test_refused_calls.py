@@ -86,7 +86,7 @@ class Run:
             "hooks": len(self.optimizer._optimizer_step_pre_hooks),  # type: ignore[attr-defined]
         }
         if isinstance(engine, HostEngine):
-            found["parts"] = list(map(id, engine._host))
+            found["parts"] = list(map(id, engine._transfer._host))
         if isinstance(engine, DeviceEngine):
             found["parts"] = [(k.ticket, k.step, id(k.host)) for k in engine._parts._kept]
             found["judged"] = engine._judged

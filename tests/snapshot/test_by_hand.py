@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tests.device_run import no_host_sync
 from tests.interrupting import Interruption
+from tests.state_dicts import assert_same
 from tolaria import GovernorConfig, MorphogeneticModel, SeedStage, Snapshot, TolariaGovernor
 from tolaria.errors import SnapshotError, TolariaError
 
@@ -70,24 +71,6 @@ class Run:
         self.optimizer.param_groups[0]["weight_decay"] = 0.5
 
 
-def assert_same(left: Any, right: Any) -> None:
-    """Equal to the bit, through containers."""
-    assert type(left) is type(right)
-    if isinstance(left, Tensor):
-        assert left.dtype == right.dtype
-        assert torch.equal(left.cpu(), right.cpu())
-    elif isinstance(left, dict):
-        assert list(left) == list(right)
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for a, b in zip(left, right, strict=True):
-            assert_same(a, b)
-    else:
-        assert left == right
-
-
 @pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_back_to_the_capture_bit_for_bit_and_on_from_there(
@@ -124,11 +107,11 @@ def test_the_state_dict_is_that_of_the_capture(device: torch.device, optimizer: 
     state = captured[type(run.optimizer).__name__]["state"]
     assert list(of_optimizer["state"]) == list(state)
     for index, values in state.items():
-        assert_same(dict(sorted(of_optimizer["state"][index].items())), dict(sorted(values.items())))
+        assert_same(of_optimizer["state"][index], values)
     assert_same(said["schedulers"], [captured["CosineAnnealingLR"]])
     for part, value in now.items():  # and telling it has touched nothing
         live = {type(p).__name__: p for p in (run.model, run.optimizer, run.schedule)}[part]
-        torch.testing.assert_close(live.state_dict(), value, rtol=0, atol=0, equal_nan=True)
+        assert_same(live.state_dict(), value)
     fresh = Run("cpu", optimizer)
     fresh.model.load_state_dict(said["model"])
     fresh.optimizer.load_state_dict(of_optimizer)
@@ -369,7 +352,7 @@ def test_an_interrupted_capture_with_two_slots_leaves_the_one_before() -> None:
         now = run.state()
         if torch.isnan(now["Sequential"]["0.weight"]).any():  # the new one was whole already
             new += 1
-            torch.testing.assert_close(now, wrecked, rtol=0, atol=0, equal_nan=True)
+            assert_same(now, wrecked)
         else:
             assert_same(now, captured)
     assert new < 5
@@ -385,11 +368,11 @@ def test_an_interrupted_capture_with_one_slot_is_no_capture() -> None:
             refused += 1
             run.snapshot.capture()
             run.snapshot.restore()
-            torch.testing.assert_close(run.state(), wrecked, rtol=0, atol=0, equal_nan=True)
+            assert_same(run.state(), wrecked)
             continue
         now = run.state()
         if torch.isnan(now["Sequential"]["0.weight"]).any():
-            torch.testing.assert_close(now, wrecked, rtol=0, atol=0, equal_nan=True)
+            assert_same(now, wrecked)
         else:
             assert_same(now, captured)
     assert refused > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,7 +81,8 @@ def _put_in_place(parts: dict[str, Any], governor: TolariaGovernor, *, restore_r
             covered.generators.load(parts["rng"], 0)
         governor.load_state_dict(parts["governor"])
     except Exception as error:
-        undo.restore()
+        with suppress(SnapshotError):  # an extra that refuses its former state, too
+            undo.restore()
         if isinstance(error, SnapshotError):
             raise
         raise SnapshotError(f"the saved state does not fit: {error}") from error

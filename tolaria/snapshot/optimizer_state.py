@@ -42,7 +42,7 @@ class OptimizerHost:
 
     optimizer: Optimizer
     groups: list[GroupHost]
-    state_keys: dict[int, set[str]]
+    state_keys: dict[int, tuple[str, ...]]
     values: dict[int, dict[str, Any]]
     loose: loose_state.Loose
     attributes: dict[str, HostCopy]
@@ -61,7 +61,7 @@ class OptimizerHost:
                 )
                 for g in optimizer.param_groups
             ],
-            state_keys={id(parameter): set(state) for parameter, state in own},
+            state_keys={id(parameter): tuple(state) for parameter, state in own},
             values={
                 id(parameter): {k: copy.deepcopy(v) for k, v in _on_host(covered, state).items()}
                 for parameter, state in own
@@ -119,7 +119,7 @@ class OptimizerHost:
         optimizer = self.optimizer
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for parameter, state in parameter_states(optimizer, also=self.state_keys):
-            keys, group = self.state_keys.get(id(parameter), set()), groups.get(id(parameter))
+            keys, group = self.state_keys.get(id(parameter), ()), groups.get(id(parameter))
             late = [k for k in state if k not in keys]
             if keep_fresh and group is not None and not keys:
                 fresh = [

@@ -1,8 +1,7 @@
 """Snapshots on disk: whole or absent, read without trust; knows tensors and a document, no governor.
 
 A snapshot is a folder ``step_000000123`` that ``torch.distributed.checkpoint.load`` can read (and reshard),
-with a ``document.json`` beside the tensors. Import this before training: it takes torch's checkpoint package
-along, which would stop all threads for a second.
+with a ``document.json`` beside the tensors.
 """
 
 from tolaria.snapshot.persist.loading import newest, read

@@ -1,12 +1,14 @@
-"""Reads a pickle as the data that it is: no import, no call, no hash, no memory that it merely claims.
+"""Pickles as the data that they are: no import, no call, no hash, no memory that one merely claims.
 
 ``pickle.Unpickler`` with an allow-list would still let a crafted file set attributes of the allowed classes,
-ask for a memo of 2**32 places, or overflow the stack by hashing nested tuples.
+ask for a memo of 2**32 places, or overflow the stack by hashing nested tuples. And ``pickle.dumps`` holds the
+interpreter's lock until it is done.
 """
 
 from __future__ import annotations
 
 import io
+import pickle
 import pickletools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -18,8 +20,8 @@ class Called:
     """A class or function that the pickle names, and what it would be called with.
 
     Attributes:
-        name: without its module.
-        arguments: None if it is only named.
+        name: with its module, ``torch.Size``.
+        arguments: None if it is only named; an empty tuple makes an object without its ``__init__``.
         state: what the object's attributes would be set from, if they are.
     """
 
@@ -35,12 +37,12 @@ class Pairs:
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
 
-def parse(data: bytes, allowed: Collection[tuple[str, str]]) -> Any:  # noqa: ANN401  (whatever it holds)
+def parse(data: bytes, allowed: Collection[str]) -> Any:  # noqa: ANN401  (whatever it holds)
     """What the pickle holds, of None, bools, ints, strings, tuples, lists, :class:`Pairs`, :class:`Called`.
 
     Args:
         data: protocols 2 to 5.
-        allowed: the modules and names that may occur.
+        allowed: the names that may occur, with their modules.
 
     Raises:
         ValueError: it is damaged, names anything else, or uses what simple data does not need.
@@ -59,10 +61,77 @@ def parse(data: bytes, allowed: Collection[tuple[str, str]]) -> Any:  # noqa: AN
     return machine.stack[0]
 
 
+def number(value: int) -> bytes:
+    """The opcode that pushes an integer or a bool."""
+    if 0 <= value < 256 and not isinstance(value, bool):
+        return b"K" + value.to_bytes(1, "little")
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def dump(value: object) -> bytes:
+    """The pickle (protocol 2) of what :func:`parse` returns; one :class:`Called` may stand in many places.
+
+    Raises:
+        TypeError: it holds anything else.
+    """
+    out = bytearray(b"\x80\x02")
+    _append(value, out, {})
+    return bytes(out + b".")
+
+
+def _append(value: object, out: bytearray, memo: dict[str | int, bytes]) -> None:
+    if isinstance(value, str):
+        encoded = value.encode("utf-8", "surrogatepass")
+        out += b"X" + len(encoded).to_bytes(4, "little") + encoded
+    elif isinstance(value, int):
+        out += number(value)
+    elif isinstance(value, tuple):
+        out += b"("
+        for each in value:
+            _append(each, out, memo)
+        out += b"t"
+    elif isinstance(value, Called):
+        _append_call(value, out, memo)
+    elif isinstance(value, Pairs):
+        out += b"}("
+        for key, each in value.items:
+            _append(key, out, memo)
+            _append(each, out, memo)
+        out += b"u"
+    elif isinstance(value, list):
+        out += b"]("
+        for each in value:
+            _append(each, out, memo)
+        out += b"e"
+    elif value is None:
+        out += b"N"
+    else:
+        raise TypeError(f"value: expected simple data, got {type(value).__name__}")
+
+
+def _append_call(value: Called, out: bytearray, memo: dict[str | int, bytes]) -> None:
+    known = value.name if value.arguments is None else id(value)
+    if known in memo:
+        out += b"j" + memo[known]
+        return
+    if value.arguments is None:
+        module, _, name = value.name.rpartition(".")
+        out += f"c{module}\n{name}\n".encode()
+    else:
+        _append_call(Called(value.name), out, memo)
+        _append(value.arguments, out, memo)
+        out += b"R" if value.arguments else b"\x81"
+        if value.state is not None:
+            _append(value.state, out, memo)
+            out += b"b"
+    memo[known] = len(memo).to_bytes(4, "little")
+    out += b"r" + memo[known]
+
+
 class _Machine:
     """The stack, its marks and the memo of a pickle."""
 
-    def __init__(self, allowed: Collection[tuple[str, str]]) -> None:
+    def __init__(self, allowed: Collection[str]) -> None:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -138,9 +207,9 @@ class _Machine:
     def _name(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):  # before anything hashes them
             raise TypeError
-        if (module, name) not in self._allowed:
-            raise ValueError(f"it names {module[:80]!r}.{name[:80]!r}, which is not allowed")
-        self.stack.append(Called(name))
+        if (full := f"{module}.{name}") not in self._allowed:
+            raise ValueError(f"it names {full[:200]!r}, which is not allowed")
+        self.stack.append(Called(full))
 
 
 _LITERALS: dict[str, Callable[[], Any]] = {

@@ -49,8 +49,8 @@ def write(
         tensors: on the CPU, dense, of any dtype but quantized ones; nobody may change them meanwhile.
         document: of what JSON holds, NaN and infinities included; tuples come back as lists.
         keep: how many snapshots stay, this one included.
-        rest: seconds of sleep for each second of this thread's work. Beside a training loop 2 or 3 are good: what
-            writes and digests takes memory bandwidth, and on many machines half a core, from it.
+        rest: seconds of sleep for each second of this thread's work. Beside a training loop 3 is good: to
+            copy and digest takes bandwidth from it, and half a core where two threads share one.
 
     Returns:
         The snapshot's folder.
@@ -150,7 +150,7 @@ def _fill(
             pace.keep()
         digests[folders.TENSORS] = stream.finish()
     with _Stream(draft / folders.METADATA, pace) as stream:
-        stream.write(dcp_metadata.to_bytes(stored))
+        stream.write(dcp_metadata.to_bytes(tuple(stored)))
         digests[folders.METADATA] = stream.finish()
     with _Stream(draft / folders.DOCUMENT, pace) as stream:
         stream.write(documents.to_bytes(Contents(number, sequence, digests, plain)))
@@ -211,14 +211,17 @@ class _Pace:
 
     def __init__(self, rest: float) -> None:
         self._rest = rest
-        self._start = time.thread_time()
+        self._start, self._worked = time.perf_counter(), time.thread_time()
 
     def keep(self) -> None:
-        """Sleep, if that much work has been done that it is worth it."""
-        worked = time.thread_time() - self._start
-        if self._rest and worked > _STRETCH:
-            time.sleep(worked * self._rest)
-            self._start = time.thread_time()
+        """Sleep, if it is time; the clock of one thread is too slow to look at it more often."""
+        if time.perf_counter() - self._start > _STRETCH:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        worked = time.thread_time()
+        time.sleep((worked - self._worked) * self._rest)
+        self._start, self._worked = time.perf_counter(), worked
 
 
 class _Stream:

@@ -1,8 +1,8 @@
 """One tensor as ``torch.load(weights_only=True)`` reads it, around its bytes as they lie in memory.
 
-``torch.save`` would write the same kind of archive, but under the interpreter's lock, and what it writes can only
-be read by running the pickle in it. Here all but the tensor's own bytes follows from dtype and shape, so that a
-reader compares it and interprets nothing.
+``torch.save`` would write the same kind of archive, but under the interpreter's lock, and what it writes can
+only be read by running the pickle in it. Here all but the tensor's own bytes follows from dtype and shape, so
+that a reader compares it and interprets nothing.
 
 The archive is an uncompressed zip with 64-bit sizes: ``data.pkl`` (how to build the tensor), ``byteorder``,
 ``version``, then the bytes.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import pickle
 import re
 import struct
 import sys
@@ -21,6 +20,8 @@ import zlib
 import numpy as np
 import torch
 from torch import Tensor
+
+from tolaria.snapshot.persist.plain_pickle import number
 
 _BYTES = b"archive/data/0"
 _LOCAL, _DESCRIPTOR, _CENTRAL = 0x04034B50, 0x08074B50, 0x02014B50
@@ -102,18 +103,14 @@ def _pickled(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     """``torch._utils._rebuild_tensor_v3(storage, 0, shape, strides, False, OrderedDict(), dtype)``."""
     strides = [math.prod(max(1, n) for n in shape[i + 1 :]) for i in range(len(shape))]
     storage = _text("storage") + b"ctorch.storage\nUntypedStorage\n" + _text("0") + _text("cpu")
-    storage += _number(byte_count(dtype, shape))
-    arguments = b"(" + storage + b"tQ" + _number(0) + _numbers(shape) + _numbers(strides) + b"\x89"
+    storage += number(byte_count(dtype, shape))
+    arguments = b"(" + storage + b"tQ" + number(0) + _numbers(shape) + _numbers(strides) + b"\x89"
     arguments += b"ccollections\nOrderedDict\n)Rctorch\n" + str(dtype).removeprefix("torch.").encode() + b"\n"
     return b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(" + arguments + b"tR."
 
 
 def _numbers(values: tuple[int, ...] | list[int]) -> bytes:
-    return b"(" + b"".join(map(_number, values)) + b"t"
-
-
-def _number(value: int) -> bytes:
-    return pickle.dumps(value, protocol=2)[2:-1]
+    return b"(" + b"".join(map(number, values)) + b"t"
 
 
 def _text(value: str) -> bytes:
