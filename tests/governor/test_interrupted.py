@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,24 @@ def prepared_load_of_another_size(run: Run) -> Callable[[], None]:
     return lambda: run.governor.load_state_dict(saved, keep_config=False)
 
 
+def prepared_save(run: Run) -> Callable[[], None]:
+    folder = tempfile.mkdtemp(dir=FOLDER.name)
+
+    def save() -> None:
+        run.governor.save(folder).result()
+
+    return save
+
+
+FOLDER = tempfile.TemporaryDirectory(prefix="tolaria-")
+
+
 CALLS: dict[str, Callable[[Run], Callable[[], Any]]] = {
     "snapshot": lambda run: run.governor.snapshot,
     "step_that_rolls_back": lambda run: lambda: run.governor.step(math.nan),
     "execute_rollback": lambda run: run.governor.execute_rollback,
     "reset": lambda run: run.governor.reset,
+    "save": prepared_save,
     "load_state_dict": prepared_load,
     "load_state_dict_of_another_size": prepared_load_of_another_size,
 }

@@ -261,7 +261,7 @@ class Attachment:
         is_safe = self.row.config.storage != "device" and not graphs.is_kept(self.row.state)
         take = own_memory if is_safe or self.row.state.is_cpu else torch.clone
         parts = {**form, **SavedState(self.engine, host, slot, take, whole=False).dicts()}
-        return self.saver.start(Save(path, parts), self.engine.begin_reading(slot))
+        return self.saver.start(Save(path, parts), partial(self.engine.begin_reading, slot))
 
     def _last_good(self) -> tuple[int, HostState, dict[str, Any]]:
         """The slot of the last known good capture, its host-side parts, and what the governor says of it."""

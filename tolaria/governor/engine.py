@@ -52,8 +52,8 @@ class Engine(SnapshotBase, ABC):
         self.untold: deque[GovernorEvent] = deque()
         """Events that the ops cannot know, for whoever calls to tell once the work is done."""
         self._host_parts: list[str] = []
-        self._readers: list[tuple[int, threading.Event]] = []
-        """Who reads which slot, until when."""
+        self._readers: list[tuple[int, threading.Thread]] = []
+        """Who reads which slot, to write it to disk."""
         self.has_restored_again = False
         """The rates are those of a capture once more: what was done to them since is to be done again."""
         self.defer_panics = False
@@ -203,18 +203,16 @@ class Engine(SnapshotBase, ABC):
             self._host_parts.append(name)
         return _FIRST_HOST_PART + self._host_parts.index(name)
 
-    def begin_reading(self, slot: int) -> Callable[[], None]:
-        """Nobody overwrites ``slot`` from here on; returns what ends that, in any thread."""
-        done = threading.Event()
-        self._readers.append((slot, done))
-        return done.set
+    def begin_reading(self, slot: int, reader: threading.Thread) -> None:
+        """``slot`` is not overwritten while ``reader``, which is about to start, runs."""
+        self._readers.append((slot, reader))
 
     def wait_for_reader(self, slot: int | None = None) -> None:
         """Wait until ``slot``, or any if None, may be overwritten."""
-        for read, done in self._readers:
-            if slot in (None, read):
-                done.wait()
-        self._readers = [(read, done) for read, done in self._readers if not done.is_set()]
+        for read, reader in self._readers:
+            if slot in (None, read) and reader.is_alive():
+                reader.join()
+        self._readers = [(read, reader) for read, reader in self._readers if reader.is_alive()]
 
     def sync_structure(self, *, leave_out: bool = False) -> None:
         """As the base class; places that are let go may be given to others."""

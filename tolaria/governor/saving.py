@@ -52,7 +52,7 @@ class Saver:
     def __init__(self, every: int = 0, path: str | None = None) -> None:
         self._every, self._path = every, path
         self._promotions = 0
-        self._started: list[Future[Path]] = []
+        self._started: list[tuple[threading.Thread, Future[Path]]] = []
         self._is_due = False
 
     def learn(self, events: Sequence[GovernorEvent]) -> None:
@@ -70,46 +70,54 @@ class Saver:
         self._is_due = False
         start(self._path)
 
-    def _pending(self) -> list[Future[Path]]:
-        """What is being written or waits for it; warns of what could not be written by itself."""
-        for error in (f.exception() for f in self._started if f.done()):
+    def _pending(self) -> list[tuple[threading.Thread, Future[Path]]]:
+        """What is being written or waits for it; warns of what could not be written by itself.
+
+        A thread that never started, since Ctrl-C came in between, is none of it.
+        """
+        now = [(thread.is_alive(), thread, future) for thread, future in self._started]
+        self._started = [(thread, future) for is_alive, thread, future in now if is_alive]
+        over = (future for is_alive, _, future in now if not is_alive and future.done())
+        for error in [future.exception() for future in over]:
             if error is not None and self._every:
                 warnings.warn(f"governor: a state could not be saved: {error}", RuntimeWarning, stacklevel=2)
-        self._started = [future for future in self._started if not future.done()]
         return self._started
 
-    def start(self, save: Save, done: Callable[[], None]) -> Future[Path]:
-        """Write ``save`` in another thread, after the one before.
+    def start(self, save: Save, register: Callable[[threading.Thread], None]) -> Future[Path]:
+        """Write ``save`` in another thread, after those before.
 
         Args:
             save: what to write.
-            done: called at the end, however it ended.
+            register: called with that thread before it starts.
         """
         before, future = list(self._pending()), Future[Path]()
 
         def write() -> None:
             try:
-                for earlier in before:
-                    earlier.exception()  # waits
+                for thread, _ in before:
+                    thread.join()
                 future.set_result(save.write(rest=_REST))
             except BaseException as error:  # whoever asks for the result gets it
                 future.set_exception(error)
-            finally:
-                done()
 
         future.set_running_or_notify_cancel()
         # No daemon: a program that ends finishes what it is writing.
-        threading.Thread(target=write, name="tolaria-save").start()
-        self._started.append(future)
+        thread = threading.Thread(target=write, name="tolaria-save")
+        register(thread)
+        self._started.append((thread, future))
+        thread.start()
         return future
 
     def finish(self, start: Callable[[str], Future[Path]]) -> None:
         """Wait until all is written; a promoted state that was passed over is written now."""
-        while self._pending():
-            self._started[0].exception()
+        self._join()
         self.save_if_due(start)
-        while self._pending():
-            self._started[0].exception()
+        self._join()
+
+    def _join(self) -> None:
+        for thread, _ in self._pending():
+            thread.join()
+        self._pending()
 
 
 def _is_live(thing: object) -> bool:
