@@ -116,7 +116,7 @@ def test_captures_verdicts_and_windows_are_those_of_the_run_that_went_on(place: 
             assert run.steps_of(kind, k) == whole.steps_of(kind, k), k
         assert run.judged == {step: said for step, said in whole.judged.items() if step > k}, k
         on_probation += saved[k]["state"][StateField.candidate] >= 0
-    assert on_probation >= 3
+    assert on_probation >= (3 if place == "cpu" else 1)
     assert len(whole.steps_of(CaptureEvent, 0)) > len(
         whole.steps_of(PromotionEvent, 0)
     )  # some were discarded
