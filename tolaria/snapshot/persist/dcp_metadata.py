@@ -7,6 +7,7 @@ feels; its own reader unpickles, and so runs, whatever lies there.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,8 @@ def _stored(name: str, described: dict[str, Any], place: dict[str, Any]) -> Stor
 def _shape(value: object) -> tuple[int, ...]:
     match value:
         case Called("torch.Size", (tuple(sizes),), None) if len(sizes) <= MOST_DIMENSIONS:
-            if all(type(n) is int and 0 <= n < 2**63 for n in sizes):
+            is_shape = all(type(n) is int and n >= 0 for n in sizes)
+            if is_shape and math.prod(max(1, n) for n in sizes) < 2**63:  # so that its strides fit
                 return sizes
     raise ValueError(f"size: expected at most {MOST_DIMENSIONS} natural numbers, got something else")
 

@@ -58,20 +58,20 @@ def number_of(path: Path) -> int | None:
     return None if match is None or snapshot_name(int(match[1])) != f"step_{match[1]}" else int(match[1])
 
 
-def find(folder: Path) -> tuple[list[Candidate], dict[Path, SnapshotError]]:
-    """The snapshots in a folder, the last written first, and what is wrong with each of the others.
+def find(folder: Path) -> tuple[list[Candidate], list[SnapshotError]]:
+    """The snapshots in a folder, the last written first, and what is wrong with the others.
 
     Only their documents are read, and the sizes of their files looked at.
 
     Raises:
         OSError: the folder cannot be listed; FileNotFoundError if it is not there.
     """
-    candidates, errors = [], {}
+    candidates, errors = [], []
     for path in sorted(each for each in folder.iterdir() if number_of(each) is not None):
         try:
             candidates.append(Candidate(path, look(path)))
         except SnapshotError as error:
-            errors[path] = error
+            errors.append(error)
     candidates.sort(key=lambda each: (each.contents.sequence, each.contents.number), reverse=True)
     return candidates, errors
 

@@ -18,7 +18,7 @@ from tolaria.snapshot.persist.dcp_metadata import Stored
 from tolaria.snapshot.persist.documents import Contents, FileDigest
 
 _PIECE = 2**20  # bytes
-_PATIENCE = 10  # times that a writer may remove what is being read
+_PATIENCE = 10  # times that a writer may remove or replace what is being read
 
 Loaded = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -52,28 +52,36 @@ def read(path: str | os.PathLike[str]) -> Loaded:
         folder = folder.resolve()  # a link that the caller names is meant
         return _load(folder, folders.look(folder))
     for _ in range(_PATIENCE):
-        names = _names(folder)
-        candidates, errors = folders.find(folder)
-        for each in candidates:
-            try:
-                loaded = _load(each.path, each.contents)
-            except SnapshotError as error:
-                errors[each.path] = error
-                continue
-            for bad in (path for path in errors if os.path.lexists(path)):  # others a writer has removed
-                warnings.warn(f"{errors[bad]}; {each.path} is read instead", RuntimeWarning, stacklevel=2)
-            return loaded
-        if names == _names(folder):
+        before = _entries(folder)
+        found, loaded, errors = _first_whole(folder)
+        if not errors or before == _entries(folder):
             break
-    reasons = "".join(f"\n  {error}" for error in errors.values())
-    raise SnapshotError(f"{folder}: expected a whole snapshot in it, found none{reasons}")
+    if loaded is None:
+        reasons = "".join(f"\n  {error}" for error in errors)
+        raise SnapshotError(f"{folder}: expected a whole snapshot in it, found none{reasons}")
+    for error in errors:
+        warnings.warn(f"{error}; {found} is read instead", RuntimeWarning, stacklevel=2)
+    return loaded
 
 
-def _names(folder: Path) -> set[str]:
+def _entries(folder: Path) -> dict[str, int]:
+    """The inodes of all snapshots; they change when a writer removes or replaces one."""
     try:
-        return set(os.listdir(folder))
+        with os.scandir(folder) as entries:
+            return {each.name: each.inode() for each in entries if folders.number_of(Path(each)) is not None}
     except OSError as error:
         raise SnapshotError(f"{folder}: expected a folder with snapshots: {error.strerror}") from error
+
+
+def _first_whole(folder: Path) -> tuple[Path | None, Loaded | None, list[SnapshotError]]:
+    """The one written last of those that are whole, and what is wrong with those that may be later."""
+    candidates, errors = folders.find(folder)
+    for each in candidates:
+        try:
+            return each.path, _load(each.path, each.contents), errors
+        except SnapshotError as error:
+            errors.append(error)
+    return None, None, errors
 
 
 def _load(path: Path, contents: Contents) -> Loaded:
@@ -126,13 +134,13 @@ def _tensor(file: BinaryIO, stored: Stored) -> Tensor:
     size = tensor_bytes.byte_count(dtype, shape)
     is_whole = stored.length > len(head) + size and _bytes(file, stored.offset, len(head)) == head
     if is_whole:
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
-        crc = _fill(file, tensor_bytes.raw_bytes(tensor))
+        raw = torch.empty(size, dtype=torch.uint8, device="cpu")
+        crc = _fill(file, tensor_bytes.raw_bytes(raw))
         tail = tensor_bytes.tail(dtype, shape, crc)
         is_whole = stored.length == len(head) + size + len(tail) and file.read(len(tail)) == tail
     if not is_whole:
         raise ValueError(f"expected {stored.name[:200]!r} as {dtype} of shape {shape}, got something else")
-    return tensor
+    return raw.view(dtype).reshape(shape)
 
 
 def _bytes(file: BinaryIO, offset: int, count: int) -> bytes:
