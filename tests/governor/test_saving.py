@@ -297,6 +297,17 @@ def test_a_failure_by_itself_is_a_warning(tmp_path: Path) -> None:
         run.governor.close()
 
 
+def test_a_path_is_one_and_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run()
+    with pytest.raises(TypeError, match="path: expected a path, got int"):
+        run.governor.save(3)  # type: ignore[arg-type]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    future = run.governor.save("here")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert future.result() == tmp_path / "here" / "step_000000000"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -21,6 +21,7 @@ from tolaria.snapshot.persist.tensor_bytes import DTYPES
 pytestmark = pytest.mark.filterwarnings(  # of torch's own save and load
     "ignore:torch.distributed is disabled:UserWarning",
     "ignore:TypedStorage is deprecated:UserWarning",
+    "ignore:(ComplexHalf|BComplex32) support is experimental:UserWarning",
 )
 TENSORS = {
     "model.weight": torch.arange(12.0).view(3, 4),
@@ -32,7 +33,7 @@ TENSORS = {
     **{
         name: torch.arange(64, dtype=torch.uint8).view(dtype)
         for name, dtype in DTYPES.items()
-        if name != "bool"
+        if name not in ("bool", "float4_e2m1fn_x2")  # the last has no copy in torch 2.9
     },
 }
 SHARDED = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -254,7 +253,7 @@ class Attachment:
         slot, host, form = self._last_good()
         return {**form, **SavedState(self.engine, host, slot).dicts()}
 
-    def start_saving(self, path: str | os.PathLike[str]) -> Future[Path]:
+    def start_saving(self, path: str) -> Future[Path]:
         """Have the last known good state written; its slot is not overwritten meanwhile."""
         slot, host, form = self._last_good()
         # A replayed graph asks nobody before it captures, and a thread of its own must not use the device.

@@ -98,10 +98,16 @@ class Readings:
         Returns:
             A future whose ``result()`` waits, and is the snapshot's folder or raises what went wrong
             (SnapshotError, FolderInUseError).
+
+        Raises:
+            TypeError: ``path`` is no path.
+            SnapshotError: an optimizer cannot say the state that it had.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"path: expected a path, got {type(path).__name__}")
         at = self._attached
         at.refuse_recording("save")
-        return at.start_saving(path)
+        return at.start_saving(os.path.abspath(path))
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, statistics and counts; no slots.

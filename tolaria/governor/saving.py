@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ KIND = "tolaria training state"
 VERSION = 1
 KEPT = 2
 """Snapshots that stay in a folder."""
-_REST = 2.0
+_REST = 3.0
 """Seconds of sleep for each second of writing, so that training keeps its memory bandwidth."""
 
 
@@ -30,7 +29,7 @@ _REST = 2.0
 class Save:
     """A last known good state that is to be written; its slot is not overwritten before it is."""
 
-    path: str | os.PathLike[str]
+    path: str
     """The folder of snapshots."""
     parts: Mapping[str, Any]
     """State dicts, the governor's saved form, and ``step``, that of the capture."""

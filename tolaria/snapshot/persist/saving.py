@@ -60,7 +60,7 @@ def write(
         FolderInUseError: another writes there now (a ValueError, too).
         SnapshotError: the disk is full, or denies something; what was there is still there.
     """
-    parent = Path(_path("folder", folder))
+    parent = Path(_path("folder", folder)).absolute()  # another thread may change the current folder
     _check_count("number", number, 0, 10**folders.MOST_DIGITS - 1)
     _check_count("keep", keep, 1, None)
     pace = _Pace(_rest(rest))

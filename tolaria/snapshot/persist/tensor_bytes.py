@@ -35,7 +35,7 @@ DTYPES = {
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype) and not re.match(r"torch\.(q|bits|u?int[1-7]$)", str(dtype))
 }
-"""What can be written, by torch's name: all but quantized types and those for which torch has no copy."""
+"""What can be written, by torch's name: all but quantized types and those of less than a byte."""
 MOST_DIMENSIONS = 32  # those that every numpy can hold
 
 
