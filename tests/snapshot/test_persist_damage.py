@@ -230,22 +230,14 @@ def metadata_of(path: Path) -> Metadata:
     return metadata
 
 
-def huge(metadata: Metadata) -> None:
-    metadata.state_dict_metadata["w"].size = torch.Size([10**15])  # type: ignore[union-attr]
-    metadata.state_dict_metadata["w"].chunks[0].sizes = torch.Size([10**15])  # type: ignore[union-attr]
-    metadata.state_dict_metadata["w"].chunks[0].offsets = torch.Size([0])  # type: ignore[union-attr]
+def sized(*shape: int, **change: object) -> Callable[[Metadata], None]:
+    def resize(metadata: Metadata) -> None:
+        described: Any = metadata.state_dict_metadata["w"]
+        described.size = described.chunks[0].sizes = torch.Size(shape)
+        described.chunks[0].offsets = torch.Size([0] * len(shape))
+        placed(**change)(metadata)
 
-
-def huge_everywhere(metadata: Metadata) -> None:
-    huge(metadata)
-    metadata.storage_data[MetadataIndex("w", [0, 0])].length = 10**16
-
-
-def large(metadata: Metadata) -> None:
-    size = torch.Size([2**33])  # 32 GiB, which a machine may promise
-    metadata.state_dict_metadata["w"].size = size  # type: ignore[union-attr]
-    metadata.state_dict_metadata["w"].chunks[0].sizes = size  # type: ignore[union-attr]
-    metadata.state_dict_metadata["w"].chunks[0].offsets = torch.Size([0])  # type: ignore[union-attr]
+    return resize
 
 
 def no_shape(metadata: Metadata) -> None:
@@ -262,12 +254,6 @@ def two_chunks(metadata: Metadata) -> None:
 
 def other_dtype(metadata: Metadata) -> None:
     metadata.state_dict_metadata["w"].properties.dtype = torch.int32  # type: ignore[union-attr]
-
-
-def other_shape(metadata: Metadata) -> None:
-    size = torch.Size([3, 2])
-    metadata.state_dict_metadata["w"].size = size  # type: ignore[union-attr]
-    metadata.state_dict_metadata["w"].chunks[0].sizes = size  # type: ignore[union-attr]
 
 
 def missing_key(metadata: Metadata) -> None:
@@ -300,16 +286,16 @@ def placed(**change: object) -> Callable[[Metadata], None]:
 @pytest.mark.parametrize(
     ("craft", "message"),
     [
-        pytest.param(craft, message, id=getattr(craft, "__name__", "") + message)
+        pytest.param(craft, message, id=f"{craft.__name__} {message}")
         for craft, message in [
-            (huge, "storage_data: expected 4000000000000000 bytes or more from 0, got others"),
-            (huge_everywhere, "storage_data: expected 8 bytes or more from 10000000000000000"),
-            (large, "storage_data: expected 34359738368 bytes or more"),
+            (sized(10**15), "storage_data: expected 4000000000000000 bytes or more from 0, got others"),
+            (sized(10**15, length=10**16), "storage_data: expected 8 bytes or more from 10000000000000000"),
+            (sized(2**33), "storage_data: expected 34359738368 bytes or more"),
             (no_shape, "size: expected at most 32 natural numbers"),
             (other_chunk, "chunks: expected the whole tensor, got a part"),
             (two_chunks, "chunks: expected one for each tensor"),
             (other_dtype, "__0_0.distcp: expected 'w' as torch.int32"),
-            (other_shape, r"__0_0.distcp: expected 'w' as torch.float32 of shape \(3, 2\)"),
+            (sized(3, 2), r"__0_0.distcp: expected 'w' as torch.float32 of shape \(3, 2\)"),
             (missing_key, "storage_data: expected no tensor but those of state_dict_metadata"),
             (missing_place, "state_dict_metadata: expected a name that storage_data knows"),
             (missing_field, "storage_data: expected a dictionary"),
