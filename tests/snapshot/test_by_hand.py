@@ -119,6 +119,29 @@ def test_the_state_dict_is_that_of_the_capture(device: torch.device, optimizer: 
     assert_same(fresh.optimizer.state_dict()["param_groups"], run.optimizer.state_dict()["param_groups"])
 
 
+def test_state_that_is_there_and_empty_stays_so() -> None:
+    class Touching(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            for parameter in self.param_groups[0]["params"]:
+                assert isinstance(self.state[parameter], dict)
+
+    parameter = nn.Parameter(torch.ones(2))
+    model, optimizer = nn.ParameterList([parameter]), Touching([parameter], lr=0.1)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.state[parameter].clear()
+    snapshot = Snapshot(model, optimizer)
+    snapshot.capture()
+    before = copy.deepcopy(optimizer.state_dict())
+    assert before["state"] == {0: {}}
+    optimizer.state.clear()
+    assert_same(snapshot.state_dict()["optimizers"][0], before)
+    optimizer.state[parameter] = {"late": 1}
+    snapshot.restore()
+    assert_same(optimizer.state_dict(), before)
+
+
 def test_without_optimizers_and_as_one_function(device: torch.device) -> None:
     model = host(device)
     snapshot = Snapshot(model)

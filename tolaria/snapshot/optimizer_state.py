@@ -130,7 +130,7 @@ class OptimizerHost:
             for key in late:
                 del state[key]
             state.update(copy.deepcopy(self.values.get(id(parameter), {})))
-            if not state:
+            if not state and id(parameter) not in self.state_keys:
                 del optimizer.state[parameter]
 
 

@@ -161,9 +161,10 @@ class SavedState:
         for parameter in (p for group in host.groups for p in group.params if id(p) in host.state_keys):
             values = copy.deepcopy(host.values.get(id(parameter), {}))
             live = host.optimizer.state.get(parameter, {})
+            own = state[parameter]  # which may be there and empty
             for key in host.state_keys[id(parameter)]:
                 where = ("state", id(host.optimizer), id(parameter), key)
-                state[parameter][key] = values[key] if key in values else self._tensor(where, live.get(key))
+                own[key] = values[key] if key in values else self._tensor(where, live.get(key))
         state.update(loose_state.of_then(host.optimizer, host.loose))
         return state
 
