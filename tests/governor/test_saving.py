@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tolaria
 from tests.state_dicts import assert_same
-from tolaria import GovernorConfig, SnapshotError, TolariaGovernor, load_snapshot
+from tolaria import GovernorBank, GovernorConfig, SnapshotError, TolariaGovernor, load_snapshot
 from tolaria.errors import ConfigError
 from tolaria.snapshot import persist
 
@@ -263,6 +263,17 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path, change: Any, message:
     assert_same(second.state(), before)
     assert second.governor.step_count == steps
     assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_arguments_are_what_they_should_be(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="governor: expected TolariaGovernor or None, got Linear"):
+        load_snapshot(tmp_path, nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="restore_rng: expected a bool"):
+        load_snapshot(tmp_path, restore_rng="yes")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="path: expected"):
+        load_snapshot(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="config: expected save_every=0"):
+        GovernorBank(2, config=GovernorConfig(save_every=1, save_path=str(tmp_path)))
 
 
 def test_what_is_no_saved_state(tmp_path: Path) -> None:

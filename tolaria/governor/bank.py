@@ -70,6 +70,8 @@ class GovernorBank:
         check_sinks(sinks)
         check_ranks(None)
         self.config = config or GovernorConfig()
+        if self.config.save_every:
+            raise ValueError("config: expected save_every=0, since a bank writes no states to disk")
         self.random_guess_loss = resolve_random_guess_loss(num_classes, random_guess_loss)
         self._telemetry = Telemetry(sinks, _MAX_EVENTS_KEPT)
         settings = self.config.to_tensor(self.random_guess_loss, device)

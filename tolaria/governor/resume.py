@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from tolaria._arguments import as_flag, check_optional
 from tolaria.errors import SnapshotError
+from tolaria.governor.governor import TolariaGovernor
 from tolaria.governor.saving import KIND, VERSION
 from tolaria.snapshot import persist
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.plain_form import LIVE, from_plain
 from tolaria.snapshot.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from tolaria.governor.governor import TolariaGovernor
 
 _PARTS = ("step", "governor", "model", "optimizers", "schedulers", "scaler", "extras", "attributes", "rng")
 
@@ -43,9 +42,12 @@ def load_snapshot(
         ``load_state_dict``. Tensors are on the CPU.
 
     Raises:
+        TypeError: an argument has the wrong type.
         SnapshotError: there is no whole snapshot, it is damaged, or it does not fit what the governor
             covers. Whatever is raised, nothing has changed.
     """
+    check_optional("governor", governor, TolariaGovernor)
+    as_flag("restore_rng", restore_rng)
     document, tensors = persist.read(path)
     state = from_plain(document, tensors)
     if not isinstance(state, dict) or state.get("kind") != KIND or state.get("version") != VERSION:
@@ -60,7 +62,7 @@ def load_snapshot(
 
 
 def _put_in_place(parts: dict[str, Any], governor: TolariaGovernor, *, restore_rng: bool) -> None:
-    """All of it, or nothing."""
+    """All of it, or nothing: a snapshot of what is there now takes as much memory as one slot meanwhile."""
     governor.synchronize()
     covered = governor._engine.covered
     covered.find_schedules()

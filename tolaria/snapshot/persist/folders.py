@@ -37,6 +37,21 @@ class Candidate:
     contents: Contents
 
 
+def as_path(name: str, value: object) -> Path:
+    """``value`` as a path.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        path = os.fspath(value)  # type: ignore[call-overload]
+    except TypeError:
+        path = None
+    if not isinstance(path, str):
+        raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
+    return Path(path)
+
+
 def snapshot_name(number: int) -> str:
     """The name of a snapshot's folder."""
     return f"step_{number:09d}"

@@ -28,8 +28,9 @@ def newest(folder: str | os.PathLike[str]) -> Path | None:
 
     Its document is whole and its files have their sizes; their bytes are looked at by :func:`read` only.
     """
+    parent = folders.as_path("folder", folder)
     try:
-        candidates, _ = folders.find(Path(folder))
+        candidates, _ = folders.find(parent)
     except OSError:
         return None
     return candidates[0].path if candidates else None
@@ -45,9 +46,10 @@ def read(path: str | os.PathLike[str]) -> Loaded:
             damaged, the one before, with a RuntimeWarning that names it.
 
     Raises:
+        TypeError: ``path`` is no path.
         SnapshotError: there is no snapshot, or it is damaged; the message names the file and says how.
     """
-    folder = Path(path)
+    folder = folders.as_path("path", path)
     if folders.number_of(folder) is not None or os.path.lexists(folder / folders.DOCUMENT):
         folder = folder.resolve()  # a link that the caller names is meant
         return _load(folder, folders.look(folder))

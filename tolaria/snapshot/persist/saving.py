@@ -60,7 +60,7 @@ def write(
         FolderInUseError: another writes there now (a ValueError, too).
         SnapshotError: the disk is full, or denies something; what was there is still there.
     """
-    parent = Path(_path("folder", folder)).absolute()  # another thread may change the current folder
+    parent = folders.as_path("folder", folder).absolute()  # another thread may change the current folder
     _check_count("number", number, 0, 10**folders.MOST_DIGITS - 1)
     _check_count("keep", keep, 1, None)
     pace = _Pace(_rest(rest))
@@ -85,16 +85,6 @@ def write(
             return path
     except OSError as error:
         raise SnapshotError(f"{parent}: snapshot {number} cannot be written: {error}") from error
-
-
-def _path(name: str, value: object) -> str:
-    try:
-        path = os.fspath(value)  # type: ignore[call-overload]
-    except TypeError:
-        path = None
-    if not isinstance(path, str):
-        raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
-    return path
 
 
 def _check_count(name: str, value: object, least: int, most: int | None) -> None:
