@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tolaria.snapshot.persist.plain_pickle import Called, Pairs, dump, parse
@@ -125,6 +125,7 @@ def test_a_million_nested_tuples_are_never_hashed() -> None:
     assert len(found.items) == 1
 
 
+@example(b"i\\\x00\n")
 @given(st.binary(max_size=200))
 def test_bytes_at_random(data: bytes) -> None:
     for start in (b"", b"\x80\x02", b"\x80\x02ctorch\nSize\n"):

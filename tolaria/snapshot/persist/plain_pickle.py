@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,8 +51,10 @@ def parse(data: bytes, allowed: Collection[str]) -> Any:  # noqa: ANN401  (whate
     machine = _Machine(allowed)
     stream = io.BytesIO(data)
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            machine.run(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in text opcodes, which are refused anyway
+            for opcode, argument, _ in pickletools.genops(stream):
+                machine.run(opcode.name, argument)
     except (IndexError, KeyError, TypeError, AttributeError):
         raise ValueError("it is no pickle of simple data") from None
     except (RecursionError, OverflowError, UnicodeDecodeError) as error:
