@@ -23,7 +23,7 @@ ALLOWED = {
     "telemetry": {"ops", *BASE},
     "governor": {"snapshot", "telemetry", "ops", "_extension", "_moved", *BASE},
     "tasks": {"nn", *BASE},
-    "train": {"tasks", "nn", "governor", "ops", *BASE},
+    "train": {"tasks", "nn", "governor", "snapshot", "ops", *BASE},
     "runs": {"train", "tasks", "nn", "governor", "_backend", *BASE},
     "chaos": {"train", "tasks", "nn", "governor", "ops", *BASE},
 }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tolaria.nn.model import MorphogeneticModel
+from tolaria.train.step import StepHooks
 
 _SPIKE, _SPIKE_STEPS = 1000.0, 2  # one alone is shrugged off: a governor waits for a second anomaly in a row
 
@@ -33,6 +35,54 @@ class Fault(Protocol):
     def after_backward(self, model: nn.Module) -> None:
         """The gradients are complete."""
         ...
+
+
+class FaultHooks(StepHooks):
+    """Between a step and the faults that strike in it.
+
+    Args:
+        faults: what goes wrong.
+        model: what they meddle with.
+        optimizer: whose learning rate is told.
+        begin: called before each step; says its number, counting from 1.
+        end: called after each step with its loss and the rate of its first parameter group.
+    """
+
+    def __init__(
+        self,
+        faults: Sequence[Fault],
+        model: nn.Module,
+        optimizer: Optimizer,
+        begin: Callable[[], int],
+        end: Callable[[Tensor, float], None],
+    ) -> None:
+        self._faults, self._model, self._optimizer = list(faults), model, optimizer
+        self._begin, self._end = begin, end
+        self._now: list[Fault] = []
+        self._lr = 0.0
+
+    def before_forward(self) -> None:
+        """Find out what strikes, and let it."""
+        step = self._begin()
+        self._now = [fault for fault in self._faults if fault.strikes(step)]
+        self._lr = float(self._optimizer.param_groups[0]["lr"])
+        for fault in self._now:
+            fault.before_forward(self._model)
+
+    def on_loss(self, loss: Tensor) -> Tensor:
+        """The loss, as the faults want it."""
+        for fault in self._now:
+            loss = fault.on_loss(loss)
+        return loss
+
+    def after_backward(self) -> None:
+        """Let the faults have the gradients."""
+        for fault in self._now:
+            fault.after_backward(self._model)
+
+    def after_step(self, loss: Tensor) -> None:
+        """The step is over."""
+        self._end(loss, self._lr)
 
 
 def _nothing(_: nn.Module) -> None:

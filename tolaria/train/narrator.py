@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from tolaria.errors import TrainingDivergedError
 from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.slot import SeedSlot
 from tolaria.tasks.data import Batch, TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings
+from tolaria.train.bookmark import Bookmark, Resumption
 from tolaria.train.epochs import train_epoch_blended, train_epoch_incubator_mode, train_epoch_normal
-from tolaria.train.faults import Fault
+from tolaria.train.faults import Fault, FaultHooks
 from tolaria.train.interrupt import Interrupts
 from tolaria.train.observers import (
     GrowthObserver,
@@ -31,61 +30,11 @@ from tolaria.train.observers import (
     StoryContext,
     ValidationRecord,
 )
-from tolaria.train.step import StepHooks
+from tolaria.train.trained import Trained
 from tolaria.train.validate import Metrics, validate_and_get_metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tolaria.governor import GovernorConfig, GovernorEvent, TolariaGovernor
-
-_LR_FLOOR = 0.01  # the cosine ends at this share of the peak
-
-
-def governor_config_for(task: TaskSpec, *, strict: bool = False, **changes: Any) -> GovernorConfig:  # noqa: ANN401
-    """The governor's settings for a task.
-
-    Args:
-        task: whose random-guess loss counts.
-        strict: start from :meth:`GovernorConfig.strict` instead of the defaults.
-        **changes: fields that are to differ.
-
-    Raises:
-        ConfigError: a field is out of range.  TypeError: there is no such field.
-    """
-    from tolaria.governor import GovernorConfig
-
-    # Chance has two faces where classes are not equally likely: the frequencies, and the uniform guess above.
-    if task.guess_loss < 0.95 * math.log(task.num_classes):
-        changes.setdefault("lobotomy_band", (0.95, math.inf))
-    return GovernorConfig.strict(task.guess_loss, **changes) if strict else GovernorConfig(**changes)
-
-
-class _Hooks(StepHooks):
-    """Between a step and those who look on or meddle."""
-
-    def __init__(self, story: Narrator) -> None:
-        self.story = story
-        self._now: list[Fault] = []
-        self._lr = 0.0
-
-    def before_forward(self) -> None:
-        self._now = [fault for fault in self.story.faults if fault.strikes(self.story.step + 1)]
-        self._lr = float(self.story.host_optimizer.param_groups[0]["lr"])
-        for fault in self._now:
-            fault.before_forward(self.story.model)
-
-    def on_loss(self, loss: Tensor) -> Tensor:
-        for fault in self._now:
-            loss = fault.on_loss(loss)
-        return loss
-
-    def after_backward(self) -> None:
-        for fault in self._now:
-            fault.after_backward(self.story.model)
-
-    def after_step(self, loss: Tensor) -> None:
-        self.story.after_step(loss, self._lr)
+    from tolaria.governor import TolariaGovernor
 
 
 class Narrator:
@@ -118,64 +67,74 @@ class Narrator:
         amp_dtype: torch.dtype | None,
     ) -> None:
         self.spec, self.settings, self.model, self.data, self.device = spec, settings, model, data, device
-        self.observers, self.faults, self.amp_dtype, self.rng_seed = (
-            list(observers),
-            list(faults),
-            amp_dtype,
-            rng_seed,
-        )
+        self.observers, self.amp_dtype, self.rng_seed = list(observers), amp_dtype, rng_seed
         self.slot: SeedSlot = model.slot(slot)
+        self.trained = Trained(model, self.slot, settings, data, device, amp_dtype)
         self.result = GrowthResult(spec.name, settings, model, slot)
         self.criterion = spec.criterion()
-        self.host_optimizer = AdamW(
-            model.host_parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
-        self.host_scheduler = self._scheduler(self.host_optimizer, start=0)
-        self.seed_optimizer: Optimizer | None = None
-        self.seed_scheduler: LambdaLR | None = None
-        self.scaler = GradScaler("cuda") if amp_dtype is torch.float16 and device.type == "cuda" else None
-        self.governor: TolariaGovernor | None = None
-        self.stream = _forever(data)
-        self.hooks = _Hooks(self)
+        self.hooks = FaultHooks(faults, model, self.trained.host_optimizer, self.begin_step, self.after_step)
         self.interrupts = Interrupts()
-        self.phase = "host"
+        self._past_events: Sequence[Mapping[str, Any]] = ()
+        self.phase = ""
+        self.phase_start, self.phase_end = 0, 0
         self.needs_seed = False
+        self.germinations, self.seed_start = 0, 0
+        self.before: Metrics | None = None
         self.step = 0
+        self.is_stepping = False
+        self._began = self._phase_began = time.perf_counter()
 
-    def attach_governor(
-        self, config: GovernorConfig | None, sinks: Sequence[Callable[[GovernorEvent], object]]
-    ) -> None:
-        """Put a governor over model, optimizer, scheduler and scaler."""
-        from tolaria.governor import TolariaGovernor
+    @property
+    def governor(self) -> TolariaGovernor | None:
+        """The governor, if there is one."""
+        return self.trained.governor
 
-        self.governor = TolariaGovernor(
-            self.model,
-            [self.host_optimizer],
-            config=config if config is not None else governor_config_for(self.spec),
-            random_guess_loss=self.spec.guess_loss,
-            schedulers=[self.host_scheduler],
-            scaler=self.scaler,
-            sinks=list(sinks),
-        )
+    # ------------------------------------------------------------------ where it stands
 
-    def _scheduler(self, optimizer: Optimizer, start: int) -> LambdaLR:
-        """Warm-up, then a cosine that ends with the story."""
-        total, warmup = self.settings.total_steps, self.settings.warmup_steps
+    def bookmark(self) -> Bookmark:
+        """The place of now; within a step, when the governor captures, that of its end."""
+        result, now = self.result, time.perf_counter()
+        return Bookmark(
+            step=self.step + self.is_stepping, phase=self.phase, phase_start=self.phase_start,
+            phase_end=self.phase_end, phase_seconds=now - self._phase_began, seconds=now - self._began,
+            needs_seed=self.needs_seed, germinations=self.germinations, seed_start=self.seed_start,
+            outcome=result.outcome, resumed_at=list(result.resumed_at), validations=len(result.validations),
+            before=self.before, host_test=result.host_test, phases=list(result.phases),
+            seeds=list(result.seeds), slot=self.slot.structure(),
+            stream=self.slot.rollback_state()["stream"],  # type: ignore[arg-type]
+            data=self.trained.stream.place(),
+        )  # fmt: skip
 
-        def factor(step: int) -> float:
-            cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, (start + step) / total)))
-            return min(1.0, (step + 1) / (warmup + 1)) * (_LR_FLOOR + (1.0 - _LR_FLOOR) * cosine)
+    def go_to(self, resumption: Resumption) -> None:
+        """Go on from a saved place, with what was made anew as then; a governor is attached afterwards.
 
-        return LambdaLR(optimizer, factor)
+        Raises:
+            SnapshotError: the saved state does not fit.
+        """
+        mark, result, now = resumption.bookmark, self.result, time.perf_counter()
+        self.trained.load(resumption.state, mark)
+        self._past_events = resumption.events
+        self.step, self.phase = mark.step, mark.phase
+        self.phase_start, self.phase_end, self.needs_seed = mark.phase_start, mark.phase_end, mark.needs_seed
+        self.germinations, self.seed_start, self.before = mark.germinations, mark.seed_start, mark.before
+        self._began, self._phase_began = now - mark.seconds, now - mark.phase_seconds
+        result.outcome, result.host_test = mark.outcome, mark.host_test
+        result.resumed_at = [*mark.resumed_at, mark.step]
+        result.phases, result.seeds = list(mark.phases), list(mark.seeds)
+        result.validations = list(resumption.validations)
+
+    def save(self, folder: Path) -> Future[Path]:
+        """Write a state to go on from; see :meth:`Trained.save`."""
+        return self.trained.save(folder, self.bookmark)
 
     # ------------------------------------------------------------------ the story
 
     def tell(self) -> GrowthResult:
-        """Run every phase."""
-        began = time.perf_counter()
+        """Run every phase; the rest of them, of a story that is resumed."""
         context = StoryContext(
             task=self.spec, settings=self.settings, model=self.model, governor=self.governor,
             slot=self.slot.name, blueprint=self.settings.blueprint, total_steps=self.settings.total_steps,
+            save=self.save, first_step=self.step, past_events=self._past_events,
         )  # fmt: skip
         with self.interrupts:
             for observer in self.observers:
@@ -190,7 +149,7 @@ class Narrator:
             if self.result.interrupted:
                 for observer in self.observers:
                     observer.on_interrupt(self.step)
-            self._finish(began)
+            self._finish()
         if self.result.error is not None:
             raise self.result.error
         if self.interrupts.count and not self.result.interrupted:
@@ -198,137 +157,164 @@ class Narrator:
         return self.result
 
     def _phases(self) -> None:
-        settings, result = self.settings, self.result
-        self._run("host", settings.host_steps)
-        result.host_test = self._metrics(on_test=True)
-        for _ in range(settings.max_germinations):
-            too_late = self._left < settings.incubate_steps + settings.blend_steps
-            if too_late or result.outcome in ("fossilized", "culled"):
+        if not self.phase:
+            self._enter("host", self.settings.host_steps)
+        self._tell_phase()
+        while True:
+            self._run()
+            if self.phase == "host":
+                self.result.host_test = self._metrics(on_test=True)
+            elif self.phase == "finish" and not self._left:
                 break
-            self._try_seed()
-            if result.outcome == "fossilized":
-                self._run("finish", self._left)
-        if self._left or result.phases[-1].phase != "finish":
-            self._run("finish", self._left)
-        result.test = self._metrics(on_test=True)
+            self._turn()
+            self._tell_phase()
+        self.result.test = self._metrics(on_test=True)
 
     @property
     def _left(self) -> int:
         """Steps that the story still has."""
         return self.settings.total_steps - self.step
 
-    def _try_seed(self) -> None:
-        """Germinate, incubate, blend; then keep the seed or take it out."""
-        settings = self.settings
-        before = self._metrics()
-        self._germinate()
-        self.slot.start_training()
-        self._tell_seed("learns from detached features")
-        self._run("incubate", settings.incubate_steps)
-        if not self._is_dropped():
-            before = self._metrics() if settings.incubate_steps else before
-            self.slot.start_blending(settings.blend_steps, settings.alpha_kind)
-            self._tell_seed("alpha rises")
-            self._run("blend", settings.blend_steps)
-        if self._is_dropped():
-            return
-        after = self._metrics()
-        with self.slot.bypassed():
-            without = self._metrics()
-        gain, share = before.val_loss - after.val_loss, without.val_loss - after.val_loss
-        figures = f"validation loss {before.val_loss:.4f} -> {after.val_loss:.4f}"
-        figures += f" ({without.val_loss:.4f} without it)"
-        if gain >= settings.min_gain * before.val_loss and share > 0:
-            self.slot.fossilize()
-            self.result.outcome = "fossilized"
-            if self.governor is not None:  # soon a rollback no longer takes the seed away
-                self.governor.snapshot()
-            self._tell_seed(f"earned its place: {figures}")
+    def _turn(self) -> None:
+        """Enter the phase that follows the one that is over."""
+        if self.phase == "incubate" and not self._is_dropped():
+            self._blend()
+        elif self.phase == "blend" and not self._is_dropped():
+            self._judge_seed()
         else:
-            self.slot.cull()
-            self._release_seed("culled", f"did not earn its place: {figures}")
+            self._move_on()
 
-    def _germinate(self) -> None:
+    def _move_on(self) -> None:
+        if self._may_germinate():
+            self._incubate()
+        else:
+            self._enter("finish", self._left)
+
+    def _may_germinate(self) -> bool:
         settings = self.settings
+        is_settled = self.result.outcome in ("fossilized", "culled")
+        fits = self._left >= settings.incubate_steps + settings.blend_steps
+        return fits and not is_settled and self.germinations < settings.max_germinations
+
+    def _incubate(self) -> None:
+        settings = self.settings
+        self.before = self._metrics()
         self.model.germinate(
             self.slot.name,
             settings.blueprint,
             rng_seed=self.rng_seed * 1000 + self.slot.generation,
             options=settings.blueprint_options,
         )
-        self.seed_optimizer = AdamW(
-            self.model.seed_parameters(self.slot.name),
-            lr=settings.seed_lr,
-            weight_decay=settings.weight_decay,
-        )
-        self.seed_scheduler = self._scheduler(self.seed_optimizer, start=self.step)
-        if self.governor is not None:
-            self.governor.add_optimizer(self.seed_optimizer)
-            self.governor.add_scheduler(self.seed_scheduler)
-            self.governor.notify_structure_changed()
+        self.germinations, self.seed_start = self.germinations + 1, self.step
+        self.trained.train_seed(self.step)
         birth = "the identity" if self.slot.born_as_identity else "not the identity"
         self._tell_seed(f"grafted, {birth} at birth")
+        self.slot.start_training()
+        self._tell_seed("learns from detached features")
+        self._enter("incubate", settings.incubate_steps)
+
+    def _blend(self) -> None:
+        settings = self.settings
+        if settings.incubate_steps:
+            self.before = self._metrics()
+        self.slot.start_blending(settings.blend_steps, settings.alpha_kind)
+        self._tell_seed("alpha rises")
+        self._enter("blend", settings.blend_steps)
+
+    def _judge_seed(self) -> None:
+        """Keep the seed that was blended in, or take it out."""
+        assert self.before is not None, "it was measured when the seed was grafted"
+        before, after = self.before.val_loss, self._metrics().val_loss
+        with self.slot.bypassed():
+            without = self._metrics().val_loss
+        figures = f"validation loss {before:.4f} -> {after:.4f} ({without:.4f} without it)"
+        if before - after >= self.settings.min_gain * before and without - after > 0:
+            self.slot.fossilize()
+            self.result.outcome = "fossilized"
+            self._tell_seed(f"earned its place: {figures}")
+            self._enter("finish", self._left)
+            if self.governor is not None:  # soon a rollback no longer takes the seed away
+                self.governor.snapshot()
+        else:
+            self.slot.cull()
+            self._release_seed("culled", f"did not earn its place: {figures}")
+            self._move_on()
 
     def _is_dropped(self) -> bool:
         """Whether the phase began with a seed that a rollback has taken since."""
         return self.needs_seed and self.slot.seed is None
 
     def _release_seed(self, outcome: str, reason: str) -> None:
-        """The seed is gone: so are its optimizer and scheduler."""
-        if self.governor is not None and self.seed_optimizer is not None:
-            self.governor.remove_optimizer(self.seed_optimizer)
-            self.governor.notify_structure_changed()
-        self.seed_optimizer, self.seed_scheduler = None, None
+        """The seed is gone."""
+        self.trained.release_seed()
         self.result.outcome = outcome
         self._tell_seed(reason)
 
     # ------------------------------------------------------------------ running
 
-    def _run(self, phase: str, steps: int) -> None:
-        """One phase, in pieces between looks at the validation data."""
-        self.phase = phase
-        start, began = self.step, time.perf_counter()
-        for observer in self.observers:
-            observer.on_phase_start(phase, start)
-        goal, every = start + steps, self.settings.validate_every
+    def _enter(self, phase: str, steps: int) -> None:
+        self.phase, self.phase_start, self.phase_end = phase, self.step, self.step + steps
         self.needs_seed = self.slot.seed is not None
-        while self.step < goal and not self._is_dropped():
-            self._train(min(goal, (self.step // every + 1) * every) - self.step)
+        self._phase_began = time.perf_counter()
+
+    def _tell_phase(self) -> None:
+        for observer in self.observers:
+            observer.on_phase_start(self.phase, self.phase_start)
+
+    def _run(self) -> None:
+        """The rest of a phase, in pieces between looks at the validation data."""
+        every = self.settings.validate_every
+        if self._is_look_due():
+            self._validate()
+        while self.step < self.phase_end and not self._is_dropped():
+            self._train(min(self.phase_end, (self.step // every + 1) * every) - self.step)
             self._validate()
         record = PhaseRecord(
-            phase=phase, start_step=start, end_step=self.step, seconds=time.perf_counter() - began
-        )
+            phase=self.phase, start_step=self.phase_start, end_step=self.step,
+            seconds=time.perf_counter() - self._phase_began,
+        )  # fmt: skip
         self.result.phases.append(record)
         for observer in self.observers:
             observer.on_phase_end(record)
         if self._is_dropped():
             self._release_seed("dropped", "a rollback returned to a state without it")
 
+    def _is_look_due(self) -> bool:
+        """Whether the run was resumed between the last step of a piece and the look after it."""
+        looks = self.result.validations
+        is_end = self.step == self.phase_end or self.step % self.settings.validate_every == 0
+        return is_end and self.step > self.phase_start and not (looks and looks[-1].step == self.step)
+
     def _train(self, steps: int) -> None:
         settings = self.settings
-        batches: Iterator[Batch] = itertools.islice(self.stream, steps * settings.accumulation_steps)
-        schedulers = [s for s in (self.host_scheduler, self.seed_scheduler) if s is not None]
+        batches: Iterator[Batch] = itertools.islice(self.trained.stream, steps * settings.accumulation_steps)
+        trained, schedulers = self.trained, self.trained.schedulers
         if self.needs_seed:
             batches = itertools.takewhile(lambda _: not self._is_dropped(), batches)
-        if self.seed_optimizer is None:
+        if trained.seed_optimizer is None:
             train_epoch_normal(
-                self.model, batches, self.criterion, self.host_optimizer, self.device, self.spec.task_type,
+                self.model, batches, self.criterion, trained.host_optimizer, self.device, self.spec.task_type,
                 governor=self.governor, accumulation_steps=settings.accumulation_steps,
-                max_grad_norm=settings.max_grad_norm, amp_dtype=self.amp_dtype, scaler=self.scaler,
+                max_grad_norm=settings.max_grad_norm, amp_dtype=self.amp_dtype, scaler=trained.scaler,
                 schedulers=schedulers, hooks=self.hooks,
             )  # fmt: skip
             return
         loop = train_epoch_incubator_mode if self.phase == "incubate" else train_epoch_blended
         loop(
-            self.model, batches, self.criterion, self.host_optimizer, self.seed_optimizer, self.device,
+            self.model, batches, self.criterion, trained.host_optimizer, trained.seed_optimizer, self.device,
             self.spec.task_type, governor=self.governor, accumulation_steps=settings.accumulation_steps,
             max_grad_norm=settings.max_grad_norm, seed_max_grad_norm=settings.seed_max_grad_norm,
-            amp_dtype=self.amp_dtype, scaler=self.scaler, schedulers=schedulers, hooks=self.hooks,
+            amp_dtype=self.amp_dtype, scaler=trained.scaler, schedulers=schedulers, hooks=self.hooks,
         )  # fmt: skip
+
+    def begin_step(self) -> int:
+        """Called by the hooks; returns the number of the step."""
+        self.is_stepping = True
+        return self.step + 1
 
     def after_step(self, loss: Tensor, lr: float) -> None:
         """Called by the hooks: count, and tell."""
-        self.step += 1
+        self.step, self.is_stepping = self.step + 1, False
         record = StepRecord(
             step=self.step, phase=self.phase, loss=loss, alpha=self.slot.alpha, stage=self.slot.stage, lr=lr
         )
@@ -376,18 +362,12 @@ class Narrator:
         for observer in self.observers:
             observer.on_events(events)
 
-    def _finish(self, began: float) -> None:
+    def _finish(self) -> None:
         result = self.result
         if self.governor is not None:
             result.rollbacks = self.governor.rollback_count
             self._tell_last_events(self.governor)
             self.governor.close()
-        result.steps, result.seconds = self.step, time.perf_counter() - began
+        result.steps, result.seconds = self.step, time.perf_counter() - self._began
         for observer in self.observers:
             observer.on_finish(result)
-
-
-def _forever(data: TaskData) -> Iterator[Batch]:
-    """Epoch after epoch."""
-    while True:
-        yield from data.train

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -36,6 +38,13 @@ class StoryContext:
     """What will be grafted."""
     total_steps: int
     """Optimizer steps of the whole story."""
+    save: Callable[[Path], Future[Path]]
+    """Writes a state to go on from to a folder of snapshots: the governor's last known good one, beside
+    training; without a governor the one of now, which has to be between two steps."""
+    first_step: int = 0
+    """Steps that were taken before: the run is resumed."""
+    past_events: Sequence[Mapping[str, Any]] = ()
+    """What the governor and others had said by then, as ``events.jsonl`` holds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +128,8 @@ class GrowthResult:
     """Wall time, validation included."""
     interrupted: bool = False
     """Ctrl-C cut the run short."""
+    resumed_at: list[int] = field(default_factory=list)
+    """Steps after which the run was resumed."""
     error: TrainingDivergedError | None = None
     """Why the run ended early, if it diverged."""
     rollbacks: int = 0

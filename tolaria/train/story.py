@@ -14,9 +14,11 @@ from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.tasks.data import TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings, create_model, get_task
+from tolaria.train.bookmark import Bookmarker, Resumption
 from tolaria.train.faults import Fault, InjectedFault
-from tolaria.train.narrator import Narrator, governor_config_for
+from tolaria.train.narrator import Narrator
 from tolaria.train.observers import GrowthObserver, GrowthResult
+from tolaria.train.trained import governor_config_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +43,7 @@ def grow(
     observers: Sequence[GrowthObserver] = (),
     faults: Sequence[Fault] = (),
     amp_dtype: torch.dtype | None = None,
+    resumption: Resumption | None = None,
     **changes: object,
 ) -> GrowthResult:
     """Train a host, graft a seed, let it learn, blend it in, and keep it if it earns its place.
@@ -60,6 +63,8 @@ def grow(
         observers: told what happens; see :class:`GrowthObserver`.
         faults: things to break on purpose; see :func:`tolaria.train.faults.parse_fault`.
         amp_dtype: train under autocast with this dtype (float16 on CUDA with a GradScaler).
+        resumption: a state to go on from that an observer had saved by :attr:`StoryContext.save`; all other
+            arguments are to be those of then. See :func:`tolaria.runs.resume_task`.
         **changes: fields of :class:`TrainSettings` to change: ``lr=1e-3``, ``blueprint="depthwise"``.
 
     Returns:
@@ -68,6 +73,7 @@ def grow(
     Raises:
         ValueError: a bad argument (unknown task, slot, blueprint or setting).
         RuntimeError: the device is not there.
+        SnapshotError: what is to be resumed does not fit the other arguments.
         TrainingDivergedError: rollbacks came too often; observers have been given the result before it is
             raised.
         KeyboardInterrupt: Ctrl-C came when training was over; here, too, observers have the result already.
@@ -85,8 +91,12 @@ def grow(
             batch_size=chosen.batch_size, rng_seed=rng_seed, data_dir=data_dir
         )  # fmt: skip
         story = Narrator(spec, chosen, network, slot, material, where, rng_seed, observers, faults, amp_dtype)
+        if resumption is not None:
+            story.go_to(resumption)
         if use_governor:
-            story.attach_governor(governor_config, sinks)
+            story.trained.attach_governor(spec, governor_config, sinks, Bookmarker(story.bookmark))
+        if resumption is not None:
+            story.trained.go_on(resumption.state)
         return story.tell()
 
 

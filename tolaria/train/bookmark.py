@@ -1,0 +1,120 @@
+"""Where a story stands: beside model, optimizers and governor all that it needs to go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from tolaria.errors import SnapshotError
+from tolaria.nn.stage import SeedStage
+from tolaria.train.observers import PhaseRecord, SeedRecord, ValidationRecord
+from tolaria.train.validate import Metrics
+
+EXTRA = "story"
+"""The name under which a saved state holds a bookmark, among its ``extras``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bookmark:
+    """A place in a story."""
+
+    step: int
+    """Steps taken."""
+    phase: str
+    """The phase under way."""
+    phase_start: int
+    """Steps taken before it."""
+    phase_end: int
+    """Steps taken when it will be over."""
+    phase_seconds: float
+    """Wall time of the phase so far."""
+    seconds: float
+    """Wall time of the run so far."""
+    needs_seed: bool
+    """Whether the phase began with a seed."""
+    germinations: int
+    """Seeds grafted so far."""
+    seed_start: int
+    """Steps taken before the last seed was grafted."""
+    outcome: str
+    """As in :class:`GrowthResult`."""
+    resumed_at: list[int]
+    """Steps after which the run was resumed before."""
+    validations: int
+    """Looks at the validation data so far."""
+    before: Metrics | None
+    """What the seed is measured by."""
+    host_test: Metrics | None
+    """As in :class:`GrowthResult`."""
+    phases: list[PhaseRecord]
+    """Phases that are over."""
+    seeds: list[SeedRecord]
+    """What happened to seeds so far."""
+    slot: dict[str, Any]
+    """For :meth:`SeedSlot.load_structure`."""
+    stream: dict[str, Any] | None
+    """Where the random numbers of the seed stand."""
+    data: dict[str, Any]
+    """For :meth:`BatchStream.go_to`."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values and tensors, for :meth:`from_plain`."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name in ("before", "host_test"):
+            values[name] = None if values[name] is None else values[name]._asdict()
+        values["phases"] = [asdict(phase) for phase in self.phases]
+        values["seeds"] = [{**asdict(seed), "stage": seed.stage.name} for seed in self.seeds]
+        return values
+
+    @classmethod
+    def from_plain(cls, saved: Mapping[str, Any]) -> Bookmark:
+        """What :meth:`to_plain` was called of.
+
+        Raises:
+            SnapshotError: it is something else.
+        """
+        try:
+            values = dict(saved)
+            for name in ("before", "host_test"):
+                values[name] = None if values[name] is None else Metrics(**values[name])
+            values["phases"] = [PhaseRecord(**phase) for phase in values["phases"]]
+            values["seeds"] = [
+                SeedRecord(**{**seed, "stage": SeedStage[seed["stage"]]}) for seed in values["seeds"]
+            ]
+            return cls(**values)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise SnapshotError(
+                f"expected the place of a run of this version, got another: {error!r}"
+            ) from error
+
+
+class Bookmarker:
+    """Among a governor's extras: each capture holds the place of the story at that moment.
+
+    A rollback leaves the story where it is, since steps that were lost are not counted again.
+    """
+
+    def __init__(self, say: Callable[[], Bookmark]) -> None:
+        self._say = say
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of now."""
+        return self._say().to_plain()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing: see above."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """A saved state to go on from, and what the run has said before it."""
+
+    state: Mapping[str, Any]
+    """What :func:`tolaria.load_snapshot` read."""
+    bookmark: Bookmark
+    """The place in the story."""
+    validations: Sequence[ValidationRecord]
+    """Every look at the validation data up to there."""
+    events: Sequence[Mapping[str, Any]]
+    """The lines of ``events.jsonl`` up to there."""
