@@ -3,6 +3,7 @@
 from tolaria.runs.folder import RunFolder
 from tolaria.runs.plot import plot_run
 from tolaria.runs.record import read_lines
+from tolaria.runs.resume import resume_task
 from tolaria.runs.run import cpu_threads, default_folder, run_task
 from tolaria.runs.storage import load_model, save_model
 
@@ -13,6 +14,7 @@ __all__ = [
     "load_model",
     "plot_run",
     "read_lines",
+    "resume_task",
     "run_task",
     "save_model",
 ]

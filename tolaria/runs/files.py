@@ -97,18 +97,24 @@ class FolderLock:
 
     A file ``.lock`` in the folder says who has it; the lock itself is the system's (``flock``), so that one
     that a killed process left behind is taken over.
+
+    Args:
+        folder: must exist when it is claimed.
+        argument: how errors call it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK
+    def __init__(self, folder: Path, argument: str = "out") -> None:
+        self._path, self._argument = folder / LOCK, argument
         self._handle: int | None = None
 
     def acquire(self) -> None:
-        """Claim the folder.
+        """Claim the folder, unless that is done.
 
         Raises:
             FolderInUseError: another run has it, and is named.
         """
+        if self._handle is not None:
+            return
         for _ in range(_PATIENCE):
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             if not _try_lock(handle):
@@ -157,8 +163,8 @@ class FolderLock:
         except OSError:
             owner = "another process"
         return FolderInUseError(
-            f"out: expected a folder that no other run writes to, got {self._path.parent}, which {owner} "
-            "is writing to; name another folder, or wait until that run is over"
+            f"{self._argument}: expected a folder that no other run writes to, got {self._path.parent}, "
+            f"which {owner} is writing to; name another folder, or wait until that run is over"
         )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -14,7 +16,9 @@ import torch
 
 import tolaria
 from tolaria._optional import require
+from tolaria.governor import PromotionEvent
 from tolaria.runs.files import LOCK, FolderLock, write_whole
+from tolaria.runs.past import CONFIG, EVENTS, METRICS, SNAPSHOTS, SUMMARY, Past, read_config, remove_snapshots
 from tolaria.runs.plot import plot_run
 from tolaria.runs.storage import MODEL_FILES, save_model
 from tolaria.train.faults import Fault
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
     from tolaria.train.story import GrowthResult
 
 _FETCH_EVERY = 50  # steps between transfers of losses from the device
-_SUMMARY = "summary.json"
-_FILES = (_SUMMARY, *MODEL_FILES, "run.png", "metrics.jsonl", "events.jsonl", "config.json")
+_RESULTS = (SUMMARY, *MODEL_FILES, "run.png")
+_FILES = (*_RESULTS, METRICS, EVENTS, CONFIG)
 """What a run leaves, in the order in which a new run removes it: without a summary it is no finished run."""
 
 
@@ -46,7 +50,8 @@ class RunFolder(GrowthObserver):
     ``config.json`` (before the first step), ``metrics.jsonl`` (a line per step, validation and phase),
     ``events.jsonl`` (what the governor said, what happened to the seed, what was broken on purpose),
     ``model.safetensors`` and ``model.json`` (see :func:`tolaria.runs.load_model`), ``summary.json``,
-    ``run.png``.
+    ``run.png``. Until the run has ended as planned, also ``snapshots``: states to go on from, written at the
+    start and whenever the governor has a new last known good one; without a governor, at each validation.
 
     Args:
         path: created with its parents; must be empty if it exists.
@@ -54,10 +59,12 @@ class RunFolder(GrowthObserver):
         plot: whether to draw ``run.png`` at the end.
         config: what ``config.json`` says beside task, settings and governor.
         faults: those that the run breaks on purpose, for ``events.jsonl``.
+        resume: go on with the run in ``path``, whose other settings stay what they are.
 
     Raises:
         ValueError: the folder holds files already, or is a file.
         FolderInUseError: another run writes to it at this moment (also a ValueError).
+        SnapshotError: there is no state to go on from, or it is damaged.
         MissingDependencyError: matplotlib or safetensors is not installed.
     """
 
@@ -69,6 +76,7 @@ class RunFolder(GrowthObserver):
         plot: bool = True,
         config: Mapping[str, object] | None = None,
         faults: Sequence[Fault] = (),
+        resume: bool = False,
     ) -> None:
         require("safetensors.torch", feature="a run folder", package="safetensors", extra="train")
         if plot:
@@ -76,33 +84,69 @@ class RunFolder(GrowthObserver):
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out: expected a folder, got the file {self.path}")
-        self._lock = FolderLock(self.path)
+        self._lock = FolderLock(self.path, "resume" if resume else "out")
         self._lock.check()
         self._overwrite = overwrite
-        if not overwrite:
+        if not overwrite and not resume:
             self._check_empty()
+        self.past = self._take_over() if resume else None
+        """What the run has left before, if it is resumed."""
         self._plot, self._config, self._faults = plot, dict(config or {}), list(faults)
         self._pending: list[tuple[StepRecord, torch.Tensor]] = []
         self._metrics: IO[str] | None = None
         self._events: IO[str] | None = None
+        self._is_governed = False
+        self._save: Callable[[Path], Future[Path]] | None = None
+        self._saving: Future[Path] | None = None
         self.summary: dict[str, Any] = {}
         """What ``summary.json`` says, once the run is over."""
 
     def on_start(self, context: StoryContext) -> None:
-        """Create the folder and its files."""
+        """Create the folder and its files, or go on with those of the run that is resumed."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-            if not self._overwrite:
-                self._check_empty()  # once more: now nobody else can change it
-            for name in _FILES:
-                (self.path / name).unlink(missing_ok=True)
-            self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
-            self._events = (self.path / "events.jsonl").open("w", encoding="utf-8")
+            self._open()
         except OSError as error:
             raise ValueError(
                 f"out: expected a folder that can be written, got {self.path}: {error}"
             ) from error
+        self._is_governed, self._save = context.governor is not None, context.save
+        if self.past is None:
+            self._write_config(context)
+            self._save_state()
+        elif not self._is_governed:  # else the governor tells it
+            self._event({"kind": "resume", "step": context.first_step})
+
+    def _open(self) -> None:
+        """Claim the folder, remove what is to be written anew, open the record."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        if self.past is not None:
+            self.past.cut_record()
+        elif not self._overwrite:
+            self._check_empty()  # once more: now nobody else can change it
+        else:
+            remove_snapshots(self.path)
+        for name in _FILES if self.past is None else _RESULTS:
+            (self.path / name).unlink(missing_ok=True)
+        self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
+        self._events = (self.path / EVENTS).open("a", encoding="utf-8")
+
+    def _take_over(self) -> Past:
+        """Claim the folder of a run, and look at what it has left."""
+        read_config(self.path)  # before anything is written to what may be no run
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            raise ValueError(
+                f"resume: expected a folder that can be written, got {self.path}: {error}"
+            ) from error
+        try:
+            return Past(self.path)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _write_config(self, context: StoryContext) -> None:
         governor = context.governor
         config = {
             "task": context.task.name,
@@ -118,7 +162,7 @@ class RunFolder(GrowthObserver):
             },
             **self._config,
         }  # fmt: skip
-        self._write_json("config.json", config)
+        self._write_json(CONFIG, config)
 
     def on_step(self, record: StepRecord) -> None:
         """Keep the step; every now and then fetch the losses of many in one transfer."""
@@ -134,6 +178,8 @@ class RunFolder(GrowthObserver):
         """Write what the governor said."""
         for event in events:
             self._event(event.as_dict())
+        if any(isinstance(event, PromotionEvent) for event in events):
+            self._save_state()
 
     def on_seed(self, record: SeedRecord) -> None:
         """Write what happened to the seed."""
@@ -144,6 +190,8 @@ class RunFolder(GrowthObserver):
         self._flush()
         figures = record.metrics._asdict()
         self._line({"kind": "validation", "step": record.step, "phase": record.phase, **figures})
+        if not self._is_governed:
+            self._save_state()
 
     def on_phase_end(self, record: PhaseRecord) -> None:
         """Write which steps the phase took."""
@@ -155,12 +203,35 @@ class RunFolder(GrowthObserver):
         """Close the files, save the model, draw the picture."""
         self._flush()
         self._close_files()
+        self._end_saving()
         self.summary = {"out": str(self.path), **summarize(result)}
-        self._write_json(_SUMMARY, self.summary)
+        self._write_json(SUMMARY, self.summary)
         save_model(result.model, self.path, task=result.task)
         if self._plot:
             plot_run(self.path)
+        if not result.interrupted and result.error is None:
+            remove_snapshots(self.path)
         self.close()
+
+    def _save_state(self) -> None:
+        """Have a state written to go on from, after its record; none while another is being written."""
+        assert self._save is not None, "on_start comes first"
+        if self._saving is not None and not self._saving.done():
+            return
+        self._end_saving()
+        self._flush()
+        self._saving = self._save(self.path / SNAPSHOTS)
+
+    def _end_saving(self) -> None:
+        """Wait for a state that is being written, and say so if that failed."""
+        saving, self._saving = self._saving, None
+        error = None if saving is None else saving.exception()
+        if error is not None:
+            warnings.warn(
+                f"{self.path / SNAPSHOTS}: a state to go on from could not be written: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         """Let others write to the folder; called at the end of :meth:`on_finish`, too."""
@@ -214,6 +285,7 @@ def summarize(result: GrowthResult) -> dict[str, Any]:
         "steps": result.steps,
         "seconds": round(result.seconds, 2),
         "interrupted": result.interrupted,
+        "resumed_at": list(result.resumed_at),
         "diverged": None if result.error is None else str(result.error),
         "rollbacks": result.rollbacks,
         "host_parameters": sum(n for key, n in parameters.items() if key not in seeds),

@@ -25,16 +25,17 @@ _TEXT = frozenset(
 def read_lines(path: str | Path) -> list[Line]:
     """The objects of a ``.jsonl`` file that a run wrote; numbers that JSON does not know are floats again."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [_thaw(json.loads(line)) for line in lines if line.strip()]
+    return [thaw(json.loads(line)) for line in lines if line.strip()]
 
 
-def _thaw(value: Any, field_name: str = "") -> Any:  # noqa: ANN401  (whatever JSON holds)
+def thaw(value: Any, field_name: str = "") -> Any:  # noqa: ANN401  (whatever JSON holds)
+    """A value that was written as JSON, with the numbers that JSON does not know as floats again."""
     if isinstance(value, str):
         return value if field_name in _TEXT else _ODD.get(value, value)
     if isinstance(value, dict):
-        return {key: _thaw(each, key) for key, each in value.items()}
+        return {key: thaw(each, key) for key, each in value.items()}
     if isinstance(value, list):
-        return [_thaw(each, field_name) for each in value]
+        return [thaw(each, field_name) for each in value]
     return value
 
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from tolaria.governor import GovernorEvent
 
 Precision = Literal["float16", "bfloat16"]
-_DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What ``amp`` may be."""
 _OF_SEEDS = (
     "seed_lr", "seed_max_grad_norm", "slot", "blueprint", "blueprint_options", "alpha_kind", "min_gain",
     "max_germinations",
@@ -95,8 +96,8 @@ def run_task(
     """
     spec = task if isinstance(task, TaskSpec) else get_task(task)
     where = validate_device(device)
-    if amp is not None and amp not in _DTYPES:
-        raise ValueError(f"amp: expected one of {', '.join(_DTYPES)} or None, got {amp!r}")
+    if amp is not None and amp not in DTYPES:
+        raise ValueError(f"amp: expected one of {', '.join(DTYPES)} or None, got {amp!r}")
     faults = [parse_fault(fault) if isinstance(fault, str) else fault for fault in inject]
     spec.check_data_dir(data_dir)
     _check_in_use(settings, grow_seed=grow_seed)
@@ -122,13 +123,20 @@ def run_task(
             overwrite=overwrite,
             plot=plot,
             faults=faults,
-            config={"device": str(where), "rng_seed": rng_seed, "backend": current_mode(), "amp": amp},
+            config={
+                "device": str(where),
+                "rng_seed": rng_seed,
+                "backend": current_mode(),
+                "amp": amp,
+                "threads": torch.get_num_threads(),
+                "data_dir": None if data_dir is None else str(Path(data_dir).absolute()),
+            },
         )
         with closing(folder):
             return grow(
                 spec, device=where, rng_seed=rng_seed, settings=chosen, data=data, use_governor=use_governor,
                 governor_config=config, sinks=sinks, observers=[folder, *observers], faults=faults,
-                amp_dtype=None if amp is None else _DTYPES[amp],
+                amp_dtype=None if amp is None else DTYPES[amp],
             )  # fmt: skip
 
 

@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tolaria.errors import SnapshotError
+from tolaria.nn.slot import SeedSlot
 from tolaria.nn.stage import SeedStage
 from tolaria.train.observers import PhaseRecord, SeedRecord, ValidationRecord
 from tolaria.train.validate import Metrics
@@ -53,6 +57,9 @@ class Bookmark:
     """What happened to seeds so far."""
     slot: dict[str, Any]
     """For :meth:`SeedSlot.load_structure`."""
+    seed: dict[str, Tensor] | None
+    """What a seed that is no fossil consists of, for :func:`load_seed`: a rollback would drop it, so that no
+    capture of a governor has it."""
     stream: dict[str, Any] | None
     """Where the random numbers of the seed stand."""
     data: dict[str, Any]
@@ -118,3 +125,31 @@ class Resumption:
     """Every look at the validation data up to there."""
     events: Sequence[Mapping[str, Any]]
     """The lines of ``events.jsonl`` up to there."""
+
+
+def seed_bytes(slot: SeedSlot) -> dict[str, Tensor] | None:
+    """The seed in ``slot`` as uint8 tensors on the CPU, if a rollback would drop it; waits for the device.
+
+    Bytes, since it is no business of a governor whether what it need not put back is finite.
+    """
+    if slot.seed is None or not slot.zero_alpha_tensors():
+        return None
+    state = slot.seed.state_dict()
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+        for name, value in state.items()
+    }
+
+
+def load_seed(slot: SeedSlot, saved: Mapping[str, Tensor]) -> None:
+    """Put what :func:`seed_bytes` said back into a seed of the same blueprint.
+
+    Raises:
+        RuntimeError: it is another.
+    """
+    assert slot.seed is not None, "it was grafted before"
+    state = slot.seed.state_dict()
+    slot.seed.load_state_dict({
+        name: value.view(state[name].dtype).view(state[name].shape) if name in state else value
+        for name, value in saved.items()
+    })  # fmt: skip

@@ -17,7 +17,7 @@ from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.slot import SeedSlot
 from tolaria.tasks.data import Batch, TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings
-from tolaria.train.bookmark import Bookmark, Resumption
+from tolaria.train.bookmark import Bookmark, Resumption, seed_bytes
 from tolaria.train.epochs import train_epoch_blended, train_epoch_incubator_mode, train_epoch_normal
 from tolaria.train.faults import Fault, FaultHooks
 from tolaria.train.interrupt import Interrupts
@@ -100,7 +100,7 @@ class Narrator:
             needs_seed=self.needs_seed, germinations=self.germinations, seed_start=self.seed_start,
             outcome=result.outcome, resumed_at=list(result.resumed_at), validations=len(result.validations),
             before=self.before, host_test=result.host_test, phases=list(result.phases),
-            seeds=list(result.seeds), slot=self.slot.structure(),
+            seeds=list(result.seeds), slot=self.slot.structure(), seed=seed_bytes(self.slot),
             stream=self.slot.rollback_state()["stream"],  # type: ignore[arg-type]
             data=self.trained.stream.place(),
         )  # fmt: skip

@@ -21,7 +21,7 @@ from tolaria.snapshot.rng import Generators
 from tolaria.snapshot.snapshot import Snapshot
 from tolaria.tasks.data import TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings
-from tolaria.train.bookmark import EXTRA, Bookmark, Bookmarker
+from tolaria.train.bookmark import EXTRA, Bookmark, Bookmarker, load_seed
 from tolaria.train.stream import BatchStream
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Trained:
             self.model.load_structure({self.slot.name: bookmark.slot})
             if self.slot.seed is not None:
                 self.train_seed(bookmark.seed_start)
-            self.model.load_state_dict(state["model"])
+            self._load_model(state["model"], bookmark)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             # Schedules of seeds that are gone lie between the host's and the one of the seed there is.
@@ -203,6 +203,24 @@ class Trained:
             raise
         except Exception as error:
             raise SnapshotError(f"the saved state does not fit this run: {error}") from error
+
+    def _load_model(self, saved: Mapping[str, Any], bookmark: Bookmark) -> None:
+        """Put the tensors back; those of a seed that is no fossil, and its alpha, come from the bookmark."""
+        slot = self.slot
+        found = self.model.load_state_dict(saved, strict=False)
+        path = next(name for name, module in self.model.named_modules() if module is slot)
+        missing = [
+            n for n in found.missing_keys if bookmark.seed is None or not n.startswith(f"{path}.seed.")
+        ]
+        if missing or found.unexpected_keys:
+            raise SnapshotError(
+                f"the saved state does not fit this run: missing {missing[:3]}, "
+                f"unknown {found.unexpected_keys[:3]}"
+            )
+        if bookmark.seed is not None:
+            load_seed(slot, bookmark.seed)
+        if slot.schedule is not None:
+            slot.schedule.load_state_dict(bookmark.slot["schedule"])
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         """Random numbers go on as they would have, and so does the governor, if there is one.
