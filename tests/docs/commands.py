@@ -173,6 +173,9 @@ KNOWN: dict[str, Known] = {
     "tolaria chaos --random 100": Known(long=True),
     "tolaria doctor": Known(),
     "tolaria train": Known(),
+    "tolaria train --resume RUN": Known(
+        skip="it needs a run that was killed; tests/runs/test_resume.py kills some"
+    ),
     "tolaria train [TASK]": Known(run="tolaria train list && tolaria train"),
     "tolaria train digits --device cuda": Known(needs=("gpu",)),
     "tolaria train digits --inject nan-loss@300 --inject spike@1700": Known(),

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tolaria._optional import require
@@ -69,6 +69,20 @@ class QuietDisplay(GrowthObserver):
     def on_start(self, context: StoryContext) -> None:
         """The run has begun: from here on an error is no longer one of the command line."""
         self.context = context
+        for event in context.past_events:
+            self._count_past(event)
+
+    def _count_past(self, event: Mapping[str, Any]) -> None:
+        """Count what a run that is resumed has said before."""
+        if event["kind"] == "capture":
+            self.captures += 1
+        elif event["kind"] == "promotion":
+            self.last_good = event["capture_step"]
+        elif event["kind"] == "rollback":
+            self.rollbacks += 1
+            self.steps_lost += event["report"]["steps_lost"]
+        elif event["kind"] == "verdict" and not event["rollback"]:
+            self.anomalies += 1
 
     def on_events(self, events: Sequence[GovernorEvent]) -> None:
         """Count."""
@@ -116,6 +130,8 @@ class QuietDisplay(GrowthObserver):
             )
         rows.append(("governor", governed))
         ended = " (interrupted)" if result.interrupted else " (diverged)" if result.error is not None else ""
+        if result.resumed_at:
+            ended += f", resumed after step {', '.join(map(str, result.resumed_at))}"
         rows.append(("steps", f"{result.steps} of {context.total_steps} in {result.seconds:.1f} s{ended}"))
         return rows
 
@@ -151,6 +167,8 @@ class PlainDisplay(QuietDisplay):
         self.say(0, f"{context.task.name}: {context.task.summary}; {context.total_steps} steps")
         if context.governor is None:
             self.say(0, "no governor watches over this run")
+        if context.first_step:
+            self.say(context.first_step, "the run goes on from here")
 
     def on_validation(self, record: ValidationRecord) -> None:
         """Figures."""
@@ -261,7 +279,7 @@ class RichDisplay(QuietDisplay):
         grid.add_column(style="dim")
         grid.add_column()
         elapsed = time.perf_counter() - self._began
-        left = elapsed / record.step * (context.total_steps - record.step)
+        left = elapsed / (record.step - context.first_step) * (context.total_steps - record.step)
         grid.add_row("step", f"{record.step} / {context.total_steps}   {elapsed:.0f} s, {left:.0f} s to go")
         grid.add_row("", self._bar(total=context.total_steps, completed=record.step, width=56))
         grid.add_row("stage", f"{record.phase}   slot {context.slot}: {record.stage.name}")

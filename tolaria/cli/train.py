@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tolaria.cli.display import QuietDisplay, choose_display, print_table
 from tolaria.errors import MissingDependencyError
-from tolaria.runs import default_folder, run_task
+from tolaria.runs import default_folder, resume_task, run_task
 from tolaria.tasks import get_task, list_tasks
 from tolaria.train import GrowthResult, list_faults
 
@@ -24,6 +24,8 @@ _GOVERNOR: dict[str, type] = {
     "snapshot_interval": int, "probation": int, "lr_factor": float, "max_rollbacks": int,
     "absolute_threshold": float, "sensitivity": float, "multiplier": float,
 }  # fmt: skip
+_DEFAULTS: dict[str, object] = {"task": "digits", "device": "cpu", "rng_seed": 0}
+_BESIDE_RESUME = ("resume", "no_plot", "quiet", "json", "command", "run")
 _HELP = {
     "batch_size": "samples in a batch",
     "lr": "peak learning rate of the host",
@@ -59,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "task",
         nargs="?",
-        default="digits",
         help=f"one of {', '.join(list_tasks())}, or list (default: digits)",
     )
     length = parser.add_argument_group("length")
@@ -72,15 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         training.add_argument(_flag(name), type=kind, metavar=_letter(kind), help=_HELP[name])
     training.add_argument("--no-grow", action="store_true", help="leave the host alone, for as many steps")
     machine = parser.add_argument_group("where and how")
-    machine.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: cpu)")
     machine.add_argument(
         "--backend", choices=("auto", "fused", "reference"), help="which implementation the ops use"
     )
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     machine.add_argument("--amp", choices=("float16", "bfloat16"), help="train under autocast")
-    machine.add_argument(
-        "--rng-seed", type=int, default=0, metavar="N", help="model, data order and seed (default: 0)"
-    )
+    machine.add_argument("--rng-seed", type=int, metavar="N", help="model, data order and seed (default: 0)")
     machine.add_argument("--data-dir", metavar="DIR", help="where a task that needs files finds them")
     governor = parser.add_argument_group("governor")
     governor.add_argument("--no-governor", action="store_true", help="nobody watches over the run")
@@ -98,6 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", help="run folder (default: a new one, runs/<task>-<time>-<process>)"
     )
     output.add_argument("--overwrite", action="store_true", help="the run folder may hold an earlier run")
+    output.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with the interrupted run in this folder, under its own settings",
+    )
     output.add_argument("--no-plot", action="store_true", help="do not draw run.png")
     output.add_argument("--quiet", action="store_true", help="only the closing line")
     output.add_argument("--json", action="store_true", help="print the summary as JSON, nothing else")
@@ -118,9 +122,10 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{name:<10} {get_task(name).summary}")
         return 0
     display = choose_display(quiet=arguments.quiet or arguments.json)
-    folder = Path(arguments.out) if arguments.out is not None else default_folder(arguments.task)
+    work = _train if arguments.resume is None else _resume
+    folder = _folder(arguments)
     try:
-        result = _train(arguments, folder, display)
+        result = work(arguments, folder, display)
     except MissingDependencyError:
         raise
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -142,6 +147,27 @@ def run(arguments: argparse.Namespace) -> int:
         display.close()
     _close(arguments, folder, display)
     return INTERRUPTED if result.interrupted else 0
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """The run folder; what was left open and is not to be resumed is as by default from here on."""
+    if arguments.resume is not None:
+        return Path(arguments.resume)
+    for name, value in _DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return Path(arguments.out) if arguments.out is not None else default_folder(arguments.task)
+
+
+def _resume(arguments: argparse.Namespace, folder: Path, display: QuietDisplay) -> GrowthResult:
+    for name, value in vars(arguments).items():
+        is_given = value is not None and value is not False and value != []
+        if is_given and name not in _BESIDE_RESUME:
+            what = "TASK" if name == "task" else _flag(name)
+            raise ValueError(
+                f"{what}: expected not to come with --resume, which goes on under the settings of the run"
+            )
+    return resume_task(folder, plot=not arguments.no_plot, observers=[display])
 
 
 def _train(arguments: argparse.Namespace, folder: Path, display: QuietDisplay) -> GrowthResult:
@@ -174,6 +200,7 @@ def _close(arguments: argparse.Namespace, folder: Path, display: QuietDisplay) -
     rows = display.rows()
     if arguments.quiet:
         said = dict(rows)
-        print(f"{arguments.task}: {said['at the end, test']}; {said['steps']}; {folder}")
+        assert display.context is not None, "there are rows, so it has begun"
+        print(f"{display.context.task.name}: {said['at the end, test']}; {said['steps']}; {folder}")
         return
     print_table([*rows, ("run folder", str(folder))])

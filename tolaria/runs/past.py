@@ -56,9 +56,9 @@ class Past:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         _check_is_not_over(folder)
-        state = load_snapshot(folder / SNAPSHOTS)
+        state = _newest_state(folder)
         if EXTRA not in state["extras"]:
-            raise SnapshotError(f"{folder / SNAPSHOTS}: expected states of a run, got others")
+            raise SnapshotError(f"resume: {folder / SNAPSHOTS}: expected states of a run, got others")
         self.bookmark = mark = Bookmark.from_plain(state["extras"][EXTRA])
         self._metrics = _lines_that(self._is_metric_before(mark), folder / METRICS)
         self._events = _lines_that(self._is_event_before(mark), folder / EVENTS)
@@ -156,6 +156,14 @@ def _check_is_not_over(folder: Path) -> None:
         f"resume: {folder}: expected a state to go on from in {SNAPSHOTS}, found none: the run ended before "
         "it had written one, or is of an earlier version; start it anew"
     )
+
+
+def _newest_state(folder: Path) -> dict[str, Any]:
+    """What the newest whole snapshot holds; one that is damaged is passed over with a warning."""
+    try:
+        return load_snapshot(folder / SNAPSHOTS)
+    except SnapshotError as error:
+        raise SnapshotError("resume: " + str(error).replace("\n ", ";")) from error
 
 
 def _lines_that(holds: Callable[[Line], bool], path: Path) -> list[tuple[Line, str]]:

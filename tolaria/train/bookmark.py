@@ -43,8 +43,6 @@ class Bookmark:
     """Steps taken before the last seed was grafted."""
     outcome: str
     """As in :class:`GrowthResult`."""
-    resumed_at: list[int]
-    """Steps after which the run was resumed before."""
     validations: int
     """Looks at the validation data so far."""
     before: Metrics | None

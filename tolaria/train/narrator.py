@@ -98,7 +98,7 @@ class Narrator:
             step=self.step + self.is_stepping, phase=self.phase, phase_start=self.phase_start,
             phase_end=self.phase_end, phase_seconds=now - self._phase_began, seconds=now - self._began,
             needs_seed=self.needs_seed, germinations=self.germinations, seed_start=self.seed_start,
-            outcome=result.outcome, resumed_at=list(result.resumed_at), validations=len(result.validations),
+            outcome=result.outcome, validations=len(result.validations),
             before=self.before, host_test=result.host_test, phases=list(result.phases),
             seeds=list(result.seeds), slot=self.slot.structure(), seed=seed_bytes(self.slot),
             stream=self.slot.rollback_state()["stream"],  # type: ignore[arg-type]
@@ -119,7 +119,8 @@ class Narrator:
         self.germinations, self.seed_start, self.before = mark.germinations, mark.seed_start, mark.before
         self._began, self._phase_began = now - mark.seconds, now - mark.phase_seconds
         result.outcome, result.host_test = mark.outcome, mark.host_test
-        result.resumed_at = [*mark.resumed_at, mark.step]
+        before = [event["step"] for event in resumption.events if event["kind"] == "resume"]
+        result.resumed_at = [*before, mark.step]
         result.phases, result.seeds = list(mark.phases), list(mark.seeds)
         result.validations = list(resumption.validations)
 
