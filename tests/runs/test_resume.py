@@ -138,7 +138,8 @@ class Killer(GrowthObserver):  # in the middle of a phase; until then every good
         for event in events:
             if isinstance(event, PromotionEvent):
                 state = out / "snapshots" / f"step_{event.capture_step:09d}"
-                while not state.exists():
+                end = time.monotonic() + 2  # one is passed over while another is being written
+                while not state.exists() and time.monotonic() < end:
                     time.sleep(0.002)
 
     def on_step(self, record):
