@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,22 @@ import torch
 import tolaria
 from tolaria.cli.main import main
 from tolaria.errors import FolderInUseError, SnapshotError
+from tolaria.governor import GovernorEvent
+from tolaria.nn import CNNHost
 from tolaria.runs import RunFolder, read_lines, resume_task, run_task
 from tolaria.runs.files import FolderLock
+from tolaria.tasks import TaskSpec, get_task
 from tolaria.train import GrowthObserver, GrowthResult, StepRecord
 
 FILES = ("metrics.jsonl", "model.safetensors", "model.json")
 EAGER: dict[str, Any] = {"threads": 1, "plot": False, "governor_options": {"snapshot_interval": 5}}
 PHASES = {"host_steps": 40, "incubate_steps": 40, "blend_steps": 40, "finish_steps": 30}
+FORGETFUL = replace(
+    get_task("digits"), name="forgetful", model_factory=lambda: CNNHost(widths=(8, 16), dropout=0.2)
+)
 RUNS: dict[str, dict[str, Any]] = {
     "kept": {
-        **EAGER, **PHASES, "validate_every": 15, "min_gain": -1e9, "inject": ["spike@25", "nan-loss@132"],
+        **EAGER, **PHASES, "validate_every": 16, "min_gain": -1e9, "inject": ["spike@25", "nan-loss@132"],
     },
     "dropped": {
         **EAGER, **PHASES, "max_germinations": 3, "inject": ["nan-loss@52", "nan-buffer@110"],
@@ -34,6 +42,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "culled": {**EAGER, **PHASES, "accumulation_steps": 2, "min_gain": 1e9},
     "unguarded": {"threads": 1, "plot": False, "use_governor": False, **PHASES, "validate_every": 10},
+    "forgetful": {**EAGER, **PHASES, "task": FORGETFUL},
     "drawing": {
         **EAGER, "task": "text", "host_steps": 12, "incubate_steps": 12, "blend_steps": 12, "finish_steps": 4,
         "blueprint": "mlp", "blueprint_options": {"dropout": 0.3},
@@ -41,23 +50,32 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Ender(GrowthObserver):
-    """Ends the run after a step."""
+def spec(name: str) -> TaskSpec | None:
+    task = RUNS[name].get("task")
+    return task if isinstance(task, TaskSpec) else None
 
-    def __init__(self, after: int, end: Callable[[], None]) -> None:
-        self.after, self.end = after, end
+
+class Ender(GrowthObserver):
+    """Ends the run after a step; until then every state is waited for, so that none is passed over."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_events(self, events: Sequence[GovernorEvent]) -> None:
+        for thread in threading.enumerate():
+            if thread.name == "tolaria-save":
+                thread.join()
 
     def on_step(self, record: StepRecord) -> None:
         if record.step == self.after:
             self.end()
 
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
+    def end(self) -> None:
+        raise KeyboardInterrupt
 
 
 def interrupted(out: Path, after: int, **settings: Any) -> GrowthResult:
-    return run_task(out=out, observers=[Ender(after, interrupt)], **settings)
+    return run_task(out=out, observers=[Ender(after)], **settings)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -93,6 +111,9 @@ def assert_same_run(whole: Path, resumed: Path) -> None:
     assert told(whole) == told(resumed)
     assert summary(whole) == summary(resumed)
     assert not (resumed / "snapshots").exists()
+    layouts = [e for e in read_lines(resumed / "events.jsonl") if e["kind"] == "structure"]
+    told_twice = len(layouts) - len({(e["step"], e["tensors"]) for e in layouts})
+    assert told_twice == 0, "by the dead run, and once more"
 
 
 @pytest.fixture(scope="module")
@@ -126,84 +147,71 @@ def run(broken_off: Path, tmp_path: Path) -> Path:
 # ------------------------------------------------------------------ it goes on as if nothing had happened
 
 KILLED = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
-from test_resume import RUNS
-from tolaria.governor import PromotionEvent
+from test_resume import RUNS, Ender
 from tolaria.runs import resume_task, run_task
-from tolaria.train import GrowthObserver
 
-class Killer(GrowthObserver):  # in the middle of a phase; until then every good state is waited for
-    def on_events(self, events):
-        for event in events:
-            if isinstance(event, PromotionEvent):
-                state = out / "snapshots" / f"step_{event.capture_step:09d}"
-                end = time.monotonic() + 2  # one is passed over while another is being written
-                while not state.exists() and time.monotonic() < end:
-                    time.sleep(0.002)
-
-    def on_step(self, record):
-        if record.phase == phase and record.step % 40 == 18:
-            os.kill(os.getpid(), signal.SIGKILL)
+class Killer(Ender):
+    def end(self):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 out = Path(sys.argv[1])
-for phase in ("host", "incubate", "blend"):
+for step in (18, 58, 99):
     child = os.fork()
     if not child:
         if out.exists():
-            resume_task(out, plot=False, observers=[Killer()])
+            resume_task(out, plot=False, observers=[Killer(step)])
         else:
-            run_task(out=out, observers=[Killer()], **RUNS["kept"])
+            run_task(out=out, observers=[Killer(step)], **RUNS["kept"])
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), phase
+    assert os.WIFSIGNALED(status), step
 """
 
 
 def test_killed_in_each_phase(whole: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    places = [str(Path(__file__).parent), str(Path(tolaria.__file__).parents[1])]
+    modules = [str(Path(__file__).parent), str(Path(tolaria.__file__).parents[1])]
     subprocess.run(
         [sys.executable, "-c", KILLED, str(out)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(modules)},
         check=True,
         timeout=300,
     )
     assert not (out / "summary.json").exists()
     assert read_lines(out / "metrics.jsonl")[-1]["step"] >= 90
     result = resume_task(out)
-    host, incubate, blend = result.resumed_at
-    assert 10 <= host < 18
-    assert 50 <= incubate < 58
-    assert 90 <= blend < 98
+    assert result.resumed_at == [15, 51, 96]  # alone; incubating; blending, right before a look
     assert_same_run(whole("kept"), out)
     assert [e["step"] for e in read_lines(out / "events.jsonl") if e["kind"] == "resume"] == result.resumed_at
     assert (out / "run.png").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize(
-    ("name", "ends"),
+    ("name", "ends", "places"),
     [
-        ("kept", [80, 121]),
-        ("dropped", [57, 113]),
-        ("culled", [95]),
-        ("unguarded", [61]),
-        ("drawing", [22, 33]),
+        ("kept", [80, 123], [76, 120]),
+        ("dropped", [57, 76, 113], [45, 72, 107]),
+        ("culled", [44, 95], [40, 90]),
+        ("unguarded", [61], [60]),
+        ("forgetful", [50], [45]),
+        ("drawing", [22, 33], [20, 30]),
     ],
 )
 def test_ended_at_many_steps(
-    name: str, ends: list[int], whole: Callable[[str], Path], tmp_path: Path
+    name: str, ends: list[int], places: list[int], whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     for i, step in enumerate(ends):
         if i == 0:
             result = interrupted(out, step, **RUNS[name])
         else:
-            result = resume_task(out, plot=False, observers=[Ender(step, interrupt)])
+            result = resume_task(out, plot=False, task=spec(name), observers=[Ender(step)])
         assert result.interrupted
         assert result.steps == step
-    result = resume_task(out, plot=False)
-    assert len(result.resumed_at) == len(ends)
+    result = resume_task(out, plot=False, task=spec(name))
+    assert result.resumed_at == places
     assert_same_run(whole(name), out)
 
 
