@@ -117,14 +117,18 @@ class AlphaSchedule:
         """Whether alpha has arrived."""
         return self.position >= self.steps
 
-    def state_dict(self) -> dict[str, object]:
-        """Settings and position; everything needed to go on."""
+    def state_dict(self, *, on_device: bool = False) -> dict[str, object]:
+        """Settings and position; everything needed to go on.
+
+        Args:
+            on_device: leave the position the int64 tensor that it is, which nobody waits for.
+        """
         return {
             "kind": self.kind,
             "steps": self.steps,
             "start": self.start,
             "end": self.end,
-            "position": self.position,
+            "position": self._position if on_device else self.position,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:

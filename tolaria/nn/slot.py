@@ -313,15 +313,19 @@ class SeedSlot(nn.Module):
             return 0.0 <= alpha <= 1.0
         return alpha == (1.0 if self._stage is SeedStage.FOSSILIZED else 0.0)
 
-    def structure(self) -> dict[str, object]:
-        """Stage, blueprint and schedule as JSON values: what a state_dict does not say."""
+    def structure(self, *, on_device: bool = False) -> dict[str, object]:
+        """Stage, blueprint and schedule as JSON values: what a state_dict does not say.
+
+        Args:
+            on_device: leave the schedule's position a tensor, which nobody waits for.
+        """
         return {
             "stage": self._stage.value,
             "blueprint": self.blueprint,
             "options": dict(self.options),
             "rng_seed": self.rng_seed,
             "generation": self.generation,
-            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
+            "schedule": None if self.schedule is None else self.schedule.state_dict(on_device=on_device),
         }
 
     def load_structure(self, structure: Mapping[str, Any], features: Tensor) -> None:

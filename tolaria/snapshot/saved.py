@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from tolaria.errors import SnapshotError
 from tolaria.snapshot import loose_state
@@ -64,7 +65,7 @@ class SavedState:
         host, covered = self._host, self._covered
         extras: dict[str, Any] = {name: copied.copied() for name, copied in host.extras.items()}
         extras |= {prefix[:-1]: self.module(root) for prefix, root in covered.roots() if prefix}
-        return {
+        parts = {
             "model": self.module(covered.model),
             "optimizers": self.optimizers(),
             "schedulers": [copied.copied() for copied in host.schedulers],
@@ -73,6 +74,8 @@ class SavedState:
             "attributes": {own.name: own.state.copied() for own in host.own_states if not own.is_extra_state},
             "rng": dict(host.rng),
         }
+        # What schedulers, extras and loose state hold may lie on the device.
+        return tree_map_only(Tensor, Tensor.cpu, parts)  # type: ignore[no-any-return]
 
     # -- modules ---------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class Bookmark:
     seeds: list[SeedRecord]
     """What happened to seeds so far."""
     slot: dict[str, Any]
-    """For :meth:`SeedSlot.load_structure`."""
+    """For :meth:`SeedSlot.load_structure`; its schedule's position is a tensor until it is read back."""
     seed: dict[str, Tensor] | None
     """What a seed that is no fossil consists of, for :func:`load_seed`: a rollback would drop it, so that no
     capture of a governor has it."""
@@ -81,6 +81,10 @@ class Bookmark:
         """
         try:
             values = dict(saved)
+            schedule = values["slot"]["schedule"]
+            if schedule is not None:
+                schedule = {**schedule, "position": int(schedule["position"])}
+            values["slot"] = {**values["slot"], "schedule": schedule}
             for name in ("before", "host_test"):
                 values[name] = None if values[name] is None else Metrics(**values[name])
             values["phases"] = [PhaseRecord(**phase) for phase in values["phases"]]
@@ -126,17 +130,15 @@ class Resumption:
 
 
 def seed_bytes(slot: SeedSlot) -> dict[str, Tensor] | None:
-    """The seed in ``slot`` as uint8 tensors on the CPU, if a rollback would drop it; waits for the device.
+    """The seed in ``slot`` as uint8 tensors, if a rollback would drop it; some share memory with the seed.
 
-    Bytes, since it is no business of a governor whether what it need not put back is finite.
+    They are where the seed is: this is asked for at captures, which never wait for a device. Bytes, since it
+    is no business of a governor whether what it need not put back is finite.
     """
     if slot.seed is None or not slot.zero_alpha_tensors():
         return None
     state = slot.seed.state_dict()
-    return {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
-        for name, value in state.items()
-    }
+    return {name: value.contiguous().reshape(-1).view(torch.uint8) for name, value in state.items()}
 
 
 def load_seed(slot: SeedSlot, saved: Mapping[str, Tensor]) -> None:

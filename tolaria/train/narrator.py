@@ -92,7 +92,7 @@ class Narrator:
     # ------------------------------------------------------------------ where it stands
 
     def bookmark(self) -> Bookmark:
-        """The place of now; within a step, when the governor captures, that of its end."""
+        """The place of now; within a step, when the governor captures, that of its end. Waits for nothing."""
         result, now = self.result, time.perf_counter()
         return Bookmark(
             step=self.step + self.is_stepping, phase=self.phase, phase_start=self.phase_start,
@@ -100,7 +100,7 @@ class Narrator:
             needs_seed=self.needs_seed, germinations=self.germinations, seed_start=self.seed_start,
             outcome=result.outcome, validations=len(result.validations),
             before=self.before, host_test=result.host_test, phases=list(result.phases),
-            seeds=list(result.seeds), slot=self.slot.structure(), seed=seed_bytes(self.slot),
+            seeds=list(result.seeds), slot=self.slot.structure(on_device=True), seed=seed_bytes(self.slot),
             stream=self.slot.rollback_state()["stream"],  # type: ignore[arg-type]
             data=self.trained.stream.place(),
         )  # fmt: skip
