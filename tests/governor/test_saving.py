@@ -14,7 +14,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-import tolaria
 from tests.state_dicts import assert_same
 from tolaria import GovernorBank, GovernorConfig, SnapshotError, TolariaGovernor, load_snapshot
 from tolaria.errors import ConfigError
@@ -72,6 +71,19 @@ class Run:
     def state(self) -> dict[str, Any]:
         parts = (self.model, self.optimizer, self.schedule, self.scaler, self.average)
         return {type(part).__name__: copy.deepcopy(part.state_dict()) for part in parts}
+
+
+@pytest.fixture
+def may_write(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is written before it is set."""
+    event, write = threading.Event(), persist.write
+
+    def slowly(*arguments: Any, **options: Any) -> Path:
+        assert event.wait(60)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(persist, "write", slowly)
+    return event
 
 
 @pytest.mark.parametrize("steps", [5, 12, 13, 30, 47])
@@ -136,16 +148,7 @@ def test_save_every_promotion(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "b").glob("step_*")] == ["step_000000030"]
 
 
-def test_a_slot_that_is_being_read_is_not_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    may_write, write = threading.Event(), persist.write
-
-    def slowly(*arguments: Any, **options: Any) -> Path:
-        assert may_write.wait(60)
-        return write(*arguments, **options)
-
-    monkeypatch.setattr(persist, "write", slowly)
+def test_a_slot_that_is_read_is_not_overwritten(tmp_path: Path, may_write: threading.Event) -> None:
     run = Run()
     run.train(12)
     wanted = run.governor.last_good_state_dict()
@@ -333,11 +336,65 @@ def test_settings(fields: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.cuda
-def test_a_state_of_a_recorded_graph_is_copied_first(tmp_path: Path) -> None:
+def test_slots_on_the_device_are_copied_first(tmp_path: Path) -> None:
     run = Run("cuda", config=CONFIG.replace(storage="device"))
     run.train(12)
-    run.governor.synchronize()
     wanted = run.governor.last_good_state_dict()
     run.governor.save(tmp_path).result()
     assert_same(dict(load_snapshot(tmp_path)["model"]), dict(wanted["model"]))
-    assert tolaria.load_snapshot is load_snapshot
+
+
+@pytest.mark.cuda
+def test_replays_that_overwrite_the_slot_do_not_disturb_a_save(
+    tmp_path: Path, may_write: threading.Event
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 2).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, capturable=True)
+    config = GovernorConfig(snapshot_interval=4, probation=1)
+    governor = TolariaGovernor(model, optimizer, config=config)
+    x = torch.randn(16, 6).cuda()
+
+    def step() -> None:
+        loss = model(x).square().mean()
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        optimizer.step()
+        governor.step(loss)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    governor.wait()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(8):
+        graph.replay()
+    wanted = governor.last_good_state_dict()
+    future = governor.save(tmp_path)
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    may_write.set()
+    future.result()
+    said = load_snapshot(tmp_path)
+    assert said["step"] == wanted["step"] > 0
+    assert_same(dict(said["model"]), dict(wanted["model"]))
+    governor.synchronize()
+    assert governor.last_good_step > wanted["step"]
+
+
+@pytest.mark.cuda
+def test_an_extra_with_tensors_on_the_device(tmp_path: Path) -> None:
+    model, average = nn.Linear(2, 2).cuda(), Average()
+    average.value = torch.arange(3.0, device="cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    governor = TolariaGovernor(model, optimizer, extras={"average": average})
+    governor.save(tmp_path).result()
+    for said in (load_snapshot(tmp_path), governor.last_good_state_dict()):
+        assert said["extras"]["average"]["value"].is_cpu
+        assert said["extras"]["average"]["value"].tolist() == [0.0, 1.0, 2.0]
