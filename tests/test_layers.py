@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"errors", "_arguments", "_optional", "_sources"}
+BASE = {"errors", "_arguments", "_disk", "_optional", "_sources"}
 BACKEND = {"_extension", "_backend", *BASE}
 ALLOWED = {
     "errors": set(),
     "_arguments": set(),
+    "_disk": set(),
     "_optional": {"errors"},
     "reference": BASE,
     "_extension": BASE,
@@ -24,7 +25,7 @@ ALLOWED = {
     "governor": {"snapshot", "telemetry", "ops", "_extension", "_moved", *BASE},
     "tasks": {"nn", *BASE},
     "train": {"tasks", "nn", "governor", "snapshot", "ops", *BASE},
-    "runs": {"train", "tasks", "nn", "governor", "_backend", *BASE},
+    "runs": {"snapshot", "train", "tasks", "nn", "governor", "_backend", *BASE},
     "chaos": {"train", "tasks", "nn", "governor", "ops", *BASE},
 }
 CSRC = {

@@ -43,7 +43,7 @@ TREES = st.recursive(
 
 def round_trip(value: object) -> Any:
     plain, tensors = to_plain(value, lambda thing: thing is LIVE or callable(thing))
-    return from_plain(json.loads(json.dumps(plain, allow_nan=False)), tensors)
+    return from_plain(json.loads(json.dumps(plain)), tensors)
 
 
 @given(TREES)
@@ -124,7 +124,7 @@ def test_what_cannot_be_written_is_named() -> None:
     [
         {"$tensor": "gone"},
         {"$tensor": ["x"]},
-        {"$float": "1e3"},
+        {"$complex": ["1", 2]},
         {"$dtype": "os.system"},
         {"$nothing": 1},
         {"$tuple": 3},

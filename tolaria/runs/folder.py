@@ -18,9 +18,10 @@ import tolaria
 from tolaria._optional import require
 from tolaria.governor import PromotionEvent
 from tolaria.runs.files import LOCK, FolderLock, write_whole
-from tolaria.runs.past import CONFIG, EVENTS, METRICS, SNAPSHOTS, SUMMARY, Past, read_config, remove_snapshots
+from tolaria.runs.past import CONFIG, EVENTS, METRICS, SNAPSHOTS, SUMMARY, Past, read_config
 from tolaria.runs.plot import plot_run
 from tolaria.runs.storage import MODEL_FILES, save_model
+from tolaria.snapshot import persist
 from tolaria.train.faults import Fault
 from tolaria.train.observers import (
     GrowthObserver,
@@ -125,7 +126,7 @@ class RunFolder(GrowthObserver):
         elif not self._overwrite:
             self._check_empty()  # once more: now nobody else can change it
         else:
-            remove_snapshots(self.path)
+            persist.clear(self.path / SNAPSHOTS)
         for name in _FILES if self.past is None else _RESULTS:
             (self.path / name).unlink(missing_ok=True)
         self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
@@ -210,7 +211,7 @@ class RunFolder(GrowthObserver):
         if self._plot:
             plot_run(self.path)
         if not result.interrupted and result.error is None:
-            remove_snapshots(self.path)
+            persist.clear(self.path / SNAPSHOTS)
         self.close()
 
     def _save_state(self) -> None:

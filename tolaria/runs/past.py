@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +117,6 @@ class Past:
             return bool(step <= mark.step)
 
         return holds
-
-
-def remove_snapshots(folder: Path) -> None:
-    """Remove the states of a run in ``folder``, and nothing else."""
-    where = folder / SNAPSHOTS
-    if where.is_symlink() or not where.is_dir():
-        return
-    for path in where.iterdir():
-        if path.name.lstrip(".").startswith("step_"):
-            shutil.rmtree(path)
-    (where / ".snapshots.lock").unlink(missing_ok=True)
-    with suppress(OSError):  # something else lies there
-        where.rmdir()
 
 
 def _check_is_not_over(folder: Path) -> None:

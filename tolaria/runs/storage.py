@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tolaria._disk import sync_folder
 from tolaria._optional import require
 from tolaria.errors import MissingDependencyError, ModelFileError, ModelMissingError
 from tolaria.nn.device import validate_device
 from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.structure import check_whole_number, count_elements
-from tolaria.runs.files import draft_of, folder_held, sync_folder, write_draft
+from tolaria.runs.files import draft_of, folder_held, write_draft
 from tolaria.tasks.spec import TaskSpec, create_model, get_task
 
 if TYPE_CHECKING:

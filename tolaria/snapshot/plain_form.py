@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -23,11 +22,10 @@ class Live:
 LIVE: Final = Live()
 
 _DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
-_NUMBERS = "nan", "inf", "-inf"
 
 
 def to_plain(value: object, is_live: Callable[[object], bool]) -> tuple[Any, dict[str, Tensor]]:
-    """``value`` as strict JSON, with the tensors apart.
+    """``value`` as JSON, with the tensors apart. NaN and infinity stay: :func:`persist.write` knows a form.
 
     Args:
         value: containers of numbers, strings, bytes, tensors, NumPy arrays, dtypes and devices, to any depth.
@@ -52,12 +50,10 @@ class _Writer:
 
     def plain(self, value: object, path: str) -> Any:  # noqa: ANN401  (JSON)
         """``value`` as JSON; ``path`` is where it stands."""
-        if value is None or type(value) in (bool, int, str):
-            return value
         if isinstance(value, np.generic):
             value = value.item()
-        if isinstance(value, float):
-            return value if math.isfinite(value) else {"$float": str(float(value))}
+        if value is None or type(value) in (bool, int, float, str):
+            return value
         if isinstance(value, Tensor):
             return {"$tensor": self._name(value, path)}
         if isinstance(value, Mapping):
@@ -70,13 +66,13 @@ class _Writer:
         return self._rare(value, path)
 
     def _rare(self, value: object, path: str) -> Any:  # noqa: ANN401  (JSON)
-        if isinstance(value, bool | int | str):  # of a subclass: an enumeration's
-            return next(kind(value) for kind in (bool, int, str) if isinstance(value, kind))
+        if isinstance(value, bool | int | float | str):  # of a subclass: an enumeration's
+            return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
         if isinstance(value, set | frozenset):
             kind = "$set" if isinstance(value, set) else "$frozenset"
             return {kind: [self.plain(item, f"{path}/{i}") for i, item in enumerate(sorted(value, key=repr))]}
         if isinstance(value, complex):
-            return {"$complex": [self.plain(part, path) for part in (value.real, value.imag)]}
+            return {"$complex": [value.real, value.imag]}
         if isinstance(value, bytes):
             return {"$bytes": value.hex()}
         if isinstance(value, torch.dtype):
@@ -149,10 +145,6 @@ class _Reader:
             return {self.value(key): self.value(item) for key, item in inner}
         if kind == "$live":
             return LIVE
-        if kind == "$float":
-            if inner not in _NUMBERS:
-                raise ValueError(f"expected one of {', '.join(_NUMBERS)}, got {inner!r}")
-            return float(inner)
         if kind == "$bytes":
             return bytes.fromhex(inner)
         if kind == "$dtype":

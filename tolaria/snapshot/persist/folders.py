@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tolaria._disk import sync_folder
 from tolaria.errors import FolderInUseError, SnapshotError
 from tolaria.snapshot.persist import documents
 from tolaria.snapshot.persist.documents import Contents
@@ -204,17 +205,6 @@ def make_folder(folder: Path) -> None:
         sync_folder(each.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until names that were changed in ``folder`` are on the disk."""
-    if os.name == "nt":  # which cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def remove(path: Path) -> None:
     """Remove a snapshot; its name goes first, so that nobody finds a half of it.
 
@@ -233,6 +223,23 @@ def remove_drafts(folder: Path) -> None:
     for path in folder.iterdir():
         if _DRAFT.fullmatch(path.name) and stat.S_ISDIR(path.lstat().st_mode):
             shutil.rmtree(path, ignore_errors=True)  # the next writer may be luckier
+
+
+def clear(folder: str | os.PathLike[str]) -> None:
+    """Remove all snapshots in ``folder``, which nobody writes to; and the folder, if nothing else is in it.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    where = as_path("folder", folder)
+    if where.is_symlink() or not where.is_dir():
+        return
+    for path in where.iterdir():
+        if number_of(path) is not None or _DRAFT.fullmatch(path.name):
+            shutil.rmtree(path)
+    (where / _LOCK).unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies there
+        where.rmdir()
 
 
 def _status(path: Path) -> os.stat_result:

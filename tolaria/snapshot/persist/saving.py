@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tolaria._arguments import as_number
+from tolaria._disk import sync_folder
 from tolaria.errors import SnapshotError
 from tolaria.snapshot.persist import dcp_metadata, documents, folders, tensor_bytes
 from tolaria.snapshot.persist.dcp_metadata import Stored
@@ -145,7 +146,7 @@ def _fill(
     with _Stream(draft / folders.DOCUMENT, pace) as stream:
         stream.write(documents.to_bytes(Contents(number, sequence, digests, plain)))
         stream.finish()
-    folders.sync_folder(draft)
+    sync_folder(draft)
 
 
 def _write_tensor(stream: _Stream, name: str, tensor: Tensor) -> Stored:
@@ -179,7 +180,7 @@ def _commit(draft: Path, number: int) -> Path:
         if not os.path.lexists(path) and os.path.lexists(second):
             second.rename(path)
         raise
-    folders.sync_folder(path.parent)
+    sync_folder(path.parent)
     return path
 
 
