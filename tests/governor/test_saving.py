@@ -315,6 +315,11 @@ def test_a_path_is_one_and_is_that_of_the_call(tmp_path: Path, monkeypatch: pyte
     run = Run()
     with pytest.raises(TypeError, match="path: expected a path, got int"):
         run.governor.save(3)  # type: ignore[arg-type]
+    for nowhere in ("", "a\0b"):
+        with pytest.raises(ValueError, match="path: expected a path, got"):
+            run.governor.save(nowhere)
+        with pytest.raises(ValueError, match="path: expected a path, got"):
+            load_snapshot(nowhere)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     future = run.governor.save("here")
@@ -328,6 +333,7 @@ def test_a_path_is_one_and_is_that_of_the_call(tmp_path: Path, monkeypatch: pyte
         ({"save_every": 1}, "save_path: expected a folder, since save_every is set"),
         ({"save_every": -1}, "save_every: expected an integer of at least 0"),
         ({"save_path": 3}, "save_path: expected a path as a string"),
+        ({"save_path": "", "save_every": 1}, "save_path: expected a path as a string"),
     ],
 )
 def test_settings(fields: dict[str, Any], message: str) -> None:

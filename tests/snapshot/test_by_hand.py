@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adam_on_device": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "rate_in_a_tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
     "groups": lambda p: torch.optim.AdamW([{"params": p[:1], "lr": 0.1}, {"params": p[1:]}], lr=0.01),
 }
 

@@ -253,14 +253,14 @@ class Attachment:
         slot, host, form = self._last_good()
         return {**form, **SavedState(self.engine, host, slot).dicts()}
 
-    def start_saving(self, path: str) -> Future[Path]:
+    def start_saving(self, folder: Path) -> Future[Path]:
         """Have the last known good state written; its slot is not overwritten meanwhile."""
         slot, host, form = self._last_good()
         # A replayed graph asks nobody before it captures, and a thread of its own must not use the device.
         is_safe = self.row.config.storage != "device" and not graphs.is_kept(self.row.state)
         take = own_memory if is_safe or self.row.state.is_cpu else torch.clone
         parts = {**form, **SavedState(self.engine, host, slot, take, whole=False).dicts()}
-        return self.saver.start(Save(path, parts), partial(self.engine.begin_reading, slot))
+        return self.saver.start(Save(folder, parts), partial(self.engine.begin_reading, slot))
 
     def _last_good(self) -> tuple[int, HostState, dict[str, Any]]:
         """The slot of the last known good capture, its host-side parts, and what the governor says of it."""

@@ -161,8 +161,9 @@ class GovernorConfig:
         for name in ("gradient_norm", "log_only", "restore_rng", "skip_anomalous_steps"):
             if not isinstance(getattr(self, name), bool):
                 found.append((name, "True or False", getattr(self, name)))
-        if not (self.save_path is None or isinstance(self.save_path, str)):
-            found.append(("save_path", "a path as a string, or None", self.save_path))
+        path = self.save_path
+        if not (path is None or (isinstance(path, str) and path and "\0" not in path)):
+            found.append(("save_path", "a path as a string, or None", path))
         bad = {name for name, _, _ in found}
         if "save_every" not in bad and self.save_every and self.save_path is None:
             found.append(("save_path", "a folder, since save_every is set", None))

@@ -11,7 +11,7 @@ from tolaria.governor import statistics
 from tolaria.governor.attachment import Attachment
 from tolaria.governor.config import GovernorConfig
 from tolaria.ops import StatusField
-from tolaria.snapshot import graphs
+from tolaria.snapshot import graphs, persist
 from tolaria.telemetry.verdict import GovernorReport
 
 
@@ -100,14 +100,13 @@ class Readings:
             (SnapshotError, FolderInUseError).
 
         Raises:
-            TypeError: ``path`` is no path.
+            TypeError, ValueError: ``path`` is no path.
             SnapshotError: an optimizer cannot say the state that it had.
         """
-        if not isinstance(path, str | os.PathLike):
-            raise TypeError(f"path: expected a path, got {type(path).__name__}")
+        folder = persist.as_path("path", path).absolute()
         at = self._attached
         at.refuse_recording("save")
-        return at.start_saving(os.path.abspath(path))
+        return at.start_saving(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, statistics and counts; no slots.

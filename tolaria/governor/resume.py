@@ -42,7 +42,7 @@ def load_snapshot(
         ``load_state_dict``. Tensors are on the CPU.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError, ValueError: a bad argument.
         SnapshotError: there is no whole snapshot, it is damaged, or it does not fit what the governor
             covers. Whatever is raised, nothing has changed.
     """

@@ -29,15 +29,15 @@ _REST = 3.0
 class Save:
     """A last known good state that is to be written; its slot is not overwritten before it is."""
 
-    path: str
-    """The folder of snapshots."""
+    folder: Path
+    """Of snapshots."""
     parts: Mapping[str, Any]
     """State dicts, the governor's saved form, and ``step``, that of the capture."""
 
     def write(self, *, rest: float) -> Path:
         """Write it; returns the snapshot's folder."""
         document, tensors = to_plain({"kind": KIND, "version": VERSION, **self.parts}, _is_live)
-        return persist.write(self.path, self.parts["step"], tensors, document, keep=KEPT, rest=rest)
+        return persist.write(self.folder, self.parts["step"], tensors, document, keep=KEPT, rest=rest)
 
 
 class Saver:
@@ -49,7 +49,7 @@ class Saver:
     """
 
     def __init__(self, every: int = 0, path: str | None = None) -> None:
-        self._every, self._path = every, path
+        self._every, self._folder = every, None if path is None else Path(path).absolute()
         self._promotions = 0
         self._started: list[tuple[threading.Thread, Future[Path]]] = []
         self._is_due = False
@@ -61,13 +61,13 @@ class Saver:
             self._promotions += sum(isinstance(event, PromotionEvent) for event in events)
             self._is_due |= self._promotions // self._every != before
 
-    def save_if_due(self, start: Callable[[str], Future[Path]]) -> None:
+    def save_if_due(self, start: Callable[[Path], Future[Path]]) -> None:
         """Have a promoted state written; with two under way already, the one after the next promotion."""
         if not self._is_due or len(self._pending()) > 1:
             return
-        assert self._path is not None, "the settings ask for a path"
+        assert self._folder is not None, "the settings ask for a path"
         self._is_due = False
-        start(self._path)
+        start(self._folder)
 
     def _pending(self) -> list[tuple[threading.Thread, Future[Path]]]:
         """What is being written or waits for it; warns of what could not be written by itself.
@@ -107,7 +107,7 @@ class Saver:
         thread.start()
         return future
 
-    def finish(self, start: Callable[[str], Future[Path]]) -> None:
+    def finish(self, start: Callable[[Path], Future[Path]]) -> None:
         """Wait until all is written; a promoted state that was passed over is written now."""
         self._join()
         self.save_if_due(start)

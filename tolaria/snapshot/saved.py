@@ -178,7 +178,9 @@ class SavedState:
             for key in group.keys - settings.keys() - {"params"}:
                 where = ("group", id(host.optimizer), first, key)
                 settings[key] = self._tensor(where, group.group[key])
-            groups.append({"params": list(group.params), **settings})
+            ordered = [key for key in group.group if key in settings]
+            ordered += settings.keys() - set(ordered)  # it was taken out of the group since
+            groups.append({"params": list(group.params), **{key: settings[key] for key in ordered}})
         return groups
 
     def _scaler(self) -> dict[str, Any] | None:

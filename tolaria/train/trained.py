@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -171,7 +170,7 @@ class Trained:
             )
             now.capture()
             parts = {"step": bookmark().step, "governor": None, **now.state_dict()}
-            future.set_result(Save(os.fspath(folder), parts).write(rest=0.0))
+            future.set_result(Save(folder, parts).write(rest=0.0))
         except SnapshotError as error:
             future.set_exception(error)
         return future

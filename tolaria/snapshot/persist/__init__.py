@@ -4,8 +4,8 @@ A snapshot is a folder ``step_000000123`` that ``torch.distributed.checkpoint.lo
 with a ``document.json`` beside the tensors.
 """
 
-from tolaria.snapshot.persist.folders import clear
+from tolaria.snapshot.persist.folders import as_path, clear
 from tolaria.snapshot.persist.loading import newest, read
 from tolaria.snapshot.persist.saving import write
 
-__all__ = ["clear", "newest", "read", "write"]
+__all__ = ["as_path", "clear", "newest", "read", "write"]

@@ -43,6 +43,7 @@ def as_path(name: str, value: object) -> Path:
 
     Raises:
         TypeError: it is none.
+        ValueError: no file can have it.
     """
     try:
         path = os.fspath(value)  # type: ignore[call-overload]
@@ -50,6 +51,8 @@ def as_path(name: str, value: object) -> Path:
         path = None
     if not isinstance(path, str):
         raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
+    if not path or "\0" in path:
+        raise ValueError(f"{name}: expected a path, got {path!r}")
     return Path(path)
 
 
