@@ -541,3 +541,21 @@ def test_nothing_waits_for_the_device() -> None:
     with no_host_sync():
         run.snapshot.capture()
         run.snapshot.restore()
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("storage", ["pinned", "device"])
+def test_on_another_device_than_the_current_one(storage: str) -> None:
+    run = Run("cuda:1", storage=storage)
+    run.snapshot.capture()
+    captured = run.state()
+    run.train(2)
+    ahead = run.state()
+    run.wreck()
+    assert torch.cuda.current_device() == 0
+    run.snapshot.restore()
+    assert_same(run.state(), captured)
+    assert_same(run.snapshot.state_dict()["model"], captured["Sequential"])
+    assert run.snapshot.is_finite
+    run.train(2)
+    assert_same(run.state(), ahead)
