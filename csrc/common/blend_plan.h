@@ -1,6 +1,7 @@
 // What both devices prepare before blend's kernels run: operands in one memory order, outputs, alpha's layout.
 #pragma once
 
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <array>
 #include <optional>
@@ -63,11 +64,18 @@ struct BlendBackwardPlan {
   int64_t moved_bytes() const { return moved_bytes_of(grad, host, seed, grad_host, grad_seed); }
 };
 
+// At the host's end the bits of `source` itself: a conversion there and back keeps every value, but not a NaN's payload.
+inline at::Tensor with_bits_at_host_end(const at::Tensor& out, const at::Tensor& source, const at::Tensor& alpha,
+                                        at::ScalarType type) {
+  return out.copy_(at::where(alpha.to(type).le(0), source, out));
+}
+
 // Dtypes that no kernel takes together: forward and backward in the type of both, results back in their own.
 template <class Blend>
 at::Tensor blend_promoted(Blend blend, const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha) {
   const auto type = c10::promoteTypes(host.scalar_type(), seed.scalar_type());
-  return blend(host.to(type), seed.to(type), alpha).to(host.scalar_type());
+  const auto out = blend(host.to(type), seed.to(type), alpha).to(host.scalar_type());
+  return with_bits_at_host_end(out, host, alpha, type);
 }
 
 template <class Backward>
@@ -79,7 +87,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> blend_backward_promoted(
   const auto promoted = [&](const std::optional<at::Tensor>& t) { return t ? std::optional(t->to(type)) : t; };
   auto [grad_host, grad_seed, grad_alpha] =
       backward(grad.to(type), promoted(host), promoted(seed), alpha, type, output_mask);
-  if (output_mask[0]) grad_host = grad_host.to(grad.scalar_type());
+  if (output_mask[0]) {
+    grad_host = with_bits_at_host_end(grad_host.to(grad.scalar_type()), grad, alpha, type);
+  }
   if (output_mask[1]) grad_seed = grad_seed.to(seed_dtype);
   return {grad_host, grad_seed, grad_alpha};
 }

@@ -49,6 +49,21 @@ def test_ends_are_selected_bit_for_bit(backend, device, dtype, shape):
 
 
 @needs_extension
+@pytest.mark.parametrize("seed_dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("host_dtype", DTYPES, ids=DTYPE_IDS)
+def test_the_hosts_end_keeps_the_payload_of_a_nan(backend, device, host_dtype, seed_dtype):
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[host_dtype.itemsize]
+    for n, alphas in itertools.product((7, 33), (torch.zeros(()), torch.full((1,), -1.0), None)):
+        alpha = torch.tensor([0.0, 0.5, -1.0, 1.0])[torch.arange(n) % 4] if alphas is None else alphas
+        host = torch.full((n,), -1, dtype=integers, device=device).view(host_dtype).requires_grad_()
+        alpha, seed = alpha.to(device), torch.ones(n, dtype=seed_dtype, device=device)
+        out = blend(host, seed, alpha)
+        (grad,) = torch.autograd.grad(out, host, host.detach())
+        at_end = (alpha <= 0).expand(n)
+        for result in (out.detach(), grad):
+            assert (result.view(integers)[at_end] == -1).all()
+
+
 @pytest.mark.parametrize("alpha_bits", [0x3E99999A, 0x3F333333, 0x7FFFFFFF], ids=["0.3", "0.7", "nan"])
 def test_every_bfloat16_is_rounded_in_a_pack_as_alone(alpha_bits):
     """One alpha goes in packs, one per element does not. A NaN must not be rounded up to a number."""

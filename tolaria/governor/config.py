@@ -94,7 +94,7 @@ class GovernorConfig:
     """Where slots of a CUDA model lie: page-locked host memory, or the device's own."""
     save_every: int = 0
     """Write every so many promotions to ``save_path`` beside training; see ``TolariaGovernor.save`` (>= 0; 0:
-    none)."""
+    none). With two states being written already, one is passed over for the next."""
     save_path: str | None = None
     """Folder for ``save_every``."""
     event_capacity: int = 256

@@ -58,13 +58,14 @@ def blend_backward(
         output_mask: which of ``(grad_host, grad_seed, grad_alpha)`` to compute; the others are None.
     """
     dtype = torch.float64 if torch.float64 in (grad.dtype, seed_dtype) else torch.float32
-    g, a = _readable("blend_backward", grad).to(dtype), alpha.to(dtype)
+    grad = _readable("blend_backward", grad)
+    g, a = grad.to(dtype), alpha.to(dtype)
     is_host, is_seed = a <= 0, a >= 1
     is_end = is_host | is_seed  # masked before the products: 0 * inf of an infinite alpha would be NaN
     between, weight = torch.where(is_end, 0.0, g), torch.where(is_end, 0.0, a)
     grad_host = grad_seed = grad_alpha = None
     if output_mask[0]:
-        grad_host = torch.where(is_host, g, between * (1 - weight)).to(grad.dtype)
+        grad_host = torch.where(is_host, grad, (between * (1 - weight)).to(grad.dtype))
     if output_mask[1]:
         grad_seed = torch.where(is_seed, g, between * weight).to(seed_dtype)
     if output_mask[2] and host is not None and seed is not None:
