@@ -48,7 +48,9 @@ class SnapshotBase:
         self.covered = covered
         self.slots = Slots(covered.device, storage, copies)
         self.structure = covered.structure()
-        self.seed_holders = covered.walk().seed_holders
+        self._walk = covered.walk()
+        """That of the last look."""
+        self.seed_holders = self._walk.seed_holders
         self._watch = StructureWatch(covered)
         self.state_check = StateCheck(covered, self.slots, self._watch)
         check_unsharded(covered)
@@ -84,13 +86,13 @@ class SnapshotBase:
             raise ValueError(f"model: expected a finite state, got NaN or infinity in {bad}")
 
     def host_parts(self) -> HostState:
-        """The host-side parts of a capture about to be made.
+        """The host-side parts of a capture about to be made; call :meth:`follow_structure` before.
 
         Raises:
             SnapshotError: a tensor is not covered, or a part cannot say its state.
         """
         self.slots.check_whole()
-        return HostState.of(self.covered)
+        return HostState.of(self.covered, self._walk)
 
     def bad_host_part(self, host: HostState) -> str | None:
         """The first extra of ``host`` that holds NaN or infinity in CPU memory, and did not at attach."""
@@ -125,6 +127,7 @@ class SnapshotBase:
         known = len(self.slots.places)
         walk = self.covered.walk()
         tensors = self.covered.tensors(walk)
+        self._walk = walk
         self._watch.forget()  # whatever happens from here on, the next look finds a change
         changed = self.slots.sync(tensors, leave_out=leave_out)
         self.structure = self.covered.structure()

@@ -43,13 +43,17 @@ class HostState:
     """How often :meth:`load_into` has put it back: a repeated one draws other random numbers."""
 
     @classmethod
-    def of(cls, covered: CoveredState) -> HostState:
+    def of(cls, covered: CoveredState, walk: Walk | None = None) -> HostState:
         """A copy of every host-side part as it is now.
+
+        Args:
+            covered: what there is.
+            walk: that of now, if known.
 
         Raises:
             SnapshotError: a scheduler, an extra or a module cannot say its state.
         """
-        walk = covered.walk()
+        walk = walk or covered.walk()
         if not covered.by_hand:
             covered.schedules.captured(covered.optimizers)
         covered.find_schedules()
