@@ -157,7 +157,10 @@ class DeviceEngine(Engine):
         self._put_back(self._row.state, self._row.mailbox)
 
     def _put_back(self, state: Tensor, mailbox: Tensor | None) -> None:
+        ordered = self.peers.ordered(state) if self.peers else None
         ops.snapshot_restore_(state, self._row.column, self._row.settings, self.slots.table, mailbox)
+        if ordered is not None:
+            self.peers.restored(ordered)
 
     def last_good(self) -> tuple[int, HostState]:
         """The slot of the last known good capture, and its host-side parts; waits for the device."""

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.governor import uncovered
+from tolaria.governor.peers import Peers
 from tolaria.governor.row import Row
 from tolaria.ops import Order, PanicReason, StatusField
 from tolaria.snapshot.base import SnapshotBase
@@ -66,6 +67,7 @@ class Engine(SnapshotBase, ABC):
                 + "; a governor cannot vouch for such a state"
             )
         self._steps = BeforeSteps(self._notice_growth)
+        self.peers = Peers(row, covered)
 
     @property
     def step_count(self) -> int:
@@ -189,6 +191,7 @@ class Engine(SnapshotBase, ABC):
     def close(self) -> None:
         """Let go of hooks."""
         self._steps.close()
+        self.peers.close()
 
     # -- shared ----------------------------------------------------------------------------------------------
 

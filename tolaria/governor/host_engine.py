@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from tolaria import ops
@@ -13,6 +14,8 @@ from tolaria.ops import Order, PanicReason, StateField
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.host_state import HostState
 from tolaria.snapshot.transfer import Transfer
+
+_YES = torch.ones((), dtype=torch.float64, device="cpu")
 
 
 class HostEngine(Engine):
@@ -84,11 +87,12 @@ class HostEngine(Engine):
 
     def _put_back(self, state: Tensor, mailbox: Tensor | None, *, again: bool = False) -> None:
         row, table = self._row, self.slots.table
-        self._transfer.restore(
-            int(self._view[StateField.last_good]),
-            lambda: ops.snapshot_restore_(state, row.column, row.settings, table, mailbox),
-            again=again,
-        )
+
+        def put_back() -> None:
+            ops.snapshot_restore_(state, row.column, row.settings, table, mailbox)
+            self.peers.restored(_YES)
+
+        self._transfer.restore(int(self._view[StateField.last_good]), put_back, again=again)
 
     def last_good(self) -> tuple[int, HostState]:
         """The slot of the last known good capture, and its host-side parts."""

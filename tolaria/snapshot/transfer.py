@@ -12,8 +12,8 @@ from tolaria.snapshot.host_state import HostState
 class Transfer:
     """Copies a covered state to a slot, and puts it back with the host-side parts that belong to it.
 
-    An exception or Ctrl-C inside :meth:`restore` is remembered, see :attr:`is_unfinished`: whoever calls
-    next restores once more, which completes it.
+    Ctrl-C inside :meth:`restore` is handed on once the restore is complete. What cannot be completed at once
+    is remembered, see :attr:`is_unfinished`: whoever calls next restores once more.
 
     Args:
         base: what is covered, and its slots.
@@ -54,7 +54,19 @@ class Transfer:
         Raises:
             SnapshotError: one part refused its state; everything else is back.
         """
-        base, host = self._base, self.host(slot)
+        host = self.host(slot)
+        counted = host.restores
+        try:
+            self._restore(slot, host, put_back, again=again)
+        except Exception:
+            raise
+        except BaseException:
+            # Whoever catches Ctrl-C often saves the model next. A second one leaves it to the next call.
+            self._restore(slot, host, put_back, again=again or host.restores != counted)
+            raise
+
+    def _restore(self, slot: int, host: HostState, put_back: Callable[[], None], *, again: bool) -> None:
+        base = self._base
         self.is_unfinished = True
         host.bring_back(base.covered)
         base.follow_structure(leave_out=True)
