@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tolaria
+from tolaria.errors import TolariaError
 from tolaria.governor import (
     GovernorBank,
     GovernorConfig,
@@ -170,6 +171,36 @@ def test_polling_from_another_thread_loses_nothing(place: str) -> None:
     assert governor.rollback_count == 10
     assert optimizer.param_groups[0]["lr"] == 0.5**10
     assert sum(isinstance(e, RollbackEvent) for e in told) == 10
+
+
+def test_two_threads_inside_calls_are_an_error() -> None:
+    model, _, governor = guarded("cpu")
+    begun, errors = threading.Event(), []
+    may_end = threading.Event()
+
+    def stop_here(event: GovernorEvent) -> None:
+        begun.set()
+        assert may_end.wait(60)
+
+    def step() -> None:
+        governor.step(torch.tensor(float("nan")))
+
+    governor.poll()
+    governor.add_sink(stop_here)
+    thread = threading.Thread(target=step)
+    thread.start()
+    try:
+        assert begun.wait(60)
+        for call in (governor.snapshot, governor.execute_rollback, governor.reset, governor.close, step):
+            with pytest.raises(TolariaError, match="two threads are inside its calls") as caught:
+                call()
+            errors.append(caught.value)
+    finally:
+        may_end.set()
+        thread.join()
+    assert len(errors) == 5
+    governor.snapshot()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_a_governor_says_that_it_cannot_be_copied() -> None:

@@ -16,6 +16,7 @@ from tolaria.governor.config import GovernorConfig, resolve_random_guess_loss
 from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
 from tolaria.governor.judging import check_verdict
+from tolaria.governor.one_thread import one_thread
 from tolaria.governor.readings import Readings
 from tolaria.ops import StateField
 from tolaria.ops.governor import judge_
@@ -190,7 +191,7 @@ class TolariaGovernor(Readings):
         elif skipper is not None:
             skipper.after_step()
 
-    @outside_inference
+    @one_thread
     def _finish_step(self, engine: Engine) -> None:
         try:
             engine.act()
@@ -222,7 +223,7 @@ class TolariaGovernor(Readings):
 
     # -- by hand ---------------------------------------------------------------------------------------------
 
-    @outside_inference
+    @one_thread
     def execute_rollback(self) -> GovernorReport:
         """Restore the last known good state now.
 
@@ -251,7 +252,7 @@ class TolariaGovernor(Readings):
         assert self.last_report is not None
         return self.last_report
 
-    @outside_inference
+    @one_thread
     def snapshot(self) -> None:
         """Capture now, on probation; it replaces a candidate, never the last known good state.
 
@@ -267,7 +268,7 @@ class TolariaGovernor(Readings):
             at.follower.follow_between_steps() if engine.is_late else at.follower.follow()
         self._tell()
 
-    @outside_inference
+    @one_thread
     def reset(self) -> None:
         """Forget all losses and make the current state the last known good one, as at attach.
 
@@ -290,7 +291,7 @@ class TolariaGovernor(Readings):
         """
         self._engine.wait()
 
-    @outside_inference
+    @one_thread
     def close(self) -> None:
         """Let go of the model, the hooks and the slots; calls but ``poll`` are errors.
 
@@ -345,7 +346,7 @@ class TolariaGovernor(Readings):
 
     # -- structure and saving --------------------------------------------------------------------------------
 
-    @outside_inference
+    @one_thread
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Cover another optimizer, for instance that of a seed just germinated.
 
@@ -367,14 +368,14 @@ class TolariaGovernor(Readings):
         check_schedulers([scheduler])
         self._engine.covered.schedulers.append(scheduler)
 
-    @outside_inference
+    @one_thread
     def notify_structure_changed(self) -> None:
         """Look at the model's structure now. Optional: the next step, capture or rollback notices growth."""
         self._engine.sync_structure()
         self._attached.follower.hear()
         self._telemetry.deliver()
 
-    @outside_inference
+    @one_thread
     def load_state_dict(self, state: Mapping[str, Any], *, keep_config: bool = True) -> None:
         """Go on from a saved run: statistics, counts, when captures are due.
 

@@ -19,6 +19,7 @@ class Readings:
     """On CUDA as of the last status word that arrived; call ``synchronize()`` first for the latest."""
 
     _attached: Attachment
+    _acting: int | None = None  # the thread that is inside a call
 
     @property
     def config(self) -> GovernorConfig:
