@@ -136,6 +136,7 @@ def test_what_cannot_be_written_is_named() -> None:
         {"$complex": [1, 2, 3]},
         {"$live": 1, "x": 2},
         {"$size": ["a"]},
+        {"$wrapped": ["x"]},
         object(),
     ],
 )

@@ -17,6 +17,7 @@ from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.finite_state import PutBack
 from tolaria.snapshot.fresh_state import fresh_value
 from tolaria.snapshot.undo import HostCounters, UndoCopy
+from tolaria.snapshot.wrapped import inner_tensors, is_wrapper
 from tolaria.telemetry.events import GovernorEvent, RollbackEvent, VerdictEvent
 
 
@@ -222,7 +223,11 @@ class _Newborns:
         """Give what came since its value before the first step, unless ``flag`` is 0."""
         if self._known is not None:
             for group, key, born in self.tensors():
-                if id(born) not in self._known:
+                if id(born) in self._known:
+                    continue
+                if is_wrapper(born):
+                    _empty(born, flag)
+                else:
                     fresh = fresh_value(self._optimizer, group, key)
                     born.copy_(torch.where(flag != 0, 0.0 if fresh is None else fresh, born))
 
@@ -237,6 +242,15 @@ class _Newborns:
         ]
 
 
+def _empty(wrapper: Tensor, flag: Tensor) -> None:
+    """Make it hold zeros unless ``flag`` is 0, as it says zero itself: a table inside stays what it is."""
+    inner = [tensor for _, tensor in inner_tensors(wrapper)]
+    kept = [tensor.clone() for tensor in inner]
+    wrapper.copy_(torch.zeros(wrapper.shape, dtype=wrapper.dtype, device=wrapper.device))
+    for tensor, before in zip(inner, kept, strict=True):
+        tensor.copy_(torch.where(flag != 0, tensor, before))
+
+
 class _UndoneOptimizer:
     """An optimizer on CUDA whose steps are taken, and undone if the device finds that they should not be."""
 
@@ -249,7 +263,8 @@ class _UndoneOptimizer:
     def save(self, step: int, heard: int) -> None:
         self._newborns.before_step()
         tensors = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
-        self._undo.save(tensors + [tensor for _, _, tensor in self._newborns.tensors()])
+        states = (inner_tensors(state) for _, _, state in self._newborns.tensors())
+        self._undo.save(tensors + [inner for state in states for _, inner in state])
         if not torch.cuda.is_current_stream_capturing():
             self.counters.note(step, heard)
 

@@ -22,6 +22,7 @@ from tolaria.snapshot.protocols import HoldsSeed, TakesPartInRollback
 from tolaria.snapshot.rng import Generators
 from tolaria.snapshot.schedules import SCHEDULED, LoweredRates, ScheduleFinder, reaches
 from tolaria.snapshot.voice import BY_HAND, GOVERNOR
+from tolaria.snapshot.wrapped import inner_tensors, is_wrapper, put_inner
 
 Kind = Literal["parameter", "buffer", "optimizer", "scaler"]
 
@@ -251,14 +252,15 @@ class CoveredState:
                     yield CoveredTensor(own, name, parameter, "parameter", parameter, parameter, hooked=True)
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
-                        named = f"optimizer[{i}].{key}({name})"
-                        key_ = ("state", id(optimizer), id(parameter), key)
-                        # Somebody else's, too: a restore that does not know it must not find zeros for it.
-                        is_shared = id(value) in shared
-                        fresh = value if is_shared else fresh_value(optimizer, group, key)
-                        yield CoveredTensor(
-                            key_, named, value, "optimizer", parameter, parameter, fresh_value=fresh
-                        )
+                        fresh = None if is_wrapper(value) else fresh_value(optimizer, group, key)
+                        for path, inner in inner_tensors(value):
+                            named = ".".join((f"optimizer[{i}].{key}({name})", *path))
+                            key_ = ("state", id(optimizer), id(parameter), key, *path)
+                            # Somebody else's, too: a restore that does not know it must not find zeros there.
+                            born = inner if id(inner) in shared else fresh
+                            yield CoveredTensor(
+                                key_, named, inner, "optimizer", parameter, parameter, fresh_value=born
+                            )
 
     def structure(self) -> list[int]:
         """A cheap sign of growth: parameters per group of every optimizer."""
@@ -296,7 +298,11 @@ class CoveredState:
             for optimizer in (o for o in self.optimizers if id(o) == where[0]):
                 homes = [g for g in optimizer.param_groups if any(p is anchor for p in g["params"])]
                 for home in homes:
-                    (home if kind == "group" else optimizer.state[anchor])[where[2]] = value
+                    holder, path = home if kind == "group" else optimizer.state[anchor], where[3:]
+                    if not path:
+                        holder[where[2]] = value
+                    elif is_wrapper(holder.get(where[2])):
+                        put_inner(holder[where[2]], tuple(path), value)
 
 
 def _shared(optimizer: Optimizer) -> set[int]:
@@ -304,7 +310,8 @@ def _shared(optimizer: Optimizer) -> set[int]:
     if type(optimizer).__module__.startswith("torch.optim"):
         return set()
     states = [s for s in optimizer.state.values() if isinstance(s, Mapping)]
-    held = Counter(id(v) for state in states for v in state.values() if isinstance(v, Tensor))
+    tensors = (v for state in states for v in state.values() if isinstance(v, Tensor))
+    held = Counter(id(inner) for tensor in tensors for _, inner in inner_tensors(tensor))
     own = (v for name, v in vars(optimizer).items() if name != "state")
     lists = (
         list(v.values()) if isinstance(v, dict) else v for v in own if isinstance(v, dict | list | tuple)

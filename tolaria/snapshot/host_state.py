@@ -97,6 +97,7 @@ class HostState:
             trained = {id(p) for group in host.groups for p in group.params}
             if any(host.optimizer is optimizer for optimizer in covered.optimizers):
                 live |= trained
+                host.bring_back_wrappers()
         trained = {id(p) for host in self.optimizers for group in host.groups for p in group.params}
         given_up = _with_holders(self.forms, trained - live)
         put_back_tree(self.forms, lambda: [m for *_, m in covered.walk().modules], given_up)

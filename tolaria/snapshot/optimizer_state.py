@@ -15,6 +15,7 @@ from tolaria.snapshot import loose_state
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.fresh_state import fresh_value
 from tolaria.snapshot.host_copy import HostCopy, is_plain, refill
+from tolaria.snapshot.wrapped import is_like, is_wrapper
 
 HostValues = dict[int, dict[int, dict[str, Any]]]
 """By step, then by the parameter's id: the entries of an optimizer's state that are on the host."""
@@ -44,6 +45,8 @@ class OptimizerHost:
     groups: list[GroupHost]
     state_keys: dict[int, tuple[str, ...]]
     values: dict[int, dict[str, Any]]
+    wrappers: dict[int, dict[str, Tensor]]
+    """State whose bytes are in tensors inside: the objects themselves, not copied."""
     loose: loose_state.Loose
     attributes: dict[str, HostCopy]
     """Counters and the like of optimizers that are not torch's own: plain data among their attributes."""
@@ -66,9 +69,25 @@ class OptimizerHost:
                 id(parameter): {k: copy.deepcopy(v) for k, v in _on_host(covered, state).items()}
                 for parameter, state in own
             },
+            wrappers={
+                id(parameter): found
+                for parameter, state in own
+                if (found := {k: v for k, v in state.items() if is_wrapper(v) and covered.is_captured(v)})
+            },
             loose=loose_state.copied(optimizer),
             attributes={name: HostCopy.of_settings(value, trained) for name, value in _attributes(optimizer)},
         )
+
+    def bring_back_wrappers(self) -> None:
+        """State that wraps tensors and is gone, or is another kind now, is again what it was at the capture.
+
+        To be called before the tensors are restored, those inside of it too.
+        """
+        for parameter in (p for group in self.groups for p in group.params if id(p) in self.wrappers):
+            state = self.optimizer.state.setdefault(parameter, {})
+            for key, wrapper in self.wrappers[id(parameter)].items():
+                if not is_like(state.get(key), wrapper):
+                    state[key] = wrapper
 
     def load(self, *, keep_fresh: bool, dropped: Collection[int], keep_settings: bool) -> None:
         """Put it back; state that came into being after the capture is removed.
@@ -123,7 +142,9 @@ class OptimizerHost:
             late = [k for k in state if k not in keys]
             if keep_fresh and group is not None and not keys:
                 fresh = [
-                    isinstance(state[k], Tensor) and fresh_value(optimizer, group, k) is not None
+                    isinstance(state[k], Tensor)
+                    and not is_wrapper(state[k])
+                    and fresh_value(optimizer, group, k) is not None
                     for k in late
                 ]
                 late = [] if all(fresh) and all(state[k].device == parameter.device for k in late) else late

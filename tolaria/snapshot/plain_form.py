@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tolaria.errors import SnapshotError
+from tolaria.snapshot.wrapped import is_wrapper
 
 
 class Live:
@@ -28,7 +29,8 @@ def to_plain(value: object, is_live: Callable[[object], bool]) -> tuple[Any, dic
     """``value`` as JSON, with the tensors apart. NaN and infinity stay: :func:`persist.write` knows a form.
 
     Args:
-        value: containers of numbers, strings, bytes, tensors, NumPy arrays, dtypes and devices, to any depth.
+        value: containers of numbers, strings, bytes, tensors, NumPy arrays, dtypes and devices, to any depth;
+            tensors that wrap others are written as those and their class's name.
         is_live: which objects stay in the running program; :data:`LIVE` comes back in their place.
 
     Returns:
@@ -55,7 +57,7 @@ class _Writer:
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, Tensor):
-            return {"$tensor": self._name(value, path)}
+            return self._wrapped(value, path) if is_wrapper(value) else {"$tensor": self._name(value, path)}
         if isinstance(value, Mapping):
             return self._mapping(value, path)
         if isinstance(value, torch.Size):
@@ -64,6 +66,14 @@ class _Writer:
             items = [self.plain(item, f"{path}/{i}") for i, item in enumerate(value)]
             return items if type(value) is list else {"$tuple": items}
         return self._rare(value, path)
+
+    def _wrapped(self, value: Tensor, path: str) -> Any:  # noqa: ANN401  (JSON)
+        names, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner = [[name, self.plain(getattr(value, name), f"{path}/{name}")] for name in names]
+        context = self.plain(context, f"{path}/context")
+        return {
+            "$wrapped": [_class_name(type(value)), inner, context, list(value.size()), list(value.stride())]
+        }
 
     def _rare(self, value: object, path: str) -> Any:  # noqa: ANN401  (JSON)
         if isinstance(value, bool | int | float | str):  # of a subclass: an enumeration's
@@ -153,6 +163,10 @@ class _Reader:
             return torch.device(str(inner))
         if kind == "$array":
             return _array(*inner)
+        if kind == "$wrapped":
+            name, parts, context, size, stride = inner
+            found = {str(key): self.value(part) for key, part in parts}
+            return _wrapped(name, found, self.value(context), torch.Size(size), tuple(stride))
         items = [self.value(item) for item in inner]
         makes: dict[str, Callable[[list[Any]], Any]] = {
             "$tuple": tuple,
@@ -162,6 +176,29 @@ class _Reader:
             "$complex": lambda parts: complex(*parts),
         }
         return makes[kind](items)
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _wrapped(
+    name: str, inner: dict[str, Tensor], context: object, size: torch.Size, stride: tuple[int, ...]
+) -> Tensor:
+    """A tensor that wraps others, of a class that torch's own loading of untrusted files would make."""
+    allowed = (each for each in torch.serialization.get_safe_globals() if isinstance(each, type))
+    kinds = (each for each in allowed if issubclass(each, Tensor) and hasattr(each, "__tensor_unflatten__"))
+    kind: Any = next((each for each in kinds if _class_name(each) == name), None)
+    if kind is None:
+        raise SnapshotError(
+            f"the snapshot holds a tensor of the class {name}, which is not among those that may be made: "
+            "import its package, or allow it by torch.serialization.add_safe_globals"
+        )
+    try:
+        made: Tensor = kind.__tensor_unflatten__(inner, context, size, stride)
+    except Exception as error:
+        raise ValueError(f"{name} refused its parts: {error!r}") from error
+    return made
 
 
 def _array(dtype: str, shape: list[int], content: str) -> np.ndarray[Any, Any]:

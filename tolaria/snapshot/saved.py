@@ -19,6 +19,7 @@ from tolaria.snapshot.host_state import HostState
 from tolaria.snapshot.module_tree import ModuleForm
 from tolaria.snapshot.optimizer_state import OptimizerHost
 from tolaria.snapshot.place import Place, PlaceKey, stored
+from tolaria.snapshot.wrapped import with_inner_tensors
 
 
 class SavedState:
@@ -167,9 +168,16 @@ class SavedState:
             own = state[parameter]  # which may be there and empty
             for key in host.state_keys[id(parameter)]:
                 where = ("state", id(host.optimizer), id(parameter), key)
-                own[key] = values[key] if key in values else self._tensor(where, live.get(key))
+                wrapper = host.wrappers.get(id(parameter), {}).get(key)
+                if wrapper is not None:
+                    own[key] = self._wrapped(where, wrapper)
+                else:
+                    own[key] = values[key] if key in values else self._tensor(where, live.get(key))
         state.update(loose_state.of_then(host.optimizer, host.loose))
         return state
+
+    def _wrapped(self, where: tuple[object, ...], wrapper: Tensor) -> Tensor:
+        return with_inner_tensors(wrapper, lambda path, inner: self._tensor((*where, *path), inner))
 
     def _groups(self, host: OptimizerHost) -> list[dict[str, Any]]:
         groups = []

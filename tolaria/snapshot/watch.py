@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tolaria.snapshot.covered import CoveredState, CoveredTensor, Walk
 from tolaria.snapshot.grad_scaler import SCALER_TENSORS
+from tolaria.snapshot.wrapped import inner_tensors, is_wrapper
 
 _DTYPE = operator.attrgetter("dtype")
 _BYTES = torch.UntypedStorage.nbytes
@@ -31,6 +32,8 @@ class _Mark(NamedTuple):
     storages: list[torch.UntypedStorage]
     signed: list[Tensor]
     """Those that may carry a conjugate or negative bit: complex ones and parts of them."""
+    wrappers: list[Tensor]
+    """Optimizer state that has others inside."""
     contents: list[object]
     whereabouts: tuple[object, ...]
 
@@ -59,17 +62,18 @@ class StructureWatch:
             tensors=found,
             storages=list(map(Tensor.untyped_storage, found)),
             signed=[t for t in found if t.is_complex() or not t.is_contiguous()],
+            wrappers=[v for s in self._states() for v in s.values() if is_wrapper(v)],
             contents=[],
             whereabouts=(),
         )
-        self._mark = mark._replace(contents=self._contents(mark.modules), whereabouts=self._whereabouts(mark))
+        self._mark = mark._replace(contents=self._contents(mark), whereabouts=self._whereabouts(mark))
 
     def has_moved(self) -> bool:
         """Whether something may be different; no device call, and it may say yes too often."""
         mark = self._mark
         if mark is None:
             return True
-        now, seen = self._contents(mark.modules), mark.contents
+        now, seen = self._contents(mark), mark.contents
         # The objects seen last are kept, not their ids, which a successor could have inherited.
         if len(now) != len(seen):
             return True
@@ -83,18 +87,24 @@ class StructureWatch:
         except RuntimeError:  # a tensor became one that has no address, by swap_tensors
             return True
 
-    def _contents(self, modules: list[nn.Module]) -> list[object]:
+    def _states(self) -> Iterator[Mapping[Any, Any]]:
+        states = chain.from_iterable(map(_VALUES, (o.state for o in self._covered.optimizers)))
+        return (state for state in states if isinstance(state, Mapping))
+
+    def _contents(self, mark: _Mark) -> list[object]:
         """What the containers hold, the groups' settings and parameters, and the scaler's tensors."""
         containers: list[Mapping[Any, Any]] = []
-        for module in modules:
+        for module in mark.modules:
             containers += [module._modules, module._parameters, module._buffers]
         for optimizer in self._covered.optimizers:
-            containers += [optimizer.state, *(s for s in optimizer.state.values() if isinstance(s, Mapping))]
+            containers.append(optimizer.state)
+        containers += self._states()
         found: list[object] = list(chain.from_iterable(map(_VALUES, containers)))
         for optimizer in self._covered.optimizers:
             for group in optimizer.param_groups:
                 found += group["params"]
                 found += [value for key, value in group.items() if key != "params"]
+        found += [inner for wrapper in mark.wrappers for _, inner in inner_tensors(wrapper)]
         found += [getattr(self._covered.scaler, name, None) for name in SCALER_TENSORS]
         return found
 
