@@ -70,10 +70,8 @@ class _Writer:
     def _wrapped(self, value: Tensor, path: str) -> Any:  # noqa: ANN401  (JSON)
         names, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
         inner = [[name, self.plain(getattr(value, name), f"{path}/{name}")] for name in names]
-        context = self.plain(context, f"{path}/context")
-        return {
-            "$wrapped": [_class_name(type(value)), inner, context, list(value.size()), list(value.stride())]
-        }
+        form = self.plain(context, f"{path}/context"), list(value.size()), list(value.stride())
+        return {"$wrapped": [_class_name(type(value)), inner, *form]}
 
     def _rare(self, value: object, path: str) -> Any:  # noqa: ANN401  (JSON)
         if isinstance(value, bool | int | float | str):  # of a subclass: an enumeration's
