@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -27,14 +28,46 @@ class Lookahead(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self._step()
+
+    @torch.no_grad()
+    def _step(self) -> None:
         self.inner.step()
         self.count += 1
         if self.count % self.k == 0:
             for p in self._params():
                 p.lerp_(self.state[p]["slow"], 0.5)
                 self.state[p]["slow"].copy_(p)
+
+
+class NeverInitialised(Lookahead):
+    """Its class does not call ``Optimizer.__init__``: no hooks, no defaults."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.k, self.count = inner, 3, 0
+        self.param_groups, self.state = inner.param_groups, defaultdict(dict)
+        self.fast_state = inner.state
+        for p in self._params():
+            self.state[p]["slow"] = p.detach().clone()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  (torch puts hooks into the other)
+        self._step()
+
+
+class Offloads(torch.optim.Optimizer):
+    """Groups that are put together whenever somebody asks, and no state of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_parameter = {p: torch.optim.AdamW([p], lr=1e-2) for p in model.parameters()}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [group for each in self.by_parameter.values() for group in each.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for each in self.by_parameter.values():
+            each.step()
 
 
 class Several(torch.optim.Optimizer):
@@ -121,6 +154,8 @@ class CountsInItsGroup(torch.optim.Optimizer):
 MAKERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "lookahead": lambda m: Lookahead(torch.optim.AdamW(m.parameters(), lr=1e-2)),
     "lookahead_twice": lambda m: Lookahead(Lookahead(torch.optim.AdamW(m.parameters(), lr=1e-2)), k=2),
+    "never_initialised": lambda m: NeverInitialised(torch.optim.AdamW(m.parameters(), lr=1e-2)),
+    "offloads": Offloads,
     "several": Several,
     "attributes": lambda m: Attributes(m.parameters()),
     "table": lambda m: Table(m.parameters()),
@@ -181,6 +216,28 @@ def test_live_objects_stay_the_live_ones() -> None:
     governor.execute_rollback()
     assert table.tables["dynamic"] is shared
     assert torch.equal(shared, kept)
+
+
+def test_one_that_was_never_initialised_runs_hooks_and_its_kin_steps_on() -> None:
+    model, other = nn.Linear(4, 2), nn.Linear(4, 2)
+    optimizer, kin = (NeverInitialised(torch.optim.SGD(m.parameters(), lr=0.1)) for m in (model, other))
+    TolariaGovernor(model, optimizer, config=CONFIG)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    steps(model, optimizer, 1, seed=1)
+    steps(other, kin, 1, seed=1)
+    assert seen == ["before"]
+
+
+def test_the_state_of_an_inner_optimizer_stays_one_under_two_names() -> None:
+    model = nn.Linear(4, 2)
+    optimizer = NeverInitialised(torch.optim.AdamW(model.parameters()))
+    governor = TolariaGovernor(model, optimizer, config=CONFIG)
+    steps(model, optimizer, 2, seed=1)
+    governor.execute_rollback()
+    steps(model, optimizer, 2, seed=1)
+    assert optimizer.fast_state is optimizer.inner.state
+    assert optimizer.param_groups is optimizer.inner.param_groups
 
 
 def test_shared_groups_are_lowered_once() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
+from types import MethodType
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -27,13 +30,30 @@ def _own(name: str, inner: Optimizer, outer: Optimizer) -> Iterator[tuple[str, O
         yield name, inner
 
 
+def complete(optimizer: Optimizer) -> None:
+    """Give one whose class never calls ``Optimizer.__init__``, as some that wrap do not, what it lacks.
+
+    Its step runs hooks from then on: its own, not that of its class, whose other objects have none.
+    """
+    own: Any = optimizer  # what torch declares may be missing
+    if not hasattr(own, "state"):
+        own.state = defaultdict(dict)
+    if hasattr(own, "_optimizer_step_pre_hooks"):
+        return
+    own._optimizer_step_pre_hooks, own._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    step = type(optimizer).step
+    if not getattr(step, "hooked", False):
+        own.step = MethodType(Optimizer.profile_hook_step(step), optimizer)
+
+
 def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """The optimizers and those that they wrap, each once."""
+    """The optimizers and those that they wrap, each once and :func:`complete`."""
     found: list[Optimizer] = []
     waiting = list(optimizers)
     while waiting:
         optimizer = waiting.pop(0)
         if not any(optimizer is known for known in found):
+            complete(optimizer)
             found.append(optimizer)
             waiting += [inner for _, inner in inner_optimizers(optimizer)]
     return found

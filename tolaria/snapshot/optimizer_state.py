@@ -15,6 +15,7 @@ from tolaria.snapshot import loose_state
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.fresh_state import fresh_value
 from tolaria.snapshot.host_copy import HostCopy, is_plain, refill
+from tolaria.snapshot.inner_optimizers import with_inner
 from tolaria.snapshot.wrapped import is_like, is_wrapper
 
 HostValues = dict[int, dict[int, dict[str, Any]]]
@@ -169,6 +170,8 @@ def _attributes(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
     """Its attributes that are data; those of torch's optimizers are constants."""
     if type(optimizer).__module__.startswith("torch.optim"):
         return
+    # An inner optimizer's state under a name of the outer one's is covered already, and must stay one object.
+    known = {id(held) for each in with_inner([optimizer]) for held in (each.state, each.param_groups)}
     for name, value in vars(optimizer).items():
-        if name not in _TORCHS_OWN and is_plain(value):
+        if name not in _TORCHS_OWN and id(value) not in known and is_plain(value):
             yield name, value
