@@ -126,7 +126,6 @@ class Run:
         self.model = network()
         self.optimizer = way.make(cls, self.model)
         self._steps = way.steps
-        self._done = 0
         self._mode("train")
 
     def _mode(self, name: str) -> None:
@@ -140,20 +139,21 @@ class Run:
         for number in range(first, first + steps):
             torch.manual_seed(number)
             self._step(torch.randn(8, 4, 8, 8), torch.randint(8, (8,)))
-        self._mode("eval")
-        self._mode("train")
+        if steps:
+            self._mode("eval")
+            self._mode("train")
 
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
-        keep = "graph" in self._steps
-
         def loss() -> Tensor:
             return nn.functional.cross_entropy(self.model(inputs), labels)
 
-        def closure(*, backward: bool = True) -> Tensor:
+        def closure() -> Tensor:
             self.model.zero_grad()
             found = loss()
-            if backward and found.requires_grad:
-                found.backward(create_graph=keep)
+            if hasattr(self.optimizer, "backward"):  # which scales the loss
+                self.optimizer.backward(found)
+            else:
+                found.backward(create_graph="graph" in self._steps)
             return found
 
         if self._steps == "fused":
@@ -165,8 +165,10 @@ class Run:
 
     @property
     def covered(self) -> Any:
-        """The optimizer to hand over: of a wrapper that is no ``Optimizer``, the one within."""
-        return self.optimizer if isinstance(self.optimizer, torch.optim.Optimizer) else self.optimizer.base
+        """The optimizer to hand over: of a wrapper that is no whole ``Optimizer``, the one within."""
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            return self.optimizer.base
+        return self.optimizer if hasattr(self.optimizer, "param_groups") else self.optimizer.optimizer
 
     def wreck(self) -> None:
         """NaN into every tensor of model and optimizer; numbers without a NaN become 0."""
@@ -204,7 +206,9 @@ def leaves(root: object, names: dict[int, str]) -> Iterator[tuple[tuple[str, ...
             inner = dict(vars(thing))
         if inner and id(thing) not in seen:
             seen.add(id(thing))
-            stack += [((*path, names.get(id(key), str(key)[:40])), value) for key, value in inner.items()]
+            for number, (key, value) in enumerate(inner.items()):
+                name = f"tensor {number}" if isinstance(key, Tensor) else str(key)
+                stack.append(((*path, names.get(id(key), name)), value))
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -279,12 +283,13 @@ def rolled_back(cls: Any, way: Way, warm: int, tool: str) -> Found:
     """The end of a run that goes back by tolaria."""
     run = Run(cls, way)
     run.train(warm, first=0)
+    # What is no whole optimizer goes beside the one within.
+    extras = {} if run.covered is run.optimizer else {"wrapper": run.optimizer}
     if tool == "governor":
-        back = TolariaGovernor(
-            run.model, run.covered, config=GovernorConfig(snapshot_interval=1000)
-        ).execute_rollback
+        config = GovernorConfig(snapshot_interval=1000)
+        back = TolariaGovernor(run.model, run.covered, extras=extras, config=config).execute_rollback
     else:
-        snapshot = Snapshot(run.model, run.covered)
+        snapshot = Snapshot(run.model, run.covered, extras=extras)
         snapshot.capture()
         back = snapshot.restore  # type: ignore[assignment]
     run.train(DETOUR, first=100)

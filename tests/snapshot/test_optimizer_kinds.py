@@ -240,6 +240,16 @@ def test_the_state_of_an_inner_optimizer_stays_one_under_two_names() -> None:
     assert optimizer.param_groups is optimizer.inner.param_groups
 
 
+def test_one_without_groups_is_refused_by_name() -> None:
+    class Scaled(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.optimizer = inner
+
+    model = nn.Linear(4, 2)
+    with pytest.raises(TypeError, match=r"optimizers\[0\]: expected param_groups, which Scaled has none of"):
+        TolariaGovernor(model, Scaled(torch.optim.SGD(model.parameters())), config=CONFIG)
+
+
 def test_shared_groups_are_lowered_once() -> None:
     model = nn.Linear(4, 2)
     optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=1.0))

@@ -69,12 +69,13 @@ class Momentum(torch.optim.Optimizer):
         self.shares, self.in_place = shares, in_place
 
     def born(self, p: Tensor) -> Quantised:
+        self.table = self.table.to(p.device)
         table = self.table if self.shares else self.table.clone()
-        return Quantised(torch.full(p.shape, 128, dtype=torch.uint8), torch.zeros(*p.shape[:-1], 1), table)
+        return Quantised(torch.full_like(p, 128, dtype=torch.uint8), p.new_zeros(*p.shape[:-1], 1), table)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for p in (p for group in self.param_groups for p in group["params"]):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             state = self.state[p]
             if not state:
                 state["step"], state["momentum"] = torch.zeros(()), self.born(p)
@@ -93,9 +94,9 @@ MAKERS: dict[str, Callable[[nn.Module], Momentum]] = {
 }
 
 
-def made(name: str, steps: int) -> tuple[nn.Module, Momentum]:
+def made(name: str, steps: int, device: str | torch.device = "cpu") -> tuple[nn.Module, Momentum]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
     optimizer = MAKERS[name](model)
     train(model, optimizer, steps, seed=1)
     return model, optimizer
@@ -104,7 +105,8 @@ def made(name: str, steps: int) -> tuple[nn.Module, Momentum]:
 def train(model: nn.Module, optimizer: Momentum, steps: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        loss = model(torch.randn(8, 4, generator=rng)).square().mean()
+        inputs = torch.randn(8, 4, generator=rng).to(model[0].weight.device)
+        loss = model(inputs).square().mean()
         model.zero_grad()
         loss.backward()
         optimizer.step()
@@ -144,7 +146,7 @@ def replace(optimizer: Momentum) -> None:
 def put_other_tensors_inside(optimizer: Momentum) -> None:
     for state in optimizer.state.values():
         state["momentum"].codes = state["momentum"].codes.clone()
-        state["momentum"].scale = torch.zeros(3)
+        state["momentum"].scale = state["momentum"].scale.new_zeros(3)
 
 
 def make_plain(optimizer: Momentum) -> None:
@@ -166,9 +168,9 @@ TROUBLE = [lambda optimizer: None, lose, replace, put_other_tensors_inside, make
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("trouble", TROUBLE, ids=lambda t: t.__name__.strip("<>"))
 def test_training_goes_on_as_if_nothing_had_been(
-    name: str, warm: int, by_hand: bool, trouble: Callable[[Momentum], None]
+    name: str, warm: int, by_hand: bool, trouble: Callable[[Momentum], None], device: torch.device
 ) -> None:
-    mine, other = made(name, warm), made(name, warm)
+    mine, other = made(name, warm, device), made(name, warm, device)
     if by_hand:
         snapshot = Snapshot(*mine)
         snapshot.capture()
@@ -254,6 +256,21 @@ def test_a_crafted_one_is_refused() -> None:
                 from_plain({"$wrapped": [name, inner, 8, [1], [1]]}, {})
         with pytest.raises(SnapshotError, match="not among"):
             from_plain({"$wrapped": ["torch.nn.modules.linear.Linear", [], 8, [1], [1]]}, {})
+
+
+def test_a_first_step_that_is_left_out_leaves_nothing(device: torch.device) -> None:
+    model, optimizer = made("own_tables", 0, device)
+    config = GovernorConfig(snapshot_interval=4, skip_anomalous_steps=True)
+    governor = TolariaGovernor(model, optimizer, config=config)
+    for loss in (float("nan"), 1.0, 1.0):
+        model(torch.ones(2, 4, device=device)).sum().mul(loss).backward()
+        verdict = governor.check_vital_signs(torch.tensor(loss, device=device))
+        optimizer.step()
+        governor.step(verdict)
+        model.zero_grad()
+    governor.synchronize()
+    tensors = [*model.parameters(), *states(optimizer)]
+    assert all(bool(t.isfinite().all()) for t in tensors)
 
 
 def test_what_an_undone_first_step_made_starts_at_zero() -> None:

@@ -102,6 +102,11 @@ def checked_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimi
             raise TypeError(
                 f"optimizers[{i}]: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(
+                f"optimizers[{i}]: expected param_groups, which {type(optimizer).__name__} has none of; hand "
+                "over the optimizer inside of it, and what it keeps itself in extras="
+            )
         if any(optimizer is earlier for earlier in listed[:i]):
             raise ValueError(f"optimizers[{i}]: expected each optimizer once, got one a second time")
     lazy = [name for name, tensor in _named_tensors(model) if is_lazy(tensor)]
