@@ -70,11 +70,7 @@ class OptimizerHost:
                 id(parameter): {k: copy.deepcopy(v) for k, v in _on_host(covered, state).items()}
                 for parameter, state in own
             },
-            wrappers={
-                id(parameter): found
-                for parameter, state in own
-                if (found := {k: v for k, v in state.items() if is_wrapper(v) and covered.is_captured(v)})
-            },
+            wrappers=_wrappers(covered, own),
             loose=loose_state.copied(optimizer),
             attributes={name: HostCopy.of_settings(value, trained) for name, value in _attributes(optimizer)},
         )
@@ -160,6 +156,18 @@ def parameter_states(optimizer: Optimizer, also: Collection[int] = ()) -> list[t
     """State by parameter, of those in a group and those whose id is in ``also``."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}.union(also)
     return [(parameter, state) for parameter, state in optimizer.state.items() if id(parameter) in own]
+
+
+def _wrappers(
+    covered: CoveredState, own: list[tuple[Tensor, dict[str, Any]]]
+) -> dict[int, dict[str, Tensor]]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for parameter, state in own:
+        for key, value in state.items():
+            # The type first: this is asked of every state tensor at every capture.
+            if type(value) is not Tensor and is_wrapper(value) and covered.is_captured(value):
+                found.setdefault(id(parameter), {})[key] = value
+    return found
 
 
 def _on_host(covered: CoveredState, values: Mapping[str, Any]) -> dict[str, Any]:
