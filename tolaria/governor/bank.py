@@ -198,9 +198,10 @@ class GovernorBank:
                     engine.act()
         finally:
             self._hear()
-            for i, engine in self._engines.items():
-                self._followers[i].follow()
-                self._followers[i].mark.set(engine.covered)
+            for i in self._engines:
+                self._followers[i].end_step()
+        for engine in self._engines.values():
+            engine.finished()
         reward = self._state[StateField.reward].to(torch.float32)
         if mask is not None:
             reward = torch.where(mask.bool(), reward, 0.0)

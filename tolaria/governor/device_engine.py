@@ -12,7 +12,7 @@ Who must wait for a capture in flight: the optimizer (its step pre-hook does), t
 (``judging`` does), ``load_state_dict`` of any module, a structure change (``sync_structure`` does). Each
 waits for itself and nobody clears the event for others. Memory that a launch may still touch is not given
 back before it is done: not to another stream when a tensor is replaced (``record_stream``), not to the system
-when the governor goes (``_let_go``). What a recorded graph holds the address of outlives the governor
+when the governor goes (``let_go``). What a recorded graph holds the address of outlives the governor
 (:mod:`tolaria.snapshot.graphs`); the replays then find a judge without slots, and a table without rows.
 """
 
@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tolaria import ops
 from tolaria.errors import TolariaError
+from tolaria.governor.device_end import let_go
 from tolaria.governor.engine import Engine
 from tolaria.governor.row import Row
 from tolaria.governor.seed_flags import SeedFlags
@@ -58,20 +59,20 @@ class DeviceEngine(Engine):
         self._known_rollbacks = 0
         self._seed_flags = SeedFlags(covered.device)
         self._moved: list[Optimizer] = []
+        self._is_judging = self._is_acting = self._is_restoring = False
         super().__init__(row, covered)
+        memory = (self.slots, row.settings, row.mailbox, self._seed_flags)
+        self._finalizer = weakref.finalize(
+            self, let_go, self._flight, self._handles, row.state, row.column, self.slots.table, memory
+        )
         try:
             with torch.cuda.device(covered.device):
                 self.adopt_current_state()
+            for optimizer in covered.optimizers:
+                self.hook(optimizer)
         except BaseException:
-            for handle in self._handles:
-                handle.remove()
+            self.close()
             raise
-        for optimizer in covered.optimizers:
-            self.hook(optimizer)
-        memory = (self.slots, row.settings, row.mailbox, self._seed_flags)
-        self._finalizer = weakref.finalize(
-            self, _let_go, self._flight, self._handles, row.state, row.column, self.slots.table, memory
-        )
 
     def hook(self, optimizer: Optimizer) -> None:
         """Make ``optimizer`` wait for a capture in flight before it changes what is being captured."""
@@ -111,6 +112,8 @@ class DeviceEngine(Engine):
         step = self.step_count
         if step != self._heard_step:
             self._heard_step, self._maybe_judged = step, 0
+        self._maybe_judged += self._is_judging  # the last call was refused, or interrupted: before, or after
+        self._is_judging = not self.is_recording()
         self._judged = max(self._judged, step)
         self._next = self._judged + 1
 
@@ -118,6 +121,7 @@ class DeviceEngine(Engine):
         """A judgement was enqueued. One that was recorded has not happened; its replays are heard of."""
         if self.is_recording():
             return
+        self._is_judging = False
         if surely:
             self._judged = self._next
         else:
@@ -131,12 +135,19 @@ class DeviceEngine(Engine):
             if self._flight.recorded_in(number) is None:
                 self._capture_here()
             return
+        self.complete_restore()
+        self._is_acting = True
         self.follow_structure(leave_out=True)
         self._launch_restore()
         if self._may_be_due() and not self._row.config.log_only:
+            self._reconcile_if_heard()
             self._capture_aside(self.host_parts())
         if self.seed_holders:
             self._check_seeds()
+
+    def finished(self) -> None:
+        """The step that :meth:`act` belongs to has come to its end, without an exception."""
+        self._is_acting = False
 
     def _may_be_due(self) -> bool:
         last = self._judged + self._maybe_judged
@@ -165,10 +176,12 @@ class DeviceEngine(Engine):
     def last_good(self) -> tuple[int, HostState]:
         """The slot of the last known good capture, and its host-side parts; waits for the device."""
         self.synchronize()
-        status = self._row.status
-        good = status(StatusField.last_good_capture), status(StatusField.last_good_ticket)
         slot = int(self._row.state[StateField.last_good, self._row.column])  # sync: asked for by name
-        return slot, self._parts.of(*good)
+        return slot, self._parts.of(*self._last_good_capture())
+
+    def _last_good_capture(self) -> tuple[int, int]:
+        status = self._row.status
+        return status(StatusField.last_good_capture), status(StatusField.last_good_ticket)
 
     def _fork(self, flight: Flight, ticket: int) -> None:
         current = torch.cuda.current_stream(self.covered.device)
@@ -176,6 +189,7 @@ class DeviceEngine(Engine):
         ops.snapshot_capture_(*arguments, 0, self._row.mailbox, ticket)
         flight.ready.record(current)
         flight.stream.wait_event(flight.ready)
+        flight.launching()
         with torch.cuda.stream(flight.stream):
             # Slots on the device are filled at its own speed, in no time; others at the speed of the bus.
             beside = self._row.config.storage != "device"
@@ -195,10 +209,9 @@ class DeviceEngine(Engine):
         """File ``host`` for a capture about to be launched, and let go of what cannot come back any more."""
         self.wait_for_reader()
         host.keys = self.slots.live_keys()
-        status = self._row.status
-        good = status(StatusField.last_good_capture), status(StatusField.last_good_ticket)
+        good = self._last_good_capture()
         # Read behind them: a rollback to an older capture that nobody has followed yet may still need it.
-        if status(StatusField.rollback_count) == self._known_rollbacks:
+        if self._row.status(StatusField.rollback_count) == self._known_rollbacks:
             self._parts.confirm(*good)
         return self._parts.issue(host, self._judged)
 
@@ -235,12 +248,16 @@ class DeviceEngine(Engine):
         if self.is_recording():
             raise self._not_recordable("its structure changed since the last eager step")
         self.wait()
-        before = [place.live for place in self.slots.places.values()] + [self.slots.table.data]
+        # First: interrupted behind the look, nothing would seem to have changed.
+        self._load_hooks.cover(module for *_, module in self.covered.walk().modules)
+        self._note_streams([*(place.live for place in self.slots.places.values()), self.slots.table.data])
         self.slots.keep(self._parts.keys())
         super().sync_structure(leave_out=leave_out)
-        self._load_hooks.cover(module for *_, module in self.covered.walk().modules)
-        # What is let go may be used by launches on streams that its allocator knows nothing of.
-        for tensor in [*before, self.slots.table.data]:
+        self._note_streams([self.slots.table.data])
+
+    def _note_streams(self, tensors: list[Tensor]) -> None:
+        """Once let go, they may be used by launches on streams that their allocator knows nothing of."""
+        for tensor in tensors:
             for stream in (self._flight.stream, torch.cuda.current_stream(self.covered.device)):
                 tensor.record_stream(stream)
 
@@ -266,6 +283,8 @@ class DeviceEngine(Engine):
 
     def snapshot(self) -> None:
         """Capture now, by hand."""
+        self.complete_restore()
+        self._reconcile_if_heard()
         self.follow_structure()
         host = self.host_parts()
         self.order(Order.CAPTURE)
@@ -276,6 +295,7 @@ class DeviceEngine(Engine):
         """Enqueue a restore whose order was given by hand."""
         self.wait()
         self.follow_structure(leave_out=True)
+        self._is_restoring = True
         self._launch_restore()
         self.slots.mark_written()
 
@@ -283,9 +303,20 @@ class DeviceEngine(Engine):
         """Put back once more, uncounted, what the last rollback put back: it may have changed since."""
         self.wait()
         self.follow_structure(leave_out=True)
+        self._is_restoring = True
         self._put_back(self._row.state_with_order(), None)
         self.slots.mark_written()
         self._reconcile(again=True)  # the host-side parts once more, too
+
+    def complete_restore(self) -> None:
+        """Complete a restore whose call was interrupted: once more, wholly. Then it waits for the device."""
+        if not (self._is_acting or self._is_restoring):
+            return
+        self.synchronize()  # sync: after an interruption
+        if self._is_restoring or self.is_behind():
+            self.restore_again()
+            self.has_restored_again = True
+        self._is_acting = False
 
     def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
         """Give an order from outside the rule."""
@@ -293,11 +324,12 @@ class DeviceEngine(Engine):
         super().order(order, reason, tensor)
 
     def _capture_and_promote(self, host: HostState) -> None:
-        self._parts.clear()
+        ticket = self._keep(host)
         self.order(Order.CAPTURE)
-        self._capture_here(self._keep(host))
+        self._capture_here(ticket)
         self.order(Order.PROMOTE)
         self.synchronize()
+        self._parts.forget_others(ticket)
         self._judged, self._known_rollbacks = self.step_count, self._row.status(StatusField.rollback_count)
 
     def is_behind(self) -> bool:
@@ -309,8 +341,16 @@ class DeviceEngine(Engine):
         if self.is_behind() and not self.is_recording():
             self._reconcile(again=False)
 
+    def _reconcile_if_heard(self) -> None:
+        """Before a capture: it must not keep host-side parts that a rollback is known to have undone."""
+        if self._row.status(StatusField.restored_ticket):  # of a replay's capture :meth:`learn` hears first
+            self.reconcile()
+
     def _reconcile(self, *, again: bool) -> None:
         count, capture, ticket = self._last_rollback()
+        if again:  # after an interruption maybe a later one
+            capture, ticket = self._last_good_capture()
+        self._is_restoring = True
         host = self._parts.of(capture, ticket)
         host.bring_back(self.covered)
         missing = [key for key, place in self.slots.places.items() if not place.is_live and key in host.keys]
@@ -321,9 +361,9 @@ class DeviceEngine(Engine):
         try:
             host.load_into(self.covered, keep_fresh=True, again=again)
         except Exception:
-            self._known_rollbacks = count  # an extra refused; everything else is back
+            self._known_rollbacks, self._is_restoring = count, False  # one refused; everything else is back
             raise
-        self._known_rollbacks = count
+        self._known_rollbacks, self._is_restoring = count, False
         self.tell_left_out()
 
     def _last_rollback(self) -> tuple[int, int, int]:
@@ -348,35 +388,3 @@ class DeviceEngine(Engine):
                 self.untold.append(SeedCulledEvent(step=self.step_count, row=self._row.column, name=name))
             elif tensors and interval and self._judged % interval == 0:
                 self._seed_flags.search(name, tensors)
-
-
-def _let_go(
-    flight: Flight,
-    handles: list[RemovableHandle],
-    state: Tensor,
-    column: int,
-    table: ops.SnapshotTable,
-    memory: object,
-) -> None:
-    """The end of an engine: no launch may still touch ``memory``, which lives as long as the arguments."""
-    for handle in handles:
-        handle.remove()
-    if torch.cuda._is_in_bad_fork():
-        return  # a forked child that ends: it has the addresses, not the device
-    again = partial(_let_go, flight, [], state, column, table, memory)
-    if graphs.is_postponed(flight.device, again):
-        return
-    for stream in (flight.stream, *flight.users.values()):
-        if not stream.query():
-            stream.synchronize()  # sync: when a governor goes while its work is under way
-    if graphs.is_kept(state):
-        graphs.disarm(flight.device, partial(_take_slots_away, state, column, table))
-
-
-def _take_slots_away(state: Tensor, column: int, table: ops.SnapshotTable) -> None:
-    """Make what a graph may replay touch nothing but ``state`` and the mailbox, which outlive it."""
-    for field in (StateField.attached, StateField.restore_order):
-        state[field, column] = 0.0
-    for field in (StateField.candidate, StateField.capture_order_0, StateField.capture_order_1):
-        state[field, column] = -1.0
-    table.clear()

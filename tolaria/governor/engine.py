@@ -155,6 +155,10 @@ class Engine(SnapshotBase, ABC):
         """A judgement was enqueued; not ``surely`` where only the device knows whether this row took part."""
         return
 
+    def finished(self) -> None:
+        """The step that :meth:`act` belongs to has come to its end, without an exception."""
+        return
+
     def learn(self, events: Sequence[GovernorEvent]) -> None:
         """Hear of events that have arrived, before :meth:`reconcile`."""
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -101,7 +102,10 @@ class Follower:
         self.saver: Saver | None = None
         self.mark = StepMark()
         self.last_report: GovernorReport | None = None
-        self._heard: list[GovernorEvent] = []
+        self._heard: deque[GovernorEvent] = deque()
+        """What is still to be followed; it stays until it is, since following may be interrupted."""
+        self._learnt = 0
+        """How many of them all but the policy know of."""
         self._lock = threading.Lock()  # of what the reader has read, what was heard, and their order
 
     def hear(self) -> None:
@@ -137,19 +141,29 @@ class Follower:
             self.policy.apply(engine.covered)
             engine.has_restored_again = False
         with self._lock:
-            events, self._heard = self._heard, []
+            events = list(self._heard)
         if not events and not engine.is_behind():
             return
         try:
-            engine.learn(events)
+            new = events[self._learnt :]
+            engine.learn(new)
+            self._learnt = len(events)
             if self.skipper is not None:
-                self.skipper.learn(events)
+                self.skipper.learn(new)
             if self.saver is not None:
-                self.saver.learn(events)
+                self.saver.learn(new)
             engine.reconcile()
         finally:
             for event in events:
+                self._learnt = max(0, self._learnt - 1)
+                self._heard.popleft()
                 self.policy.hear(event, engine.covered)
+
+    def end_step(self) -> None:
+        """The end of a step: the host does its share of what the device has done."""
+        self.follow()
+        if self.engine is not None:
+            self.mark.set(self.engine.covered)
 
     def follow_between_steps(self) -> None:
         """Follow late news, unless a step is under way: gradients and rates are left alone until it ends."""

@@ -198,15 +198,14 @@ class TolariaGovernor(Readings):
             self._attached.mark_step()
         finally:
             self._follow()
+        engine.finished()
         self._attached.saver.save_if_due(self._attached.start_saving)
         self._tell()
 
     def _follow(self) -> None:
         """The end of a step: the host does its share of what the device has done."""
-        follower = self._attached.follower
-        follower.hear()
-        follower.follow()
-        follower.mark.set(self._engine.covered)
+        self._attached.follower.hear()
+        self._attached.follower.end_step()
 
     def _tell(self) -> None:
         """Tell the sinks, once everything is done; then end a run that makes no progress."""

@@ -17,6 +17,8 @@ _ON_ITS_WAY = -1.0
 class _Search:
     flag: Tensor
     tensors: list[Tensor]
+    is_sent: bool = False
+    """Whether the last search was enqueued wholly; an interrupted one may never bring a result."""
 
 
 class SeedFlags:
@@ -30,6 +32,8 @@ class SeedFlags:
         self._device = device
         self._searches: dict[str, _Search] = {}
         self._left: list[Tensor] = []
+        self._lost: list[Tensor] = []
+        """Where a result may land at any time, or never."""
 
     def found(self, name: str, tensors: list[Tensor]) -> bool:
         """Whether a search of ``tensors`` has found a non-finite value; no device call."""
@@ -47,10 +51,15 @@ class SeedFlags:
         search = self._searches.get(name)
         if search is None:
             search = self._searches[name] = _Search(self._landed(), tensors)
+        elif not search.is_sent:
+            self._lost.append(search.flag)
+            search.flag = self._landed()
         elif _value(search.flag) == _ON_ITS_WAY:
             return
+        search.is_sent = False
         search.flag.fill_(_ON_ITS_WAY)
         search.flag.copy_(ops.tensor_stats(tensors)[2:3], non_blocking=True)
+        search.is_sent = True
 
     def _landed(self) -> Tensor:
         """Memory that no copy will write to any more."""

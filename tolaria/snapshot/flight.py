@@ -23,6 +23,7 @@ class Flight:
         self.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.started = False
+        self._is_marked = True
         self.users: dict[int, torch.cuda.Stream] = {}
         """Every stream that this governor's own launches went to."""
         self._waited: set[int] = set()
@@ -30,14 +31,21 @@ class Flight:
         self._recorded: tuple[int, Flight] | None = None
         """The capture at the head of a recorded CUDA graph, under the number of its recording."""
 
+    def launching(self) -> None:
+        """The capture is about to be enqueued; interrupted before :meth:`launched`, it is waited for too."""
+        self._is_marked = False
+
     def launched(self) -> None:
         """The capture has been enqueued."""
         self.done.record(self.stream)
         self.started = True
         self._waited.clear()
+        self._is_marked = True
 
     def join(self) -> None:
         """Make the current stream wait for the capture, once a stream."""
+        if not self._is_marked:
+            self.launched()
         stream = torch.cuda.current_stream(self.stream.device)
         self.users[stream.cuda_stream] = stream
         if self.started and stream.cuda_stream not in self._waited:

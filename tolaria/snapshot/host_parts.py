@@ -77,9 +77,9 @@ class HostParts:
         if surplus > 0:
             self._kept = [k for i, k in enumerate(self._kept) if k is good or i >= surplus]
 
-    def clear(self) -> None:
-        """Forget all; tickets go on counting."""
-        self._kept = []
+    def forget_others(self, ticket: int) -> None:
+        """Nothing but the capture with ``ticket`` can be restored from now on."""
+        self._kept = [k for k in self._kept if k.ticket == ticket]
 
     def keys(self) -> frozenset[Hashable]:
         """Places in the slots that some capture filled."""
