@@ -21,7 +21,7 @@ from tolaria.governor.seed_flags import SeedFlags
 
 pytestmark = pytest.mark.cuda
 
-EVERY = int(os.environ.get("TOLARIA_INTERRUPT_EVERY", "31"))
+EVERY = int(os.environ.get("TOLARIA_INTERRUPT_EVERY", "311"))
 """One line of so many is tried; 1: all of them, which takes an hour or two."""
 
 
@@ -196,7 +196,7 @@ def test_a_call_interrupted_at_any_line(name: str, capturable: bool, then: str) 
         call()
     assert len(whole.places) > 50
     torn = []
-    for at in range((list(NEXT).index(then) * 2 + capturable) * 5 % EVERY, len(whole.places), EVERY):
+    for at in range((list(NEXT).index(then) * 2 + capturable) * 37 % EVERY, len(whole.places), EVERY):
         run, call = made(name, capturable=capturable)
         interruption = Interruption(at)
         try:

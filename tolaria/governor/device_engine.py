@@ -31,6 +31,7 @@ from tolaria import ops
 from tolaria.errors import TolariaError
 from tolaria.governor.device_end import let_go
 from tolaria.governor.engine import Engine
+from tolaria.governor.extra_search import flag_bad_extras
 from tolaria.governor.row import Row
 from tolaria.governor.seed_flags import SeedFlags
 from tolaria.ops import Order, PanicReason, StateField, StatusField
@@ -198,7 +199,9 @@ class DeviceEngine(Engine):
 
     def _capture_aside(self, host: HostState) -> None:
         """Launch the captures of a state whose host-side parts, which may refuse to be told, are ``host``."""
-        self._fork(self._flight, self._keep(host))
+        ticket = self._keep(host)
+        flag_bad_extras(self._row, self, host, self.number_of_host_part)
+        self._fork(self._flight, ticket)
 
     def _capture_here(self, ticket: int = 0) -> None:
         row = self._row

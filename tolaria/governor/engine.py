@@ -123,7 +123,7 @@ class Engine(SnapshotBase, ABC):
         self.cull_poisoned_seeds()
         self.sync_structure()
         host = self.host_parts()
-        bad = self.bad_host_part(host)
+        bad = self.bad_host_part(host, waits=True)
         if bad is not None:
             raise ValueError(f"{bad}: expected a finite state, got NaN or infinity")
         prepare()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.errors import UncoveredWarning
@@ -94,12 +95,29 @@ class SnapshotBase:
         self.slots.check_whole()
         return HostState.of(self.covered, self._walk)
 
-    def bad_host_part(self, host: HostState) -> str | None:
-        """The first extra of ``host`` that holds NaN or infinity in CPU memory, and did not at attach."""
-        bad = {name for name, tensor in host.extra_tensors() if tensor.is_cpu and not is_finite(tensor)}
+    def bad_host_part(self, host: HostState, *, waits: bool = False) -> str | None:
+        """The first extra of ``host`` that holds NaN or infinity, and did not at the first look.
+
+        Args:
+            host: the host-side parts of a capture.
+            waits: look at tensors on a CUDA device too, which waits for it; else at those in CPU memory.
+        """
+        bad = {
+            name
+            for name, tensor in host.extra_tensors()
+            if (tensor.is_cpu or (waits and tensor.is_cuda)) and not is_finite(tensor)
+        }
         if self._exempt_parts is None:
             self._exempt_parts = frozenset(bad)
         return min(bad - self._exempt_parts, default=None)
+
+    def extras_on_device(self, host: HostState) -> dict[str, list[Tensor]]:
+        """What :meth:`bad_host_part` has to wait for: tensors of extras on the device, by extra."""
+        found: dict[str, list[Tensor]] = {}
+        for name, tensor in host.extra_tensors():
+            if tensor.device == self.covered.device and name not in (self._exempt_parts or ()):
+                found.setdefault(name, []).append(tensor)
+        return found
 
     def may_have_moved(self) -> bool:
         """Whether :meth:`sync_structure` may find something; a look at every container and address."""

@@ -85,6 +85,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; waits for the device."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor._values()
     try:
         return bool(torch.isfinite(tensor).all())  # sync: where a tensor joins
     except NotImplementedError:  # float8 and smaller

@@ -92,8 +92,9 @@ class Snapshot:
         self._in_order = InOrder(covered.device, base.slots, self._orders)
         self._last: int | None = None
         base.sync_structure()
-        base.bad_host_part(base.host_parts())  # what is not finite from the start is no finding later
-        self._bad_part: str | None = None
+        base.bad_host_part(
+            base.host_parts(), waits=True
+        )  # what is not finite from the start is no finding later
         self._names: tuple[str, ...] = ()
         self._steps = BeforeSteps(self._notice_growth)
         for optimizer in covered.optimizers:
@@ -115,13 +116,14 @@ class Snapshot:
             self._in_order.before_new_table()
             base.sync_structure()
         host = base.host_parts()
-        bad_part = base.bad_host_part(host)
         slot = 0 if self._last is None else (self._last + 1) % self._slots
         if slot == self._last:
             self._last = None
-        self._transfer.capture(slot, host, lambda: self._orders.capture(slot, base.slots.table))
-        self._last, self._bad_part, self._names = slot, bad_part, base.slots.names
-        self._in_order.done()
+        try:
+            self._transfer.capture(slot, host, lambda: self._orders.capture(slot, base.slots.table))
+        finally:
+            self._in_order.done()
+        self._last, self._names = slot, base.slots.names
 
     @outside_inference
     def restore(self) -> None:
@@ -178,8 +180,11 @@ class Snapshot:
         Raises:
             SnapshotError: nothing was captured yet.
         """
-        bad = self._orders.first_bad(self._whole_slot())
-        return self._names[bad] if bad is not None else self._bad_part
+        slot = self._whole_slot()
+        bad = self._orders.first_bad(slot)
+        if bad is not None:
+            return self._names[bad]
+        return self._base.bad_host_part(self._transfer.host(slot), waits=True)
 
     @property
     def is_finite(self) -> bool:
