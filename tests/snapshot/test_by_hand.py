@@ -333,17 +333,19 @@ def test_a_seed_comes_back_at_its_stage(stage: SeedStage, then: str) -> None:
 # -- whole or not at all -------------------------------------------------------------------------------------
 
 
-def interruptions(call: Callable[[Run], None], **options: Any) -> Iterator[tuple[Run, dict[str, Any]]]:
+def interruptions(
+    call: Callable[[Run], None], device: torch.device, **options: Any
+) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Runs with a capture whose call was interrupted, at many lines of it; and the captured state."""
     whole = Interruption()
-    run = Run(**options)
+    run = Run(device, **options)
     run.snapshot.capture()
     run.wreck()
     with whole.on():
         call(run)
     assert len(whole.places) > 50
-    for at in range(0, len(whole.places), 9):
-        run, interruption = Run(**options), Interruption(at)
+    for at in range(0, len(whole.places), 9 if device.type == "cpu" else 19):
+        run, interruption = Run(device, **options), Interruption(at)
         run.snapshot.capture()
         captured = run.state()
         run.wreck()
@@ -354,15 +356,15 @@ def interruptions(call: Callable[[Run], None], **options: Any) -> Iterator[tuple
             yield run, captured
 
 
-def test_an_interrupted_restore_is_completed_by_the_next_call() -> None:
-    for run, captured in interruptions(lambda run: run.snapshot.restore()):
+def test_an_interrupted_restore_is_completed_by_the_next_call(device: torch.device) -> None:
+    for run, captured in interruptions(lambda run: run.snapshot.restore(), device):
         run.snapshot.restore()
         assert_same(run.state(), captured)
 
 
-def test_an_interrupted_capture_with_two_slots_leaves_the_one_before() -> None:
+def test_an_interrupted_capture_with_two_slots_leaves_the_one_before(device: torch.device) -> None:
     new = 0
-    for run, captured in interruptions(lambda run: run.snapshot.capture(), slots=2):
+    for run, captured in interruptions(lambda run: run.snapshot.capture(), device, slots=2):
         wrecked = run.state()
         run.snapshot.restore()
         now = run.state()
@@ -374,9 +376,9 @@ def test_an_interrupted_capture_with_two_slots_leaves_the_one_before() -> None:
     assert new < 5
 
 
-def test_an_interrupted_capture_with_one_slot_is_no_capture() -> None:
+def test_an_interrupted_capture_with_one_slot_is_no_capture(device: torch.device) -> None:
     refused = 0
-    for run, captured in interruptions(lambda run: run.snapshot.capture(), slots=1):
+    for run, captured in interruptions(lambda run: run.snapshot.capture(), device, slots=1):
         wrecked = run.state()
         try:
             run.snapshot.restore()
