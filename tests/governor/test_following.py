@@ -173,6 +173,29 @@ def test_polling_from_another_thread_loses_nothing(place: str) -> None:
     assert sum(isinstance(e, RollbackEvent) for e in told) == 10
 
 
+def test_what_one_thread_follows_no_other_follows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer, governor = guarded("cpu")
+    follower = governor._attached.follower
+    begun, may_go_on, hear = threading.Event(), threading.Event(), follower.policy.hear
+
+    def wait_and_hear(event: GovernorEvent, covered: Any) -> None:
+        begun.set()
+        assert may_go_on.wait(60)
+        hear(event, covered)
+
+    monkeypatch.setattr(follower.policy, "hear", wait_and_hear)
+    thread = threading.Thread(target=lambda: governor.step(number(float("nan"), "cpu")))
+    thread.start()
+    try:
+        assert begun.wait(60)
+        follower.follow(waits=False)  # as poll() does
+    finally:
+        may_go_on.set()
+        thread.join()
+    assert not follower._heard
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_two_threads_inside_calls_are_an_error() -> None:
     model, _, governor = guarded("cpu")
     begun, errors = threading.Event(), []

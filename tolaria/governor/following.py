@@ -107,6 +107,8 @@ class Follower:
         self._learnt = 0
         """How many of them all but the policy know of."""
         self._lock = threading.Lock()  # of what the reader has read, what was heard, and their order
+        self._following = threading.RLock()
+        """Whoever follows: two threads would both do what was heard."""
 
     def hear(self) -> None:
         """Queue the events that have arrived: what the engine knows, then what the device wrote."""
@@ -128,15 +130,24 @@ class Follower:
                     self._heard.append(event)
             self._telemetry.add(events)
 
-    def follow(self) -> None:
+    def follow(self, *, waits: bool = True) -> None:
         """Do the host's share of what was heard, and of a rollback that the status words alone tell of.
+
+        Args:
+            waits: wait for another thread that is at it; else leave it to that one.
 
         Raises:
             SnapshotError: an extra refused its state; everything else is done.
         """
         engine = self.engine
-        if engine is None or engine.is_recording():
+        if engine is None or engine.is_recording() or not self._following.acquire(blocking=waits):
             return
+        try:
+            self._follow(engine)
+        finally:
+            self._following.release()
+
+    def _follow(self, engine: Engine) -> None:
         if engine.has_restored_again:
             self.policy.apply(engine.covered)
             engine.has_restored_again = False
@@ -155,6 +166,8 @@ class Follower:
             engine.reconcile()
         finally:
             for event in events:
+                if not self._heard or self._heard[0] is not event:
+                    break  # a call from within, by an extra that takes its state back, did the rest
                 self._learnt = max(0, self._learnt - 1)
                 self._heard.popleft()
                 self.policy.hear(event, engine.covered)
@@ -169,4 +182,4 @@ class Follower:
         """Follow late news, unless a step is under way: gradients and rates are left alone until it ends."""
         engine = self.engine
         if engine is not None and engine.is_late and not self.mark.is_under_way(engine.covered):
-            self.follow()
+            self.follow(waits=False)
