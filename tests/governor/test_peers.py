@@ -78,6 +78,30 @@ def test_both_roll_back_and_the_run_goes_on(device: str) -> None:
     assert all(math.isfinite(value) for value in values(model))
 
 
+@pytest.mark.cuda
+def test_a_recorded_rollback_writes_to_no_memory_of_a_peer_that_is_gone() -> None:
+    model = nn.Linear(3, 2).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stays, goes = governor(model, optimizer), governor(model, optimizer)
+    loss = torch.ones((), device="cuda")
+    stays.step(loss)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stays.step(loss)
+    size = goes._attached.row.state.numel()
+    goes.close()
+    del goes
+    gc.collect()
+    strangers = torch.ones(64, size, dtype=torch.float64, device="cuda").unbind()
+    strangers = [stranger.clone() for stranger in strangers]
+    loss.fill_(math.nan)
+    graph.replay()
+    stays.synchronize()
+    assert stays.rollback_count == 1
+    assert all(bool((stranger == 1.0).all()) for stranger in strangers)
+
+
 def test_rows_of_a_bank_are_peers_of_a_governor() -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -164,6 +164,7 @@ class DeviceEngine(Engine):
 
     def _outlive(self) -> None:
         graphs.outlive(self._row.state, self._row.settings, self._row.mailbox, self.slots.table.data)
+        graphs.outlive(*self.peers.states())
 
     def _launch_restore(self) -> None:
         self._put_back(self._row.state, self._row.mailbox)

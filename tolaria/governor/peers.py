@@ -42,6 +42,10 @@ class Peers:
     def __bool__(self) -> bool:
         return bool(self._others)
 
+    def states(self) -> list[Tensor]:
+        """What :meth:`restored` writes to."""
+        return [other._row.state for other in list(self._others)]
+
     def ordered(self, state: Tensor) -> Tensor:
         """1 or 0: whether ``state`` orders a restore now, for :meth:`restored` when that is done."""
         return state[StateField.restore_order, self._row.column].clone()
