@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
-from collections.abc import Collection, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from torch import nn
+
 import tolaria
+from tolaria.governor import GovernorConfig, TolariaGovernor
 
 _PACKAGE = str(Path(tolaria.__file__).parent)
 
@@ -59,3 +64,46 @@ class Interruption:
             sys.settrace(before)
             if collects:
                 gc.enable()
+
+
+class Counter:
+    """An extra with a number."""
+
+    def __init__(self) -> None:
+        self.n = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"n": self.n}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.n = state["n"]
+
+
+def _load(governor: TolariaGovernor) -> Callable[[], Any]:
+    saved = governor.state_dict()
+    return lambda: governor.load_state_dict(saved)
+
+
+def _load_of_another_size(governor: TolariaGovernor) -> Callable[[], Any]:
+    config = GovernorConfig(snapshot_interval=1000, window=40, probation=2)
+    saved = TolariaGovernor(nn.Linear(1, 1), [], config=config).state_dict()
+    return lambda: governor.load_state_dict(saved, keep_config=False)
+
+
+def _save(governor: TolariaGovernor) -> Callable[[], Any]:
+    folder = tempfile.mkdtemp(dir=_FOLDER.name)
+    return lambda: governor.save(folder).result()
+
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="tolaria-")
+
+CALLS: dict[str, Callable[[TolariaGovernor], Callable[[], Any]]] = {
+    "snapshot": lambda governor: governor.snapshot,
+    "step_that_rolls_back": lambda governor: lambda: governor.step(math.nan),
+    "execute_rollback": lambda governor: governor.execute_rollback,
+    "reset": lambda governor: governor.reset,
+    "save": _save,
+    "load_state_dict": _load,
+    "load_state_dict_of_another_size": _load_of_another_size,
+}
+"""Calls to interrupt: what prepares one, and the call."""

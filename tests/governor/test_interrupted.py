@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.interrupting import Interruption
+from tests.interrupting import CALLS, Counter, Interruption
 from tolaria.governor import GovernorConfig, TolariaGovernor
-
-
-class Counter:
-    """An extra with a number."""
-
-    def __init__(self) -> None:
-        self.n = 0.0
-
-    def state_dict(self) -> dict[str, float]:
-        return {"n": self.n}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.n = state["n"]
 
 
 class Run:
@@ -71,41 +55,6 @@ class Run:
         return found | {rate, float(self.scheduler.last_epoch), self.extra.n}
 
 
-def prepared_load(run: Run) -> Callable[[], None]:
-    saved = run.governor.state_dict()
-    return lambda: run.governor.load_state_dict(saved)
-
-
-def prepared_load_of_another_size(run: Run) -> Callable[[], None]:
-    config = GovernorConfig(snapshot_interval=1000, window=40, probation=2)
-    other = TolariaGovernor(nn.Linear(1, 1), [], config=config)
-    saved = other.state_dict()
-    return lambda: run.governor.load_state_dict(saved, keep_config=False)
-
-
-def prepared_save(run: Run) -> Callable[[], None]:
-    folder = tempfile.mkdtemp(dir=FOLDER.name)
-
-    def save() -> None:
-        run.governor.save(folder).result()
-
-    return save
-
-
-FOLDER = tempfile.TemporaryDirectory(prefix="tolaria-")
-
-
-CALLS: dict[str, Callable[[Run], Callable[[], Any]]] = {
-    "snapshot": lambda run: run.governor.snapshot,
-    "step_that_rolls_back": lambda run: lambda: run.governor.step(math.nan),
-    "execute_rollback": lambda run: run.governor.execute_rollback,
-    "reset": lambda run: run.governor.reset,
-    "save": prepared_save,
-    "load_state_dict": prepared_load,
-    "load_state_dict_of_another_size": prepared_load_of_another_size,
-}
-
-
 EVERY = int(os.environ.get("TOLARIA_INTERRUPT_EVERY", "7"))
 """One line of so many is tried; 1: all of them, which takes minutes."""
 
@@ -113,14 +62,14 @@ EVERY = int(os.environ.get("TOLARIA_INTERRUPT_EVERY", "7"))
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_interrupted_at_any_line(name: str) -> None:
     run, whole = Run(), Interruption()
-    call = CALLS[name](run)
+    call = CALLS[name](run.governor)
     with whole.on():
         call()
     assert len(whole.places) > 50
     torn = []
     for at in range(0, len(whole.places), EVERY):
         run, interruption = Run(), Interruption(at)
-        call = CALLS[name](run)
+        call = CALLS[name](run.governor)
         try:
             with interruption.on():
                 call()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.device_run import usual_schedule
-from tests.interrupting import Interruption
+from tests.interrupting import CALLS, Counter, Interruption
 from tolaria.governor import GovernorConfig, TolariaGovernor
 from tolaria.governor.seed_flags import SeedFlags
 
@@ -23,19 +22,6 @@ pytestmark = pytest.mark.cuda
 
 EVERY = int(os.environ.get("TOLARIA_INTERRUPT_EVERY", "311"))
 """One line of so many is tried; 1: all of them, which takes an hour or two."""
-
-
-class Counter:
-    """An extra with a number."""
-
-    def __init__(self) -> None:
-        self.n = 0.0
-
-    def state_dict(self) -> dict[str, float]:
-        return {"n": self.n}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.n = state["n"]
 
 
 class Run:
@@ -124,41 +110,16 @@ def prepared_late_news(run: Run) -> Callable[[], Any]:
     return run.governor.poll
 
 
-def prepared_load(run: Run) -> Callable[[], Any]:
-    saved = run.governor.state_dict()
-    return lambda: run.governor.load_state_dict(saved)
-
-
-def prepared_load_of_another_size(run: Run) -> Callable[[], Any]:
-    config = GovernorConfig(snapshot_interval=1000, window=40, probation=2)
-    saved = TolariaGovernor(nn.Linear(1, 1), [], config=config).state_dict()
-    return lambda: run.governor.load_state_dict(saved, keep_config=False)
-
-
 def prepared_growth(run: Run) -> Callable[[], Any]:
     run.model[1].register_buffer("more", torch.zeros(1, device="cuda"))
     return run.governor.notify_structure_changed
 
 
-def prepared_save(run: Run) -> Callable[[], Any]:
-    folder = tempfile.mkdtemp(dir=FOLDER.name)
-    return lambda: run.governor.save(folder).result()
-
-
-FOLDER = tempfile.TemporaryDirectory(prefix="tolaria-")
-
-CALLS: dict[str, Callable[[Run], Callable[[], Any]]] = {
-    "snapshot": lambda run: run.governor.snapshot,
+OWN_CALLS: dict[str, Callable[[Run], Callable[[], Any]]] = {
     "step_that_captures": prepared_step_that_captures,
-    "step_that_rolls_back": lambda run: lambda: run.governor.step(math.nan),
-    "execute_rollback": lambda run: run.governor.execute_rollback,
     "second_rollback": prepared_second_rollback,
     "late_news": prepared_late_news,
     "growth": prepared_growth,
-    "reset": lambda run: run.governor.reset,
-    "save": prepared_save,
-    "load_state_dict": prepared_load,
-    "load_state_dict_of_another_size": prepared_load_of_another_size,
 }
 
 NEXT: dict[str, Callable[[Run], Any]] = {
@@ -171,12 +132,12 @@ NEXT: dict[str, Callable[[Run], Any]] = {
 
 def made(name: str, *, capturable: bool) -> tuple[Run, Callable[[], Any]]:
     run = Run(capturable=capturable, interval=4 if name == "step_that_captures" else 1000)
-    return run, CALLS[name](run)
+    return run, OWN_CALLS[name](run) if name in OWN_CALLS else CALLS[name](run.governor)
 
 
 def pairs() -> Iterator[tuple[str, str]]:
     """A call and the next one. What a late host does to a step in between is documented."""
-    for name in CALLS:
+    for name in (*CALLS, *OWN_CALLS):
         yield from ((name, then) for then in NEXT if (name, then) != ("late_news", "trained"))
 
 

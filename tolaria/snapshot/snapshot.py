@@ -92,9 +92,8 @@ class Snapshot:
         self._in_order = InOrder(covered.device, base.slots, self._orders)
         self._last: int | None = None
         base.sync_structure()
-        base.bad_host_part(
-            base.host_parts(), waits=True
-        )  # what is not finite from the start is no finding later
+        # What is not finite from the start is no finding later.
+        base.bad_host_part(base.host_parts(), waits=True)
         self._names: tuple[str, ...] = ()
         self._steps = BeforeSteps(self._notice_growth)
         for optimizer in covered.optimizers:
