@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tolaria.governor import GovernorConfig, TolariaGovernor
 class Run:
     """A state that says everywhere which one it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=0.9)
@@ -26,7 +27,9 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: 1.0)
         self.extra = Counter()
         self.mark(1.0)
-        config = GovernorConfig(snapshot_interval=1000, probation=2, max_restores_of_one_capture=1000)
+        config = GovernorConfig(
+            snapshot_interval=1000, probation=2, max_restores_of_one_capture=1000, **settings
+        )
         self.governor = TolariaGovernor(
             self.model,
             self.optimizer,
@@ -92,3 +95,42 @@ def test_a_call_interrupted_at_any_line(name: str) -> None:
             place = f"{Path(code.co_filename).name}:{line} {code.co_name}"
             torn.append(f"{place}: {at_once}, {after}, then {at_last}")
     assert torn == [], "\n".join(torn)
+
+
+LOWERING = ("policy.py", "following.py", "schedules.py", "transfer.py", "host_state.py")
+
+
+@pytest.mark.parametrize("name", ["step_that_rolls_back", "execute_rollback"])
+def test_the_rates_are_lowered_once_for_a_rollback_whatever_interrupts_it(name: str) -> None:
+    detail = {"apply", "hear", "_note", "follow", "_end_step", "caught_up", "restored", "scaled_rates"}
+    run, whole = Run(lr_factor=0.5), Interruption(within=LOWERING, in_detail=detail)
+    call = CALLS[name](run.governor)
+    with whole.on():
+        call()
+    assert run.marks() == {1.0, 0.5}
+    torn = []
+    for at in range(0, len(whole.places), EVERY):
+        run = Run(lr_factor=0.5)
+        interruption = Interruption(at, within=LOWERING, in_detail=detail)
+        call = CALLS[name](run.governor)
+        try:
+            with interruption.on():
+                call()
+        except KeyboardInterrupt:
+            pass
+        if not interruption.has_happened:
+            continue
+        at_once = rates(run)
+        run.governor.step(1.0)
+        after = rates(run)
+        if after not in ({0.5}, {2.0}) or at_once not in ({0.5}, {2.0}, {1.0}):
+            code, line = list(whole.places)[at]
+            torn.append(f"{Path(code.co_filename).name}:{line} {code.co_name}: {at_once}, {after}")
+    assert torn == [], "\n".join(torn)
+
+
+def rates(run: Run) -> set[float]:
+    """The live rate, as a multiple of what belongs to the state that the parameters are of."""
+    (value,) = {v for p in run.model.parameters() for v in p.detach().flatten().tolist()}
+    base = run.scheduler.base_lrs[0] if value == 1.0 else run.optimizer.param_groups[0]["lr"]
+    return {run.optimizer.param_groups[0]["lr"], base}

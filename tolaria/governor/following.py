@@ -106,7 +106,7 @@ class Follower:
         """What is still to be followed; it stays until it is, since following may be interrupted."""
         self._learnt = 0
         """How many of them all but the policy know of."""
-        self._lock = threading.Lock()  # of what the reader has read, what was heard, and their order
+        self._lock = threading.RLock()  # of what the reader has read, what was heard, and their order
         self._following = threading.RLock()
         """Whoever follows: two threads would both do what was heard."""
 
@@ -168,12 +168,25 @@ class Follower:
             for event in events:
                 if not self._heard or self._heard[0] is not event:
                     break  # a call from within, by an extra that takes its state back, did the rest
+                self.policy.hear(event, engine.covered)
                 self._learnt = max(0, self._learnt - 1)
                 self._heard.popleft()
-                self.policy.hear(event, engine.covered)
 
     def end_step(self) -> None:
-        """The end of a step: the host does its share of what the device has done."""
+        """The end of a step: the host does its share of what the device has done.
+
+        Ctrl-C is handed on when it is done; a second one leaves the rest to the next call.
+        """
+        try:
+            self._end_step()
+        except Exception:
+            raise
+        except BaseException:
+            self._end_step()
+            raise
+
+    def _end_step(self) -> None:
+        self.hear()
         self.follow()
         if self.engine is not None:
             self.mark.set(self.engine.covered)

@@ -204,7 +204,6 @@ class TolariaGovernor(Readings):
 
     def _follow(self) -> None:
         """The end of a step: the host does its share of what the device has done."""
-        self._attached.follower.hear()
         self._attached.follower.end_step()
 
     def _tell(self) -> None:
@@ -240,7 +239,7 @@ class TolariaGovernor(Readings):
         try:
             if last is not None and (last.step, last.rollback_count) == now:
                 engine.restore_again()
-                at.policy.apply(engine.covered)
+                engine.has_restored_again = True  # what is done to the rates then is done to them again
             else:
                 engine.rollback()
                 engine.synchronize()

@@ -93,6 +93,7 @@ class HostEngine(Engine):
             self.peers.restored(_YES)
 
         self._transfer.restore(int(self._view[StateField.last_good]), put_back, again=again)
+        self.look_again()  # the next step acts: it does what is left if this one is interrupted from here on
 
     def last_good(self) -> tuple[int, HostState]:
         """The slot of the last known good capture, and its host-side parts."""

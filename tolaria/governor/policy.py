@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -47,10 +49,14 @@ def _groups(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
     return list({id(group): group for optimizer in optimizers for group in optimizer.param_groups}.values())
 
 
-def scale_learning_rates(
+Change = Callable[[], object]
+"""Sets one rate to a value that is known already, so it may be done twice."""
+
+
+def scaled_rates(
     optimizers: Iterable[Optimizer], schedulers: Iterable[object], factor: float
-) -> None:
-    """Multiply every learning rate by ``factor``, in the groups and in what schedulers derive them from.
+) -> Iterator[Change]:
+    """What multiplies every learning rate by ``factor``, in groups and in what schedulers derive them from.
 
     LambdaLR, OneCycleLR and SWALR compute the rate from other rates, so these are scaled too
     (``base_lrs``, and ``max_lr``, ``min_lr``, ``swa_lr`` in the groups).
@@ -59,20 +65,37 @@ def scale_learning_rates(
         for key in _SCALED_GROUP_KEYS:
             value = group.get(key)
             if isinstance(value, Tensor):
-                value.mul_(factor)
+                yield partial(value.copy_, value * factor)
             elif isinstance(value, int | float):
-                group[key] = value * factor
+                yield partial(group.__setitem__, key, value * factor)
     for scheduler in schedulers:
-        _scale_scheduler(scheduler, factor)
+        yield from _scaled_scheduler(scheduler, factor)
 
 
-def _scale_scheduler(scheduler: object, factor: float) -> None:
+def _scaled_scheduler(scheduler: object, factor: float) -> Iterator[Change]:
     for name in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
         rates = getattr(scheduler, name, None)
         if isinstance(rates, list):
-            setattr(scheduler, name, [rate * factor for rate in rates])
+            yield partial(setattr, scheduler, name, [rate * factor for rate in rates])
     for inner in getattr(scheduler, "_schedulers", ()):
-        _scale_scheduler(inner, factor)
+        yield from _scaled_scheduler(inner, factor)
+
+
+@dataclass(slots=True)
+class _Hearing:
+    """An event that is being heard; hearing it again after an interruption does only what is left."""
+
+    event: GovernorEvent
+    lowered: int
+    """How often the rates have been lowered, if it is a rollback."""
+    is_noted: bool = False
+
+
+def _is_same(one: GovernorEvent, other: GovernorEvent) -> bool:
+    """Whether both tell of the same; a rollback may be told twice, by two objects."""
+    if isinstance(one, RollbackEvent) and isinstance(other, RollbackEvent):
+        return one.report.rollback_count == other.report.rollback_count
+    return one is other
 
 
 class RollbackPolicy:
@@ -86,11 +109,31 @@ class RollbackPolicy:
             most=config.max_restores_of_one_capture, least=config.min_history, cooldown=config.cooldown
         )
         self.offending_steps: deque[int] = deque(maxlen=_MAX_OFFENDING)
+        self._hearing: _Hearing | None = None
 
     def hear(self, event: GovernorEvent, covered: CoveredState) -> None:
-        """Take note of an event, in the order in which they happened; act on a rollback."""
+        """Take note of an event, in the order in which they happened; act on a rollback.
+
+        Hearing the same event once more completes what an interruption left half done.
+        """
+        hearing = self._hearing
+        if hearing is None or not _is_same(hearing.event, event):
+            self._hearing = hearing = _Hearing(event, covered.lowered.times + 1)
+        if not hearing.is_noted:
+            self._note(event)
+            hearing.is_noted = True
         if isinstance(event, RollbackEvent):
-            self.after_rollback(event.report, covered)
+            covered.lowered.times = hearing.lowered
+            self.apply(covered)
+
+    def _note(self, event: GovernorEvent) -> None:
+        if isinstance(event, RollbackEvent):
+            report = event.report
+            self._history.append(report)
+            self._unchecked = True
+            if report.reason is not PanicReason.MANUAL:
+                self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
+                self._progress.restored(report)
         elif isinstance(event, PromotionEvent):
             self._progress.promoted()
         elif isinstance(event, VerdictEvent):
@@ -98,24 +141,25 @@ class RollbackPolicy:
             if self._config.skips_before_rollback and not event.rollback:
                 self._offend(event.step, event.step)
 
-    def after_rollback(self, report: GovernorReport, covered: CoveredState) -> None:
-        """Clear gradients, lower learning rates, note the steps that led here."""
-        # First: what follows may be interrupted, and the rates reflect this number.
-        covered.lowered.times += 1
-        self._history.append(report)
-        self._unchecked = True
-        if report.reason is not PanicReason.MANUAL:
-            self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
-            self._progress.restored(report)
-        self.apply(covered)
-
     def _offend(self, first: int, last: int) -> None:
         first = max(first, last - _MAX_OFFENDING + 1)  # a loaded count of panics may be of any size
         self.offending_steps.extend(s for s in range(first, last + 1) if s not in self.offending_steps)
 
     def apply(self, covered: CoveredState) -> None:
-        """Clear gradients and lower the learning rates that were just put back."""
+        """Clear gradients and lower the learning rates that were just put back.
+
+        Called again after an interruption it completes what is half done.
+        """
         clear_gradients(covered)
+        rates = covered.lowered
+        if rates.changes is None:
+            rates.changes = list(self._lowered_rates(covered))
+        for change in rates.changes:
+            change()
+        rates.caught_up()
+        covered.schedules.refresh(covered.optimizers)
+
+    def _lowered_rates(self, covered: CoveredState) -> Iterator[Change]:
         # A slot holds the rates of its own time: the factor of every rollback since then applies again. Rates
         # that the restore left alone reflect all but the last.
         rates = covered.lowered
@@ -123,13 +167,9 @@ class RollbackPolicy:
         for is_kept, reflected in ((False, rates.reflected), (True, rates.reflected_there)):
             factor = self._config.lr_factor ** (rates.times - reflected)
             if factor != 1.0:
-                scale_learning_rates(
-                    [o for o in covered.optimizers if (id(o) in kept) == is_kept],
-                    [s for s in covered.schedulers if (id(s) in kept) == is_kept],
-                    factor,
-                )
-        rates.caught_up()
-        covered.schedules.refresh(covered.optimizers)
+                optimizers = [o for o in covered.optimizers if (id(o) in kept) == is_kept]
+                schedulers = [s for s in covered.schedulers if (id(s) in kept) == is_kept]
+                yield from scaled_rates(optimizers, schedulers, factor)
 
     def saved_form(self) -> dict[str, Any]:
         """Plain values for :meth:`load_saved_form`."""

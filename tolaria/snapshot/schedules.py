@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,15 +178,19 @@ class LoweredRates:
     """Ids of schedules and optimizers that the last restore left alone; see :class:`KeptRates`."""
     reflected_there: int = 0
     """How many of those their rates reflect."""
+    changes: list[Callable[[], object]] | None = None
+    """What lowers the rates just put back, while that is being done; each may be done twice."""
 
     def restored(self, reflected: int, kept: KeptRates) -> None:
         """A capture whose rates reflect so many was put back, all but ``kept``."""
+        self.changes = None
         self.left_alone, self.reflected_there = kept.ids, self.reflected
         self.reflected = reflected
 
     def caught_up(self) -> None:
         """All rates reflect everything now."""
         self.reflected = self.reflected_there = self.times
+        self.changes = None
 
 
 def reaches(holder: object, target: object, depth: int = 3) -> bool:

@@ -57,7 +57,7 @@ class MailboxReader:
         """The events since the last call, oldest first; a count stands in for those that were overwritten.
 
         No rollback is lost with them: those that the status words count but no record tells of are told as
-        far as the status words know.
+        far as the status words know. After an interruption the last one may be told twice.
         """
         rollbacks = self.status(StatusField.rollback_count)
         written = int(self._status[StatusField.events])
@@ -75,8 +75,8 @@ class MailboxReader:
                 # the device lapped us while we read: count it as dropped
                 yield from self.read(name_of, capture_bytes)
                 return
-            self.told += 1
             yield self._decode(record, name_of, capture_bytes)
+            self.told += 1  # now it is taken; whoever is interrupted before reads it once more
 
     def _decode(
         self, r: list[float], name_of: Callable[[int], str | None], capture_bytes: int
@@ -124,7 +124,7 @@ class MailboxReader:
                 gradient_threshold=gradient_threshold,
                 drift=drift,
             )
-        self._rollbacks += 1
+        self._rollbacks = int(r[RecordField.rollback_count])
         report = GovernorReport(
             reason=reason,
             step=step,
