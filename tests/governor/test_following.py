@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -224,6 +225,35 @@ def test_two_threads_inside_calls_are_an_error() -> None:
     assert len(errors) == 5
     governor.snapshot()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_two_threads_inside_calls_of_a_bank_are_an_error() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def stop_here(event: GovernorEvent) -> None:
+        if isinstance(event, RollbackEvent):
+            begun.set()
+            assert may_end.wait(60)
+
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bank = GovernorBank(2, sinks=[stop_here])
+    bank.attach(0, model, optimizer)
+    thread = threading.Thread(target=lambda: bank.step(torch.tensor([math.nan, 1.0])))
+    thread.start()
+    try:
+        assert begun.wait(60)
+        for call in (
+            lambda: bank.attach(1, model, optimizer),
+            lambda: bank.detach(0),
+            lambda: bank.step(torch.ones(2)),
+        ):
+            with pytest.raises(TolariaError, match="two threads are inside its calls"):
+                call()
+    finally:
+        may_end.set()
+        thread.join()
+    assert bank.step(torch.ones(2)).tolist() == [0.0, 0.0]
 
 
 def test_a_governor_says_that_it_cannot_be_copied() -> None:

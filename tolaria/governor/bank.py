@@ -19,6 +19,7 @@ from tolaria.governor.distributed import check_ranks
 from tolaria.governor.engine import Engine
 from tolaria.governor.following import Follower
 from tolaria.governor.judging import would_roll_back
+from tolaria.governor.one_thread import one_thread
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.row import make_rows
 from tolaria.ops import PanicReason, StateField, StatusField
@@ -51,7 +52,12 @@ class GovernorBank:
     Raises:
         ValueError: ``n`` is below 1.
         RuntimeError: several ranks; a bank judges for one process alone.
+
+    :meth:`attach`, :meth:`detach` and :meth:`step` are for one thread at a time; two that meet are a
+    ``TolariaError``.
     """
+
+    _acting: int | None = None  # the thread that is inside a call
 
     @outside_inference
     def __init__(
@@ -90,7 +96,7 @@ class GovernorBank:
     def __len__(self) -> int:
         return self._state.shape[1]
 
-    @outside_inference
+    @one_thread
     def attach(
         self,
         i: int,
@@ -141,7 +147,7 @@ class GovernorBank:
         self._telemetry.add([engine.attach_event()])
         self._telemetry.deliver()
 
-    @outside_inference
+    @one_thread
     def detach(self, i: int) -> None:
         """Let go of row ``i``'s model and slots; the row is judged on."""
         engine = self._engines.get(i)
@@ -160,7 +166,7 @@ class GovernorBank:
             self._state[StateField.attached, i] = 0.0
             self._state[StateField.restore_order, i] = 0.0
 
-    @outside_inference
+    @one_thread
     def step(
         self, losses: Tensor, *, active: Tensor | None = None, gradient_norms: Tensor | None = None
     ) -> Tensor:

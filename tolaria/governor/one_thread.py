@@ -35,8 +35,8 @@ def one_thread(call: Callable[Concatenate[A, P], T]) -> Callable[Concatenate[A, 
         here, other = threading.get_ident(), self._acting
         if other is not None and other != here:
             raise TolariaError(
-                "governor: two threads are inside its calls at the same time; hold one lock around "
-                "optimizer.step() and governor.step()"
+                "governor: two threads are inside its calls at the same time; hold one lock around the "
+                "optimizers' steps and the governor's"
             )
         self._acting = here
         try:
