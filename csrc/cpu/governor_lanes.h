@@ -122,7 +122,8 @@ struct JudgeLanes {
     math::write_verdict(g, s, m, f, math::kHealthy, false);
     math::shift_full(g, math::memory::history_size, g.losses());
     if (s.has_gradient) math::shift_full(g, math::memory::gradient_size, g.gradients());
-    math::accept(g, c, s.loss, f.drift);
+    math::accept(g, c, s.loss, f);
+    math::remember(g, c, f.chance, s.loss, f.joins());
     g[math::field::panics] = Real{};
     g[math::field::restore_order] = Real{};
     return true;

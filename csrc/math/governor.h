@@ -132,9 +132,9 @@ C10_HOST_DEVICE inline void append(const Governor& g, int size_field, int first,
 
 // A healthy step, but for the windows: x joins the lifetime statistics and the drift test's baseline.
 template <class Column, class Real>
-TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, const Real& drift) {
+TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, const Findings<Column>& f) {
   if (c[config::drift_horizon] != 0.0) {
-    g.live(memory::drift_sum) = drift;
+    g.live(memory::drift_sum) = f.drift;
     move_baseline(g, c, x);
   }
   g.live(memory::last_healthy) = x;
@@ -152,20 +152,21 @@ TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, co
   g[field::life_m2] = one_nan(life.m2);
 }
 
-// Candidate and capture orders after a verdict. `paused` (cooldown) neither promotes nor orders. Returns as order_capture
-// does, or 0 where no capture is ordered.
+// Candidate and capture orders after a verdict. `paused` (cooldown) neither promotes nor orders, nor does evidence of a
+// collapse. Returns as order_capture does, or 0 where no capture is ordered.
 C10_HOST_DEVICE inline int advance_slots(const Governor& g, const double* c, bool healthy, bool paused) {
   if (g[field::attached] == 0.0) return 0;
+  const bool waits = paused || g.live(memory::collapse) > 0.0;
   if (g[field::candidate] >= 0.0) {
     if (!healthy || g[field::candidate_done] != kAllPartsDone) {
       cancel_candidate(g);
-    } else if (!paused) {
+    } else if (!waits) {
       increment(g[field::candidate_healthy]);
       if (g[field::candidate_healthy] >= c[config::probation]) promote_candidate(g);
     }
   }
   const bool due = g[field::step] - g[field::anchor_step] >= c[config::snapshot_interval];
-  const bool orders = healthy && !paused && due && g[field::candidate] < 0.0 && c[config::log_only] == 0.0;
+  const bool orders = healthy && !waits && due && g[field::candidate] < 0.0 && c[config::log_only] == 0.0;
   if (!orders) return 0;
   const int captured = order_capture(g);
   write_slot_status(g);
@@ -217,10 +218,10 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
     rollback = true;
   } else if (f.paused) {
     paused = true;
-  } else if (f.at_chance) {
+  } else if (f.chance.at_once || f.collapsed) {
     reason = kLobotomy;
-    increment(g.live(memory::lobotomy_pending));
-    rollback = g.live(memory::lobotomy_pending) >= c[config::lobotomy_patience];
+    if (f.chance.at_once) increment(g.live(memory::lobotomy_pending));
+    rollback = f.collapsed || g.live(memory::lobotomy_pending) >= c[config::lobotomy_patience];
   } else if (f.exploded || f.steep) {
     reason = f.exploded ? kAnomaly : kGradientNorm;
     increment(g.live(memory::consecutive));
@@ -242,8 +243,9 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
       shift_full(g, memory::gradient_size, g.gradients());
       append(g, memory::gradient_size, g.gradients(), s.gradient_norm);
     }
-    accept(g, c, s.loss, f.drift);
+    accept(g, c, s.loss, f);
   }
+  if (!f.poisoned_capture && !f.nonfinite && !f.nonfinite_gradient && !paused) remember(g, c, f.chance, s.loss, f.joins());
   g[field::panics] = g.live(memory::consecutive);
 
   const bool acts = rollback && c[config::log_only] == 0.0;

@@ -25,14 +25,16 @@ namespace tolaria::math {
 // `window` gradient norms.
 #define TOLARIA_GOVERNOR_MEMORY(X)                                                                       \
   X(history_size) X(last_healthy) X(consecutive) X(lobotomy_pending) X(gradient_size)                    \
-  X(drift_count) X(drift_mean) X(drift_variance) X(drift_sum) X(skips)
+  X(drift_count) X(drift_mean) X(drift_variance) X(drift_sum) X(skips)                                   \
+  X(learnt) X(learnt_level) X(collapse)
 
 #define TOLARIA_GOVERNOR_CONFIG(X)                                                                       \
   X(window) X(min_history) X(absolute_threshold) X(sensitivity) X(multiplier) X(rule_any) X(min_std)     \
   X(warmup_bound) X(min_panics_before_rollback) X(random_guess_loss) X(lobotomy_healthy_below)           \
   X(lobotomy_low) X(lobotomy_high) X(lobotomy_patience) X(cooldown) X(snapshot_interval) X(probation)    \
   X(log_only) X(death_penalty) X(gradient_multiplier) X(gradient_may_overflow)                           \
-  X(drift_horizon) X(drift_slack) X(drift_threshold) X(skips_before_rollback)
+  X(drift_horizon) X(drift_slack) X(drift_threshold) X(skips_before_rollback)                            \
+  X(lobotomy_classic) X(collapse_patience)
 
 // A mailbox row: status words, then a ring of records. The device writes it, the host only reads.
 #define TOLARIA_GOVERNOR_STATUS(X)                                                                       \
@@ -80,6 +82,8 @@ enum Order : int { kOrderRollback = 0, kOrderCapture = 1, kOrderPromote = 2, kOr
 constexpr int kMaxWindow = 4096;
 constexpr double kMaxCount = 9007199254740992.0;  // 2^53: above it a float64 does not count on
 constexpr double kDriftClip = 2.0;    // standard deviations that one loss adds to the drift sum at most
+constexpr double kLevelHorizon = 64.0;  // losses over which the learnt level forgets
+constexpr double kWorseThanChance = 0.25;  // what a loss above the band of chance level adds to the evidence of a collapse
 constexpr int kCaptureParts = 2;      // 0: what others mutate, on the current stream; 1: parameters and optimizer state
 constexpr int kAllPartsDone = (1 << kCaptureParts) - 1;
 

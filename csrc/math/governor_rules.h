@@ -108,12 +108,49 @@ TOLARIA_LANEWISE void move_baseline(const Column& g, const double* c, const Real
   g.live(memory::drift_variance) = select(fits, variance, spread<Real>(0.0));
 }
 
+// Whether a network that had learnt is back at the loss of guessing.
+template <class Column>
+struct ChanceLevel {
+  typename Column::Mask learnt;   // for good, once the window's mean was low enough
+  typename Column::Mask at_once;  // a loss of guessing right after one of a network that has learnt
+  typename Column::Real level;    // of the losses since it has learnt; it forgets slowly
+  typename Column::Real evidence;  // that the losses are those of guessing or worse: a CUSUM that one loss moves by 1 at most
+};
+
 template <class Column, class Real>
-TOLARIA_LANEWISE typename Column::Mask is_chance_level(const Column& g, const double* c, const Real& x) {
+TOLARIA_LANEWISE ChanceLevel<Column> chance_level(const Column& g, const double* c, const Real& x, const Moments<Real>& m,
+                                                  const Real& std) {
+  using Mask = typename Column::Mask;
   const double guess = c[config::random_guess_loss];  // NaN where there is none: every comparison below is then false
-  const Real size = g.live(memory::history_size), last = g.live(memory::last_healthy);
-  return (size >= c[config::min_history]) & (last < c[config::lobotomy_healthy_below] * guess) &
-         (x >= c[config::lobotomy_low] * guess) & (x <= c[config::lobotomy_high] * guess);
+  const double low = c[config::lobotomy_low] * guess, high = c[config::lobotomy_high] * guess;
+  const double below = c[config::lobotomy_healthy_below] * guess;
+  const Real size = g.live(memory::history_size), last = g.live(memory::last_healthy), former = g.live(memory::learnt);
+  const Real level = g.live(memory::learnt_level), evidence = g.live(memory::collapse);
+  const Real one = spread<Real>(1.0), zero = spread<Real>(0.0), bound = m.mean + c[config::sensitivity] * std;
+  const Mask is_long = size >= c[config::min_history], is_classic = spread<Real>(c[config::lobotomy_classic]) != 0.0;
+  const Mask in_band = (x >= low) & (x <= high), had_learnt = former != 0.0;
+  ChanceLevel<Column> l;
+  l.learnt = had_learnt | (is_long & (m.mean < below));
+  // Where guessing lies within the window's own spread, a hard batch looks like a collapse.
+  l.at_once = is_long & (last < below) & in_band & (is_classic | (l.learnt & (bound < low)));
+  l.level = select(had_learnt, level, m.mean);
+  const Real less = select(x < 0.5 * (l.level + low), -one, zero);
+  const Real sum = evidence + select(in_band, one, select(x > high, spread<Real>(kWorseThanChance), less));
+  const Real most = spread<Real>(2.0 * c[config::collapse_patience]);  // so that it comes down again
+  const Real next = select(sum > most, most, select(sum > 0.0, sum, zero));
+  l.evidence = one_nan(select(l.learnt & !is_classic, next, evidence));
+  return l;
+}
+
+// Remembers what was found; a loss that has joined moves the level, one above the loss of guessing no more than that.
+template <class Column, class Real>
+TOLARIA_LANEWISE void remember(const Column& g, const double* c, const ChanceLevel<Column>& l, const Real& x,
+                               const typename Column::Mask& joins) {
+  const Real low = spread<Real>(c[config::lobotomy_low] * c[config::random_guess_loss]);
+  const Real moved = l.level + (select(x < low, x, low) - l.level) / kLevelHorizon;
+  g.live(memory::learnt) = select(l.learnt, spread<Real>(1.0), spread<Real>(0.0));
+  g.live(memory::learnt_level) = one_nan(select(l.learnt, select(joins, moved, l.level), spread<Real>(0.0)));
+  g.live(memory::collapse) = l.evidence;
 }
 
 // One step as it reaches the judge.
@@ -136,12 +173,14 @@ struct Findings {
   typename Column::Real std;
   Thresholds<typename Column::Real> thresholds;
   typename Column::Real steepest, drift;
-  typename Column::Mask judges_gradient, poisoned_capture, nonfinite, nonfinite_gradient, paused, at_chance, exploded,
+  typename Column::Mask judges_gradient, poisoned_capture, nonfinite, nonfinite_gradient, paused, collapsed, exploded,
       steep, drifted;
+  ChanceLevel<Column> chance;
 
   // Whether the loss joins the healthy ones: no rule holds.
   TOLARIA_LANEWISE typename Column::Mask joins() const {
-    return !(poisoned_capture | nonfinite | nonfinite_gradient | paused | at_chance | exploded | steep | drifted);
+    return !(poisoned_capture | nonfinite | nonfinite_gradient | paused | chance.at_once | collapsed | exploded | steep |
+             drifted);
   }
 };
 
@@ -170,7 +209,8 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
   f.poisoned_capture = (candidate >= 0.0) & (candidate_bad >= 0.0);
   f.nonfinite = s.is_flagged | !is_bounded(x);
   f.paused = pause > 0.0;
-  f.at_chance = is_chance_level(g, c, x);
+  f.chance = chance_level(g, c, x, m, f.std);
+  f.collapsed = (f.chance.evidence >= c[config::collapse_patience]) & f.chance.learnt;
   const Mask is_short = size < c[config::min_history], is_long = !is_short, warm = x > c[config::warmup_bound];
   f.exploded = (is_short & warm) | (is_long & is_explosion(c, f.thresholds, x));
   f.drifted = f.drift > c[config::drift_threshold] * c[config::drift_horizon];

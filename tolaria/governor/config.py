@@ -46,6 +46,13 @@ class GovernorConfig:
     """Collapse to chance: a loss between these multiples of the random-guess loss; the upper may be inf."""
     lobotomy_patience: int = 1
     """In-band losses that order a rollback (>= 1)."""
+    lobotomy_rule: Literal["latched", "classic"] = "latched"
+    """``"latched"``: a network has learnt once the mean of H was low enough, an in-band loss is a collapse at
+    once only where chance lies outside of H's own spread, and losses at chance or worse add up to one.
+    ``"classic"``: any in-band loss after a healthy one that was low enough."""
+    collapse_patience: float = 12.0
+    """Losses at chance level that add up to a collapse; one above the band counts a quarter, one nearer to
+    the learnt level than to chance takes one back (losses, >= 1)."""
     drift_horizon: int = 0
     """Healthy losses over which the drift test's baseline forgets; 0: no drift test (losses)."""
     drift_slack: float = 0.5
@@ -146,6 +153,10 @@ class GovernorConfig:
         for name in ("min_std", "death_penalty", "lobotomy_healthy_below", "drift_slack"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf):
                 found.append((name, "a finite number of at least 0", getattr(self, name)))
+        if not (_is_number(self.collapse_patience) and 1 <= self.collapse_patience < math.inf):
+            found.append(("collapse_patience", "a finite number of at least 1", self.collapse_patience))
+        if self.lobotomy_rule not in ("latched", "classic"):
+            found.append(("lobotomy_rule", "'latched' or 'classic'", self.lobotomy_rule))
         if self.rule not in ("all", "any"):
             found.append(("rule", "'all' or 'any'", self.rule))
         if self.storage not in ("pinned", "device"):
@@ -174,6 +185,19 @@ class GovernorConfig:
                 ("snapshot_interval", f"more than probation = {self.probation}", self.snapshot_interval)
             )
         return found
+
+    @classmethod
+    def classic(cls, **overrides: object) -> GovernorConfig:
+        """The rule of the first version to the letter: any loss of guessing after a learnt one is a collapse.
+
+        Args:
+            **overrides: fields that are to differ.
+
+        Raises:
+            ConfigError: a field is out of range.
+        """
+        settings: dict[str, Any] = {"lobotomy_rule": "classic", **overrides}
+        return cls(**settings)
 
     @classmethod
     def strict(cls, random_guess_loss: float | None = None, **overrides: object) -> GovernorConfig:
@@ -238,6 +262,7 @@ class GovernorConfig:
             ConfigField.warmup_bound: fallback if warm is None else warm,
             ConfigField.gradient_may_overflow: gradient_may_overflow,
             ConfigField.rule_any: self.rule == "any",
+            ConfigField.lobotomy_classic: self.lobotomy_rule == "classic",
             ConfigField.random_guess_loss: math.nan if random_guess_loss is None else random_guess_loss,
             ConfigField.lobotomy_low: self.lobotomy_band[0],
             ConfigField.lobotomy_high: self.lobotomy_band[1],

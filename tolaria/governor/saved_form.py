@@ -13,9 +13,11 @@ from tolaria.governor.saved_state import MAX_COUNT
 from tolaria.ops import PanicReason
 from tolaria.telemetry.verdict import GovernorReport
 
-VERSION = 4
-"""Of the saved form. Version 3 kept the statistics in a tensor, and numbers that JSON does not know as they
+VERSION = 5
+"""Of the saved form. Version 4 judged collapses by the classic rule. Version 3 kept the statistics in a tensor, and numbers that JSON does not know as they
 are; version 2 counted neither skipped steps nor restores without progress."""
+
+_SINCE_5 = {"lobotomy_rule", "collapse_patience"}
 
 
 def check_keys(where: str, saved: Mapping[Any, Any], known: set[str], *, may_lack: bool = False) -> None:
@@ -34,19 +36,22 @@ def check_keys(where: str, saved: Mapping[Any, Any], known: set[str], *, may_lac
 
 
 def checked_config(saved: object, version: int) -> GovernorConfig:
-    """The settings of a saved form; those that version 2 lacks are what it did, or their defaults.
+    """The settings of a saved form; those that an older version lacks are what it did, or their defaults.
 
     Raises:
         ValueError: one is unknown, missing, no plain value or out of range.
     """
     settings = _mapping("config", saved)
-    check_keys("config", settings, {f.name for f in fields(GovernorConfig)}, may_lack=version == 2)
+    known = {f.name for f in fields(GovernorConfig)}
+    check_keys("config", settings, known if version > 4 else known - _SINCE_5, may_lack=version == 2)
     for name, value in settings.items():
         values = value if isinstance(value, tuple | list) and len(value) == 2 else (value,)
         for part in values:
             if not (part is None or isinstance(part, bool | str) or is_number(part)):
                 raise ValueError(f"config.{name}: expected a plain value, got {said(value)}")
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    if version < 5:
+        chosen["lobotomy_rule"] = "classic"
     return GovernorConfig(**({"skips_before_rollback": 0, **chosen} if version == 2 else chosen))
 
 

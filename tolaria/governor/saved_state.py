@@ -63,9 +63,9 @@ def _rules(config: GovernorConfig) -> dict[str, _Rule]:
         "drift_count": _whole(0, max(1, config.drift_horizon)),
         # With a horizon of 1 rounding can take a variance below 0; with any other it cannot.
         "drift_variance": _FINITE if config.drift_horizon == 1 else _AT_LEAST_0,
-        **dict.fromkeys(("drift", "drift_sum"), _AT_LEAST_0),
-        **dict.fromkeys(("life_min", "life_max", "last_healthy", "drift_mean"), _FINITE),
-        **dict.fromkeys(("rollback", "restore_order", "last_good"), _FLAG),
+        **dict.fromkeys(("drift", "drift_sum", "collapse"), _AT_LEAST_0),
+        **dict.fromkeys(("life_min", "life_max", "last_healthy", "drift_mean", "learnt_level"), _FINITE),
+        **dict.fromkeys(("rollback", "restore_order", "last_good", "learnt"), _FLAG),
         **dict.fromkeys(("capture_order_0", "capture_order_1", "candidate"), _SLOT_OR_NONE),
         **dict.fromkeys(("tensor_index", "candidate_bad"), _COUNT_OR_NONE),
         **dict.fromkeys(("restored_capture", "restored_step"), _COUNT_OR_NONE),
@@ -90,7 +90,7 @@ def checked_state(saved: object, config: GovernorConfig, version: int) -> Tensor
     Raises:
         ValueError: a field holds what no governor writes; the message names it.
     """
-    names = _VERSION_2 if version == 2 else (_names(StateField), _names(MemoryField))
+    names = _VERSIONS.get(version, (_names(StateField), _names(MemoryField)))
     length = len(names[0]) + 3 * (len(names[1]) + 2 * config.window)
     column = (_listed_column if version > 3 else _tensor_column)(saved, length)
     values = dict(_named(column, *names, config.window))
@@ -214,4 +214,6 @@ history_size last_healthy consecutive lobotomy_pending gradient_size
 drift_count drift_mean drift_variance drift_sum
 """
 _VERSION_2 = (tuple(_FIELDS_OF_VERSION_2.split()), tuple(_MEMORY_OF_VERSION_2.split()))
-"""The layout of version 2; what it lacks is as in a fresh governor."""
+_VERSION_4 = (_names(StateField), (*_VERSION_2[1], "skips"))
+_VERSIONS = {2: _VERSION_2, 3: _VERSION_4, 4: _VERSION_4}
+"""Older layouts; what they lack is as in a fresh governor."""

@@ -73,7 +73,7 @@ def saved_form(
 
 
 def read_saved_form(saved: Mapping[str, Any]) -> SavedForm:
-    """What :func:`saved_form` returned, checked to the last field; versions 2 and 3 are converted.
+    """What :func:`saved_form` returned, checked to the last field; versions 2 to 4 are converted.
 
     Raises:
         ValueError: ``saved`` is nothing that :func:`saved_form` returned; the message names the field.
@@ -84,14 +84,14 @@ def read_saved_form(saved: Mapping[str, Any]) -> SavedForm:
             f"state: expected a dict from TolariaGovernor.state_dict(), got {type(saved).__name__}"
         )
     version = saved.get("version")
-    if type(version) is not int or version not in (2, 3, VERSION):
+    if type(version) is not int or not 2 <= version <= VERSION:
         raise ValueError(
-            f"version: expected {VERSION}, or 2 or 3, which are converted, got {version!r}; load the state "
+            f"version: expected {VERSION}, or 2 to 4, which are converted, got {version!r}; load the state "
             "into the version of tolaria that saved it"
         )
     check_keys("", saved, {"version", "config", "random_guess_loss", "policy", "state"})
     said = {name: saved[name] for name in ("config", "policy", "state")}
-    if version == VERSION:
+    if version >= 4:
         said = {name: revived(part) for name, part in said.items()}
     config = checked_config(said["config"], version)
     guess = saved["random_guess_loss"]

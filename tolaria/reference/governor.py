@@ -22,11 +22,12 @@ from tolaria.reference.governor_layout import (
     StateField,
 )
 from tolaria.reference.governor_rules import (
+    chance_level,
     drift_with,
     gradient_norm,
     gradient_threshold,
-    is_chance_level,
     move_baseline,
+    remember,
     thresholds,
     window_moments,
 )
@@ -136,13 +137,14 @@ def _accept(
 def _advance_slots(g: Governors, rows: Tensor, healthy: Tensor, paused: Tensor) -> None:
     pending = rows & (g[_S.candidate] >= 0)
     lost = pending & (~healthy | (g[_S.candidate_done] != ALL_PARTS_DONE))
-    counted = pending & ~lost & ~paused
+    waits = paused | (g.live(_M.collapse) > 0)
+    counted = pending & ~lost & ~waits
     _cancel_candidate(g, lost)
     g.put(_S.candidate_healthy, counted, g[_S.candidate_healthy] + 1.0)
     _promote_candidate(g, counted & (g[_S.candidate_healthy] >= g.setting(ConfigField.probation)))
     due = g[_S.step] - g[_S.anchor_step] >= g.setting(ConfigField.snapshot_interval)
     acts = g.setting(ConfigField.log_only) == 0
-    ordered = rows & healthy & ~paused & due & (g[_S.candidate] < 0) & acts
+    ordered = rows & healthy & ~waits & due & (g[_S.candidate] < 0) & acts
     _order_capture(g, ordered)
     write_slot_status(g, ordered)
 
@@ -188,22 +190,27 @@ def governor_step_(
     nonfinite_gradient = open_ & has_norm & ~judged.isfinite()
     open_ = open_ & ~nonfinite_gradient
     paused = open_ & (g[_S.cooldown_left] > 0)
-    lobotomy = open_ & ~paused & is_chance_level(g, x)
-    open_ = open_ & ~paused & ~lobotomy
+    open_ = open_ & ~paused
+    judged_level, chance = open_, chance_level(g, x, mean, std)
+    collapsed = open_ & chance.learnt & (chance.evidence >= c(ConfigField.collapse_patience))
+    at_chance = open_ & chance.at_once
+    lobotomy = at_chance | collapsed
+    open_ = open_ & ~lobotomy
     steep = open_ & ~explosion & (judged > steepest)
     anomaly = open_ & (explosion | steep)
     drifted = open_ & ~anomaly & (drift > c(ConfigField.drift_threshold) * c(ConfigField.drift_horizon))
     joins = open_ & ~anomaly & ~drifted
 
     pending, consecutive = g.memory(_M.lobotomy_pending), g.memory(_M.consecutive)
-    g.put(pending, rows & lobotomy, g[pending] + 1.0)
+    g.put(pending, rows & at_chance, g[pending] + 1.0)
     g.put(consecutive, rows & anomaly, g[consecutive] + 1.0)
     rollback = (
         poisoned
         | nonfinite_loss
         | nonfinite_gradient
         | drifted
-        | (lobotomy & (g[pending] >= c(ConfigField.lobotomy_patience)))
+        | collapsed
+        | (at_chance & (g[pending] >= c(ConfigField.lobotomy_patience)))
         | (anomaly & (g[consecutive] >= c(ConfigField.min_panics_before_rollback)))
     )
     # So many bad steps in a row are left out instead, while the state is finite.
@@ -244,6 +251,7 @@ def governor_step_(
     g.put(_S.reward, rows, 0.0)
     g.put(_S.cooldown_left, rows & (g[_S.cooldown_left] > 0), g[_S.cooldown_left] - 1.0)
     _accept(g, rows & joins, x, norm, has_norm, drift)
+    remember(g, rows & judged_level, chance, x, joins)
     g.move(_S.panics, rows, g[consecutive])
 
     acts = rollback & (c(ConfigField.log_only) == 0)

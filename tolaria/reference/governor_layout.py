@@ -39,6 +39,7 @@ MemoryField = IntEnum(
     [
         "history_size", "last_healthy", "consecutive", "lobotomy_pending", "gradient_size",
         "drift_count", "drift_mean", "drift_variance", "drift_sum", "skips",
+        "learnt", "learnt_level", "collapse",
     ],
     start=0,
 )  # fmt: skip
@@ -51,6 +52,7 @@ ConfigField = IntEnum(
         "lobotomy_low", "lobotomy_high", "lobotomy_patience", "cooldown", "snapshot_interval", "probation",
         "log_only", "death_penalty", "gradient_multiplier", "gradient_may_overflow",
         "drift_horizon", "drift_slack", "drift_threshold", "skips_before_rollback",
+        "lobotomy_classic", "collapse_patience",
     ],
     start=0,
 )  # fmt: skip

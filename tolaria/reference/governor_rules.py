@@ -5,6 +5,8 @@ The pure-PyTorch side of ``csrc/math/governor_rules.h``; every operation stands 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from tolaria.reference.governor_state import Governors
 
 _M = MemoryField
 _DRIFT_CLIP = 2.0
+_LEVEL_HORIZON = 64.0
+_WORSE_THAN_CHANCE = 0.25
 
 
 def window_moments(window: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,16 +47,44 @@ def thresholds(g: Governors, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor,
     return absolute, statistical, torch.where(mean > 0, c(ConfigField.multiplier) * mean, silent)
 
 
-def is_chance_level(g: Governors, x: Tensor) -> Tensor:
-    """Whether a network that had learnt has the loss of guessing."""
+class ChanceLevel(NamedTuple):
+    """Whether a network that had learnt is back at the loss of guessing; see ``csrc/math/governor_rules.h``."""
+
+    learnt: Tensor
+    at_once: Tensor
+    level: Tensor
+    evidence: Tensor
+
+
+def chance_level(g: Governors, x: Tensor, mean: Tensor, std: Tensor) -> ChanceLevel:
+    """What the loss ``x`` says of that, given the moments of the window."""
     c = g.setting
     guess = c(ConfigField.random_guess_loss)
-    return (
-        (g.live(_M.history_size) >= c(ConfigField.min_history))
-        & (g.live(_M.last_healthy) < c(ConfigField.lobotomy_healthy_below) * guess)
-        & (x >= c(ConfigField.lobotomy_low) * guess)
-        & (x <= c(ConfigField.lobotomy_high) * guess)
-    )
+    low, high = c(ConfigField.lobotomy_low) * guess, c(ConfigField.lobotomy_high) * guess
+    below = c(ConfigField.lobotomy_healthy_below) * guess
+    evidence, former = g.live(_M.collapse), g.live(_M.learnt) != 0
+    bound = mean + c(ConfigField.sensitivity) * std
+    is_long = g.live(_M.history_size) >= c(ConfigField.min_history)
+    is_classic = c(ConfigField.lobotomy_classic) != 0
+    in_band = (x >= low) & (x <= high)
+    learnt = former | (is_long & (mean < below))
+    at_once = is_long & (g.live(_M.last_healthy) < below) & in_band & (is_classic | (learnt & (bound < low)))
+    level = torch.where(former, g.live(_M.learnt_level), mean)
+    less = torch.where(x < 0.5 * (level + low), -1.0, 0.0).to(x)
+    total = evidence + torch.where(in_band, 1.0, torch.where(x > high, _WORSE_THAN_CHANCE, less))
+    most = 2.0 * c(ConfigField.collapse_patience)
+    following = torch.where(total > most, most, torch.where(total > 0, total, 0.0))
+    return ChanceLevel(learnt, at_once, level, torch.where(learnt & ~is_classic, following, evidence))
+
+
+def remember(g: Governors, rows: Tensor, chance: ChanceLevel, x: Tensor, joins: Tensor) -> None:
+    """Remember what was found; a loss that has joined moves the level."""
+    low = g.setting(ConfigField.lobotomy_low) * g.setting(ConfigField.random_guess_loss)
+    moved = chance.level + (torch.where(x < low, x, low) - chance.level) / _LEVEL_HORIZON
+    level = torch.where(joins, moved, chance.level)
+    g.put(g.memory(_M.learnt), rows, chance.learnt.to(x))
+    g.put(g.memory(_M.learnt_level), rows, torch.where(chance.learnt, level, 0.0))
+    g.put(g.memory(_M.collapse), rows, chance.evidence)
 
 
 def gradient_threshold(g: Governors) -> Tensor:
