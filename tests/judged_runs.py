@@ -17,12 +17,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bounded": {"warmup_bound": 50.0, "lobotomy_band": (0.95, math.inf), "window": 12},
     "drift": {"drift_horizon": 12, "drift_threshold": 0.4, "min_std": 0.05, "gradient_multiplier": 3.0},
     "skipping": {"skips_before_rollback": 3, "cooldown": 1},
+    "classic": {"lobotomy_rule": "classic"},
+    "hasty": {"collapse_patience": 2.5, "sensitivity": 1.0},
     "log-only": {"log_only": True},
 }
 
 
 def losses_like_a_run(n: int, steps: int, seed: int) -> Tensor:
-    """(steps, n) losses with NaN, Inf, spikes, plateaus, chance level, negatives and denormals among them."""
+    """(steps, n) losses with NaN, Inf, spikes, plateaus, chance level, negatives and denormals among them.
+
+    A fifth of the runs comes down to small losses, and falls back to chance level for good later on.
+    """
     source = torch.Generator().manual_seed(seed)
     x = torch.rand(steps, n, generator=source, dtype=torch.float64) * 1.2
     kind = torch.rand(steps, n, generator=source)
@@ -40,7 +45,10 @@ def losses_like_a_run(n: int, steps: int, seed: int) -> Tensor:
         (0.15, 0.152, torch.full_like(x, 1.7e308)),
     ):
         x = torch.where((kind >= low) & (kind < high), value, x)
-    return x
+    collapses, time = torch.rand(n, generator=source) < 0.2, torch.arange(steps).unsqueeze(1)
+    x = torch.where(collapses & (kind >= 0.1), x * torch.where(x.abs() < 2.0, 0.3, 1.0), x)
+    chance = math.log(10) * (0.9 + 0.3 * torch.rand(steps, n, generator=source, dtype=torch.float64))
+    return torch.where(collapses & (time > steps // 2) & (kind > 0.3), chance, x)
 
 
 def norms_like_a_run(n: int, steps: int, seed: int) -> Tensor:

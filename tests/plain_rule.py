@@ -28,6 +28,8 @@ class PlainRule:
     drift_threshold: float = 2.0
     gradient_multiple: float = 10.0
     skips_allowed: int = 0
+    classic: bool = False
+    collapse_patience: float = 12.0
     history: list[float] = field(default_factory=list)
     last_healthy: float = 0.0
     consecutive: int = 0
@@ -40,6 +42,9 @@ class PlainRule:
     baseline: tuple[float, float, float] = (0.0, 0.0, 0.0)
     drift: float = 0.0
     left_out: int = 0
+    learnt: bool = False
+    level: float = 0.0
+    evidence: float = 0.0
 
     def judge(
         self, x: float, nonfinite: bool = False, norm: float | None = None, state_bad: bool = False
@@ -60,14 +65,10 @@ class PlainRule:
         if resting:
             return "HEALTHY", False
         warm = len(self.history) < self.min_history
-        if (
-            not warm
-            and self.guess is not None
-            and self.last_healthy < 0.6 * self.guess
-            and self.band[0] * self.guess <= x <= self.band[1] * self.guess
-        ):
-            self.pending += 1
-            return "LOBOTOMY", self.pending >= self.patience
+        at_once, collapsed = self.look_for_collapse(x, warm)
+        if at_once or collapsed:
+            self.pending += at_once
+            return "LOBOTOMY", collapsed or self.pending >= self.patience
         if x > self.warmup_bound if warm else self.explodes(x):
             self.consecutive += 1
             return "ANOMALY", self.consecutive >= self.min_panics
@@ -79,6 +80,8 @@ class PlainRule:
             return "DRIFT", True
         self.drift = drift
         self.move_baseline(x)
+        if self.learnt and self.guess is not None:
+            self.level += (min(x, self.band[0] * self.guess) - self.level) / 64.0
         if norm is not None:
             self.norms = [*self.norms, norm][-self.window :]
         self.history = [*self.history, x][-self.window :]
@@ -88,6 +91,28 @@ class PlainRule:
         self.mean += delta / self.count
         self.m2 += delta * (x - self.mean)
         return "HEALTHY", False
+
+    def look_for_collapse(self, x: float, warm: bool) -> tuple[bool, bool]:
+        """Whether x is a collapse at once, and whether the losses have added up to one."""
+        if self.guess is None:
+            return False, False
+        low, high = (edge * self.guess for edge in self.band)
+        fell = not warm and self.last_healthy < 0.6 * self.guess and low <= x <= high
+        mean, std = self.statistics(self.history) if self.history else (0.0, math.nan)
+        if not self.learnt and not warm and mean < 0.6 * self.guess:
+            self.learnt, self.level = True, mean
+        if self.classic:
+            return fell, False
+        if not self.learnt:
+            return False, False
+        if low <= x <= high:
+            self.evidence += 1.0
+        elif x > high:
+            self.evidence += 0.25
+        elif x < 0.5 * (self.level + low):
+            self.evidence -= 1.0
+        self.evidence = min(max(self.evidence, 0.0), 2.0 * self.collapse_patience)
+        return fell and low > mean + self.sigmas * std, self.evidence >= self.collapse_patience
 
     @staticmethod
     def statistics(values: list[float]) -> tuple[float, float]:
@@ -136,3 +161,4 @@ class PlainRule:
         self.history, self.last_healthy, self.consecutive, self.pending, self.left_out = [], 0.0, 0, 0, 0
         self.resting = self.cooldown
         self.norms, self.baseline, self.drift = [], (0.0, 0.0, 0.0), 0.0
+        self.learnt, self.level, self.evidence = False, 0.0, 0.0

@@ -129,6 +129,9 @@ def test_verdicts_follow_the_rule_of_the_contract(name: str, mode: str) -> None:
         "drift_threshold": config.drift_threshold,
         "gradient_multiple": config.gradient_multiplier,
         "skips_allowed": config.skips_before_rollback,
+        "sigmas": config.sensitivity,
+        "classic": config.lobotomy_rule == "classic",
+        "collapse_patience": config.collapse_patience,
     }
     rules = [PlainRule(guess=math.log(10), **plain) for _ in range(n)]
     state = ops.governor_state(n, window=config.window, attached=False)
@@ -238,6 +241,6 @@ def test_bad_arguments_are_named(mode: str) -> None:
             ops.governor_step_(state, config, torch.ones(2), gradient=torch.ones(3))
         with pytest.raises(TypeError, match=r"gradient: expected float64"):
             ops.governor_step_(state, config, torch.ones(2), gradient=torch.ones(2, dtype=torch.bool))
-        with pytest.raises(ValueError, match=r"config: expected 25 float64"):
+        with pytest.raises(ValueError, match=f"config: expected {len(ops.ConfigField)} float64"):
             ops.governor_step_(state, config[:-1], torch.ones(2))
     assert same_bits(state, untouched)
