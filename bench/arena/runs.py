@@ -66,8 +66,8 @@ PROBLEMS = (
     Problem("two classes, 20% wrong", partial(TwoClasses, noise=0.2), (8, 64), (3e-4, 1e-3, 3e-3)),
     Problem("regression", Regression, (16, 128), (1e-3, 3e-3, 1e-2)),
     Problem("policy gradient", Policy, (16, 128), (3e-3, 1e-2, 3e-2)),
-    Problem("two networks", Ring, (64,), (3e-4, 1e-3), 1000),
-    Problem("text", Text, (8,), (1e-3, 3e-3), 500),
+    Problem("two networks", Ring, (64,), (3e-4, 1e-3, 2e-3), 1000),
+    Problem("text", Text, (8,), (5e-4, 1e-3, 3e-3), 600),
 )
 
 
