@@ -5,7 +5,7 @@
 Even seeds are for tuning a rule, odd ones are held out of it. What becomes of a run without a governor is its
 truth. A row tells for one contestant: broken runs that it caught, runs rolled back that would have recovered
 by themselves, false alarms in 10,000 healthy steps, steps until it caught, points lost at the end of caught
-runs. Packages that are not installed are left out by name.
+runs. Packages that are not installed are left out by name. ``--truth`` finds the truth alone, and writes it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from arena import truths
 from arena.contestants import CONTESTANTS, PACKAGES
 from arena.runs import Fate, Run, runs, truth
 from arena.scores import Result, row, table, watched
@@ -34,6 +35,12 @@ def compete(work: tuple[list[Run], tuple[str, ...]]) -> list[Result]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [watched(name, run, fate) for run in chosen for fate in (truth(run),) for name in names]
+
+
+def find_truth(chosen: list[Run]) -> list[tuple[Run, Fate]]:
+    """What becomes of runs of one training."""
+    torch.set_num_threads(1)
+    return [(run, truth(run).fate) for run in chosen]
 
 
 def available(only: list[str] | None) -> tuple[str, ...]:
@@ -57,6 +64,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of all runs, spread evenly")
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), metavar="CONTESTANT")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--truth", action="store_true", help=f"write {truths.FILE.name}, no more")
     parser.add_argument("--out", type=Path, help="a folder for arena.md and arena.json")
     options = parser.parse_args()
     names = available(options.only)
@@ -70,6 +78,10 @@ def main() -> None:
         groups.setdefault((run.problem.name, run.batch, run.rate, run.seed), []).append(run)
     results: list[Result] = []
     with get_context("spawn").Pool(options.workers) as pool:
+        if options.truth:
+            found = pool.imap_unordered(find_truth, groups.values())
+            truths.write([pair for pairs in found for pair in pairs])
+            return
         for found in pool.imap_unordered(compete, [(group, names) for group in groups.values()]):
             results += found
             done = len(results) // max(1, len(names))
@@ -77,6 +89,9 @@ def main() -> None:
     print(file=sys.stderr)
     fates = {fate: sum(r.truth.fate is fate for r in results) // max(1, len(names)) for fate in Fate}
     text = table([row(name, results) for name in names], fates)
+    differ = truths.differing({(r.run, r.truth.fate): None for r in results})
+    if differ:
+        text += f"\n\n{len(differ)} fates are others than the committed ones: {'; '.join(differ)}."
     print(text)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
