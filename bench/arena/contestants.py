@@ -6,7 +6,9 @@ at an alarm the last copy comes back. Copies are :class:`tolaria.Snapshot`, whic
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -173,17 +175,85 @@ class Arc(Contestant):
         return
 
 
-PACKAGES = {"trainpulse": "trainpulse", "arc-training": "arc"}
+class _Asked:
+    """Stands in for an optimizer whose step the arena takes itself; remembers whether it was wanted."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer, self.wanted = optimizer, False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._optimizer, name)
+
+    def step(self) -> None:
+        self.wanted = True
+
+
+class StabilityGuard(Contestant):
+    """GuardedOptimizer of stabilityguard, its defaults, set to roll back: it copies at every step."""
+
+    def __init__(self, learner: Learner, acts: bool) -> None:
+        from stabilityguard import GuardedOptimizer
+
+        super().__init__(learner, acts)
+        self._asked = _Asked(learner.optimizers[0])
+        self._folder = tempfile.TemporaryDirectory(prefix="arena-")
+        self._guard = GuardedOptimizer(
+            self._asked, learner.model, nan_action="rollback", verbose=False, log_dir=self._folder.name
+        )
+
+    def allows(self, step: int, loss: Tensor) -> bool:
+        self._asked.wanted = False
+        with contextlib.redirect_stdout(None):
+            self._guard.step(loss=float(loss))
+        if not self._asked.wanted:
+            self.alarms.append(step)
+        return self._asked.wanted
+
+    def saw(self, step: int, loss: Tensor) -> None:
+        return
+
+    def close(self) -> None:
+        self._guard.close()
+        self._folder.cleanup()
+
+
+class ZClip(Contestant):
+    """ZClip of zclip, its defaults: it clips gradients and never goes back, so it has no alarms."""
+
+    def __init__(self, learner: Learner, acts: bool) -> None:
+        from zclip import ZClip as Clip
+
+        super().__init__(learner, acts)
+        self._clip = Clip()
+
+    def allows(self, step: int, loss: Tensor) -> bool:
+        self._clip.step(self.learner.model)
+        return True
+
+    def saw(self, step: int, loss: Tensor) -> None:
+        return
+
+
+PACKAGES = {
+    "trainpulse": "trainpulse",
+    "arc-training": "arc",
+    "stabilityguard": "stabilityguard",
+    "zclip": "zclip",
+}
 """What is to be installed for whom, by the name that is imported."""
 
 Make = Callable[[Learner, bool], Contestant]
 
 CONTESTANTS: dict[str, Make] = {
     "GovernorConfig()": lambda learner, acts: Ours(learner, acts, GovernorConfig()),
+    "GovernorConfig.balanced()": lambda learner, acts: Ours(learner, acts, GovernorConfig.balanced()),
+    "GovernorConfig.classic()": lambda learner, acts: Ours(learner, acts, GovernorConfig.classic()),
     "GovernorConfig.strict()": lambda learner, acts: Ours(learner, acts, GovernorConfig.strict()),
     "z-score": ZScore,
     "3 x exponential mean": Ratio,
     "NaN alone": OnlyNaN,
     "trainpulse": TrainPulse,
     "arc-training": Arc,
+    "stabilityguard": StabilityGuard,
+    "zclip": ZClip,
 }

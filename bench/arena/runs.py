@@ -38,7 +38,7 @@ TOLERANCE = 5.0
 
 
 class Fate(Enum):
-    """What becomes of a run without a governor."""
+    """What becomes of a run without a governor; one that nothing befalls may break by itself."""
 
     HEALTHY = "healthy"
     RECOVERS = "recovers"
@@ -57,10 +57,10 @@ class Problem:
 
 
 PROBLEMS = (
-    Problem("digits", Digits, (16, 64), (0.01, 0.05, 0.1)),
-    Problem("digits, no BatchNorm", PlainDigits, (16, 64), (0.01, 0.05, 0.1)),
+    Problem("digits", Digits, (16, 64), (0.01, 0.02, 0.05)),
+    Problem("digits, no BatchNorm", PlainDigits, (16, 64), (0.01, 0.02, 0.05)),
     Problem("digits, summed loss", SummedDigits, (128,), (0.01, 0.05, 0.1)),
-    Problem("digits, warm restarts", RestartedDigits, (32,), (0.05, 0.1, 0.15)),
+    Problem("digits, warm restarts", RestartedDigits, (32,), (0.02, 0.05, 0.1)),
     Problem("two classes", TwoClasses, (8, 64), (3e-4, 1e-3, 3e-3)),
     Problem("two classes, 10% wrong", partial(TwoClasses, noise=0.1), (8, 64), (3e-4, 1e-3, 3e-3)),
     Problem("two classes, 20% wrong", partial(TwoClasses, noise=0.2), (8, 64), (3e-4, 1e-3, 3e-3)),
@@ -157,14 +157,25 @@ class Truth:
 def truth(run: Run) -> Truth:
     """Run it without a governor; what nobody harmed is run once for all harms."""
     if run.harm is None:
-        score = _scores(run, (run.steps,))[run.steps]
-        return Truth(Fate.HEALTHY, score, score)
+        return _left_alone(run)
     probes = _probes(run.steps)
     found, calm = _scores(run, probes), _calm(run.problem, run.batch, run.rate, run.seed)
     # Of several probes, since a single score of a run that swings may be good or bad by chance.
     lag = sum(calm[step] - found[step] for step in probes) / len(probes)
     fate = Fate.RECOVERS if lag <= TOLERANCE else Fate.BROKEN
     return Truth(fate, found[run.steps], calm[run.steps])
+
+
+def _left_alone(run: Run) -> Truth:
+    """Some trainings break by themselves: they end far below what they had reached."""
+    scores = _scores(run, tuple(range(PROBE, run.steps + 1, PROBE)))
+    last = [scores[step] for step in _probes(run.steps)]
+    held = [  # over several probes, since one may be good by chance
+        min(scores[step - PROBE * i] for i in range(PROBES)) for step in scores if step >= PROBE * PROBES
+    ]
+    reached = max(held)
+    fate = Fate.HEALTHY if reached - sum(last) / len(last) <= TOLERANCE else Fate.BROKEN
+    return Truth(fate, scores[run.steps], reached)
 
 
 def _probes(steps: int) -> tuple[int, ...]:

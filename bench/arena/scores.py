@@ -37,19 +37,26 @@ class Result:
 
     @property
     def late(self) -> list[int]:
-        """Alarms from the harm on."""
-        return [step for step in self.alarms if self.truth.fate is Fate.HEALTHY or step >= BEGIN]
+        """Alarms from the harm on; all of them where there was none."""
+        return [step for step in self.alarms if self.run.harm is None or step >= BEGIN]
 
     @property
     def false_alarms(self) -> int:
-        """Alarms before anything befell the run."""
+        """Alarms in a healthy run, or before anything befell it."""
         return len(self.alarms) if self.truth.fate is Fate.HEALTHY else len(self.alarms) - len(self.late)
+
+    @property
+    def healthy_steps(self) -> int:
+        """Steps at which an alarm is a false one."""
+        if self.run.harm is not None:
+            return BEGIN
+        return self.run.steps if self.truth.fate is Fate.HEALTHY else 0
 
 
 def watched(name: str, run: Run, truth: Truth) -> Result:
     """Let a contestant watch a run; of a healthy one it tells alone, so that its alarms can be counted."""
     learner = run.learner()
-    contestant = CONTESTANTS[name](learner, run.harm is not None)
+    contestant = CONTESTANTS[name](learner, truth.fate is not Fate.HEALTHY)
     began = time.perf_counter()
     for step in range(run.steps):
         run.step(learner, step, contestant)
@@ -74,6 +81,7 @@ class Row:
     false_alarms: int
     points_lost: float
     within_a_point: int
+    points_lost_of_broken: float
 
     @property
     def per_ten_thousand(self) -> float:
@@ -88,17 +96,21 @@ def row(name: str, results: Iterable[Result]) -> Row:
     caught = [r for r in broken if r.late]
     recovering = [r for r in own if r.truth.fate is Fate.RECOVERS]
     lost = [r.truth.undisturbed - r.score for r in caught]
+    waited = [r.late[0] - BEGIN for r in caught if r.run.harm is not None]
     return Row(
         contestant=name,
         broken=len(broken),
         caught=len(caught),
-        median_steps=statistics.median([r.late[0] - BEGIN for r in caught]) if caught else float("nan"),
+        median_steps=statistics.median(waited) if waited else float("nan"),
         recovering=len(recovering),
         wrongly=sum(bool(r.late) for r in recovering),
-        healthy_steps=sum(r.run.steps if r.truth.fate is Fate.HEALTHY else BEGIN for r in own),
+        healthy_steps=sum(r.healthy_steps for r in own),
         false_alarms=sum(r.false_alarms for r in own),
         points_lost=statistics.fmean(lost) if lost else float("nan"),
         within_a_point=sum(points <= 1.0 for points in lost),
+        points_lost_of_broken=statistics.fmean(r.truth.undisturbed - r.score for r in broken)
+        if broken
+        else float("nan"),
     )
 
 
@@ -109,15 +121,16 @@ def table(rows: Sequence[Row], fates: Mapping[Fate, int]) -> str:
         f"{sum(fates.values())} runs: {counts}.",
         "",
         "| | broken runs caught | steps until then | rolled back, would have recovered | "
-        "false alarms in 10,000 steps | caught and within a point | points lost |",
-        "|---|---|---|---|---|---|---|",
+        "false alarms in 10,000 steps | caught and within a point | "
+        "points lost, caught | points lost, all broken |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         caught = f"{r.caught} of {r.broken} ({_percent(r.caught, r.broken)})"
         wrongly = f"{r.wrongly} of {r.recovering} ({_percent(r.wrongly, r.recovering)})"
         lines.append(
             f"| {r.contestant} | {caught} | {r.median_steps:.0f} | {wrongly} | {r.per_ten_thousand:.2f} | "
-            f"{r.within_a_point} of {r.caught} | {r.points_lost:.1f} |"
+            f"{r.within_a_point} of {r.caught} | {r.points_lost:.1f} | {r.points_lost_of_broken:.1f} |"
         )
     return "\n".join(lines)
 

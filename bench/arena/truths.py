@@ -12,7 +12,8 @@ from pathlib import Path
 from arena.runs import HARMS, Fate, Run
 
 FILE = Path(__file__).with_name("truth.txt")
-_LETTERS = {Fate.RECOVERS: "r", Fate.BROKEN: "B"}
+_LETTERS = {Fate.HEALTHY: "h", Fate.RECOVERS: "r", Fate.BROKEN: "B"}
+_CALLS = (None, *HARMS)
 _FATES = {letter: fate for fate, letter in _LETTERS.items()}
 _UNKNOWN = "."
 
@@ -22,32 +23,31 @@ def _training(run: Run) -> str:
 
 
 def committed(file: Path = FILE) -> dict[str, Fate]:
-    """The fate of each harmed run, by the run's own words."""
+    """The fate of each run, by the run's own words."""
     found: dict[str, Fate] = {}
     for line in file.read_text().splitlines():
         if line.startswith("#") or not line.strip():
             continue
         fates, name, batch, rate, seed = (part.strip() for part in line.split(";"))
-        for harm, letter in zip(HARMS, fates, strict=True):
+        for harm, letter in zip(_CALLS, fates, strict=True):
             if letter != _UNKNOWN:
-                found[f"{name}, {batch} at {rate}, seed {seed}: {harm}"] = _FATES[letter]
+                found[f"{name}, {batch} at {rate}, seed {seed}: {harm or 'nothing'}"] = _FATES[letter]
     return found
 
 
 def write(fates: Iterable[tuple[Run, Fate]], file: Path = FILE) -> None:
-    """One line for each training, one letter for each harm."""
-    table: dict[str, dict[str, str]] = {}
+    """One line for each training, one letter for each run of it."""
+    table: dict[str, dict[str | None, str]] = {}
     for run, fate in fates:
-        if run.harm is not None:
-            table.setdefault(_training(run), {})[run.harm] = _LETTERS[fate]
-    lines = ["# r: recovers, B: stays broken. Columns, in their order:"]
-    lines += [f"# {number}: {harm}" for number, harm in enumerate(HARMS, 1)]
+        table.setdefault(_training(run), {})[run.harm] = _LETTERS[fate]
+    lines = ["# h: healthy, r: recovers, B: stays broken. Columns, in their order:"]
+    lines += [f"# {number}: {harm or 'nothing'}" for number, harm in enumerate(_CALLS, 1)]
     for training, letters in sorted(table.items()):
-        lines.append("".join(letters.get(harm, _UNKNOWN) for harm in HARMS) + f"; {training}")
+        lines.append("".join(letters.get(harm, _UNKNOWN) for harm in _CALLS) + f"; {training}")
     file.write_text("\n".join(lines) + "\n")
 
 
 def differing(fates: Iterable[tuple[Run, Fate]], file: Path = FILE) -> list[str]:
     """The runs whose fate here is another than the committed one."""
     known = committed(file)
-    return [str(run) for run, fate in fates if run.harm is not None and known.get(str(run), fate) is not fate]
+    return [str(run) for run, fate in fates if known.get(str(run), fate) is not fate]

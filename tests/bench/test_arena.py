@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from arena import truths
-from arena.contestants import CONTESTANTS, Contestant
+from arena.contestants import CONTESTANTS, PACKAGES, Contestant
 from arena.harms import Nobody
 from arena.runs import BEGIN, HARMS, PROBLEMS, Fate, Run, Truth, runs, truth
 from arena.scores import Result, row, table, watched
@@ -72,16 +72,22 @@ def test_the_committed_truth_has_every_run_of_its_seeds():
     known = truths.committed()
     seeds = sorted({int(name.split("seed ")[1].split(":")[0]) for name in known})
     assert {seed % 2 for seed in seeds} == {0, 1}  # half of them are held out of tuning
-    assert {str(run) for run in runs(tuple(seeds), harmed=True)} == set(known)
-    assert set(known.values()) == {Fate.RECOVERS, Fate.BROKEN}
+    everything = [*runs(tuple(seeds), harmed=True), *runs(tuple(seeds), harmed=False)]
+    assert {str(run) for run in everything} == set(known)
+    assert set(known.values()) == set(Fate)
 
 
 def test_a_truth_that_is_written_is_read_again_and_compared(tmp_path):
     run = Run(PROBLEMS[0], 16, 0.01, 0, "NaN in a weight")
     other = Run(PROBLEMS[-1], 8, 1e-3, 3, "growing weights")
+    calm = dataclasses.replace(other, harm=None)
     file = tmp_path / "truth.txt"
-    truths.write([(run, Fate.BROKEN), (other, Fate.RECOVERS)], file)
-    assert truths.committed(file) == {str(run): Fate.BROKEN, str(other): Fate.RECOVERS}
+    truths.write([(run, Fate.BROKEN), (other, Fate.RECOVERS), (calm, Fate.HEALTHY)], file)
+    assert truths.committed(file) == {
+        str(run): Fate.BROKEN,
+        str(other): Fate.RECOVERS,
+        str(calm): Fate.HEALTHY,
+    }
     assert truths.differing([(run, Fate.BROKEN), (other, Fate.BROKEN)], file) == [str(other)]
 
 
@@ -103,7 +109,25 @@ def test_a_row_counts_what_was_caught_and_what_was_disturbed():
     assert "| 1 of 2 (50%) | 4 | 1 of 1 (100%) |" in table([found], {Fate.BROKEN: 2, Fate.RECOVERS: 1})
 
 
-@pytest.mark.parametrize("name", [n for n in CONTESTANTS if n not in ("trainpulse", "arc-training")])
+def test_a_training_that_breaks_by_itself_is_no_healthy_one(monkeypatch):
+    pytest.importorskip("sklearn")
+    run = Run(dataclasses.replace(SHORT["digits"], steps=300), 64, 0.05, 0)
+    assert truth(run).fate is Fate.HEALTHY
+    wild = dataclasses.replace(run, rate=0.05)
+    real = Run.step
+
+    def step(self, learner, number, watch):
+        if number == 200:
+            for parameter in learner.parameters():
+                parameter.data.zero_()
+                parameter.requires_grad_(False)
+        return torch.zeros(()) if number >= 200 else real(self, learner, number, watch)
+
+    monkeypatch.setattr(Run, "step", step)
+    assert truth(wild).fate is Fate.BROKEN
+
+
+@pytest.mark.parametrize("name", [n for n in CONTESTANTS if n not in PACKAGES])
 def test_everybody_catches_a_loss_that_is_no_number(name):
     pytest.importorskip("sklearn")
     run = Run(SHORT["digits"], 16, 0.05, 0, "NaN in the loss")
