@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tolaria.governor import GovernorConfig
 from tolaria.ops import StateField
+
+_BALANCED = {
+    f.name: getattr(GovernorConfig.balanced(), f.name)
+    for f in dataclasses.fields(GovernorConfig)
+    if getattr(GovernorConfig.balanced(), f.name) != getattr(GovernorConfig(), f.name)
+    and f.name not in ("snapshot_interval", "probation")
+}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -19,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "skipping": {"skips_before_rollback": 3, "cooldown": 1},
     "classic": {"lobotomy_rule": "classic"},
     "hasty": {"collapse_patience": 2.5, "sensitivity": 1.0},
+    "shift": {"shift_horizon": 12, "shift_threshold": 8.0, "shift_spike": 20.0, "min_std": 0.05},
+    "shift and drift": {"shift_horizon": 9, "shift_threshold": 30.0, "shift_slack": 0.0, "drift_horizon": 12},
+    "balanced": dict(_BALANCED),
     "log-only": {"log_only": True},
 }
 

@@ -30,6 +30,10 @@ class PlainRule:
     skips_allowed: int = 0
     classic: bool = False
     collapse_patience: float = 12.0
+    shift_horizon: int = 0
+    shift_slack: float = 0.6
+    shift_threshold: float = 60.0
+    shift_spike: float = math.inf
     history: list[float] = field(default_factory=list)
     last_healthy: float = 0.0
     consecutive: int = 0
@@ -45,6 +49,12 @@ class PlainRule:
     learnt: bool = False
     level: float = 0.0
     evidence: float = 0.0
+    seen: int = 0
+    typical: float = 0.0
+    deviation: float = 0.0
+    start: float = 0.0
+    shift: float = 0.0
+    armed: int = 0
 
     def judge(
         self, x: float, nonfinite: bool = False, norm: float | None = None, state_bad: bool = False
@@ -66,9 +76,12 @@ class PlainRule:
             return "HEALTHY", False
         warm = len(self.history) < self.min_history
         at_once, collapsed = self.look_for_collapse(x, warm)
+        scale, shifted = self.look_for_shift(x, norm)
         if at_once or collapsed:
             self.pending += at_once
             return "LOBOTOMY", collapsed or self.pending >= self.patience
+        if shifted:
+            return "DRIFT", True
         if x > self.warmup_bound if warm else self.explodes(x):
             self.consecutive += 1
             return "ANOMALY", self.consecutive >= self.min_panics
@@ -80,6 +93,7 @@ class PlainRule:
             return "DRIFT", True
         self.drift = drift
         self.move_baseline(x)
+        self.move_level(x, scale)
         if self.learnt and self.guess is not None:
             self.level += (min(x, self.band[0] * self.guess) - self.level) / 64.0
         if norm is not None:
@@ -113,6 +127,43 @@ class PlainRule:
             self.evidence -= 1.0
         self.evidence = min(max(self.evidence, 0.0), 2.0 * self.collapse_patience)
         return fell and low > mean + self.sigmas * std, self.evidence >= self.collapse_patience
+
+    def look_for_shift(self, x: float, norm: float | None) -> tuple[float, bool]:
+        """The scale of the losses, and whether they have stayed above their level for long enough."""
+        if not self.shift_horizon:
+            return 0.0, False
+        self.armed = max(0, self.armed - 1)
+        if norm is not None and len(self.norms) >= self.min_history:
+            if norm > self.shift_spike * self.statistics(self.norms)[0]:
+                self.armed = 80
+        scale = max(self.deviation, 0.02 * (self.start - self.typical))
+        scale = max(scale, self.min_std * abs(self.typical))
+        if self.seen < self.shift_horizon / 2:
+            return scale, False
+        distance = x - self.typical
+        if scale > 0 and math.isfinite(distance / scale):
+            z = distance / scale
+        else:
+            z = math.copysign(math.inf, distance) if distance != 0 else 0.0
+        z = min(2.0, max(-1.0, z - (0.0 if self.armed else self.shift_slack)))
+        self.shift = min(max(self.shift + z, 0.0), 2.0 * self.shift_threshold)
+        return scale, self.shift >= self.shift_threshold / (3.0 if self.armed else 1.0)
+
+    def move_level(self, x: float, scale: float) -> None:
+        if not self.shift_horizon or self.shift > 0.15 * self.shift_threshold:
+            return
+        knows = self.seen >= self.shift_horizon / 2
+        seen = min(self.seen + 1, self.shift_horizon)
+        distance = x - self.typical
+        if knows:
+            distance = min(max(distance, -4.0 * scale), 4.0 * scale)
+        moved = self.typical + distance / seen
+        away = abs(distance) if knows else abs(x - moved)
+        wider = self.deviation + (away - self.deviation) / seen
+        if math.isfinite(moved) and math.isfinite(wider):
+            self.seen, self.typical, self.deviation = seen, moved, wider
+            if not knows:
+                self.start = moved
 
     @staticmethod
     def statistics(values: list[float]) -> tuple[float, float]:
@@ -162,3 +213,5 @@ class PlainRule:
         self.resting = self.cooldown
         self.norms, self.baseline, self.drift = [], (0.0, 0.0, 0.0), 0.0
         self.learnt, self.level, self.evidence = False, 0.0, 0.0
+        self.seen = self.armed = 0
+        self.typical = self.deviation = self.start = self.shift = 0.0

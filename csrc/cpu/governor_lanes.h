@@ -123,7 +123,7 @@ struct JudgeLanes {
     math::shift_full(g, math::memory::history_size, g.losses());
     if (s.has_gradient) math::shift_full(g, math::memory::gradient_size, g.gradients());
     math::accept(g, c, s.loss, f);
-    math::remember(g, c, f.chance, s.loss, f.joins());
+    math::remember(g, c, f, s.loss);
     g[math::field::panics] = Real{};
     g[math::field::restore_order] = Real{};
     return true;

@@ -153,10 +153,10 @@ TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, co
 }
 
 // Candidate and capture orders after a verdict. `paused` (cooldown) neither promotes nor orders, nor does evidence of a
-// collapse. Returns as order_capture does, or 0 where no capture is ordered.
+// collapse or of a shift. Returns as order_capture does, or 0 where no capture is ordered.
 C10_HOST_DEVICE inline int advance_slots(const Governor& g, const double* c, bool healthy, bool paused) {
   if (g[field::attached] == 0.0) return 0;
-  const bool waits = paused || g.live(memory::collapse) > 0.0;
+  const bool waits = paused || g.live(memory::collapse) > 0.0 || is_suspicious(g, c, g.live(memory::shift_sum));
   if (g[field::candidate] >= 0.0) {
     if (!healthy || g[field::candidate_done] != kAllPartsDone) {
       cancel_candidate(g);
@@ -191,7 +191,7 @@ TOLARIA_LANEWISE void write_verdict(const Column& g, const Sample<Column>& s, co
   g[field::threshold_multiplier] = select(is_known, one_nan(f.thresholds.multiplier), nan);
   g[field::gradient_norm] = select(f.judges_gradient, one_nan(s.gradient_norm), none);
   g[field::gradient_threshold] = one_nan(f.steepest);
-  g[field::drift] = f.drift;
+  g[field::drift] = f.climbed;
   g[field::tensor_index] = select(f.poisoned_capture, bad, none);
   g[field::reward] = spread<Real>(0.0);
 }
@@ -222,6 +222,9 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
     reason = kLobotomy;
     if (f.chance.at_once) increment(g.live(memory::lobotomy_pending));
     rollback = f.collapsed || g.live(memory::lobotomy_pending) >= c[config::lobotomy_patience];
+  } else if (f.shift.found) {
+    reason = kDrift;
+    rollback = true;
   } else if (f.exploded || f.steep) {
     reason = f.exploded ? kAnomaly : kGradientNorm;
     increment(g.live(memory::consecutive));
@@ -245,7 +248,7 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
     }
     accept(g, c, s.loss, f);
   }
-  if (!f.poisoned_capture && !f.nonfinite && !f.nonfinite_gradient && !paused) remember(g, c, f.chance, s.loss, f.joins());
+  if (!f.poisoned_capture && !f.nonfinite && !f.nonfinite_gradient && !paused) remember(g, c, f, s.loss);
   g[field::panics] = g.live(memory::consecutive);
 
   const bool acts = rollback && c[config::log_only] == 0.0;

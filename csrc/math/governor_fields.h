@@ -26,7 +26,8 @@ namespace tolaria::math {
 #define TOLARIA_GOVERNOR_MEMORY(X)                                                                       \
   X(history_size) X(last_healthy) X(consecutive) X(lobotomy_pending) X(gradient_size)                    \
   X(drift_count) X(drift_mean) X(drift_variance) X(drift_sum) X(skips)                                   \
-  X(learnt) X(learnt_level) X(collapse)
+  X(learnt) X(learnt_level) X(collapse)                                                                  \
+  X(shift_count) X(shift_level) X(shift_spread) X(shift_top) X(shift_sum) X(shift_armed)
 
 #define TOLARIA_GOVERNOR_CONFIG(X)                                                                       \
   X(window) X(min_history) X(absolute_threshold) X(sensitivity) X(multiplier) X(rule_any) X(min_std)     \
@@ -34,7 +35,8 @@ namespace tolaria::math {
   X(lobotomy_low) X(lobotomy_high) X(lobotomy_patience) X(cooldown) X(snapshot_interval) X(probation)    \
   X(log_only) X(death_penalty) X(gradient_multiplier) X(gradient_may_overflow)                           \
   X(drift_horizon) X(drift_slack) X(drift_threshold) X(skips_before_rollback)                            \
-  X(lobotomy_classic) X(collapse_patience)
+  X(lobotomy_classic) X(collapse_patience)                                                               \
+  X(shift_horizon) X(shift_slack) X(shift_threshold) X(shift_spike)
 
 // A mailbox row: status words, then a ring of records. The device writes it, the host only reads.
 #define TOLARIA_GOVERNOR_STATUS(X)                                                                       \
@@ -84,6 +86,14 @@ constexpr double kMaxCount = 9007199254740992.0;  // 2^53: above it a float64 do
 constexpr double kDriftClip = 2.0;    // standard deviations that one loss adds to the drift sum at most
 constexpr double kLevelHorizon = 64.0;  // losses over which the learnt level forgets
 constexpr double kWorseThanChance = 0.25;  // what a loss above the band of chance level adds to the evidence of a collapse
+// The shift test, in mean absolute deviations or in shares of what they stand beside; chosen in bench/train/arena.py.
+constexpr double kShiftMost = 2.0;        // what one loss adds to the sum at most
+constexpr double kShiftLeast = -1.0;      // and at least
+constexpr double kShiftClip = 4.0;        // how far a loss may pull level and spread
+constexpr double kShiftRange = 0.02;      // of what the losses have come down, counted as spread at least
+constexpr double kShiftSuspicion = 0.15;  // of the threshold: from here on nothing is learnt and nothing promoted
+constexpr double kShiftArmed = 80.0;      // losses for which a spike of the gradient makes the test keener
+constexpr double kShiftKeener = 3.0;      // by which its threshold is then divided; its slack is 0
 constexpr int kCaptureParts = 2;      // 0: what others mutate, on the current stream; 1: parameters and optimizer state
 constexpr int kAllPartsDone = (1 << kCaptureParts) - 1;
 

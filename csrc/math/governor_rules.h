@@ -144,13 +144,82 @@ TOLARIA_LANEWISE ChanceLevel<Column> chance_level(const Column& g, const double*
 
 // Remembers what was found; a loss that has joined moves the level, one above the loss of guessing no more than that.
 template <class Column, class Real>
-TOLARIA_LANEWISE void remember(const Column& g, const double* c, const ChanceLevel<Column>& l, const Real& x,
+TOLARIA_LANEWISE void remember_chance(const Column& g, const double* c, const ChanceLevel<Column>& l, const Real& x,
                                const typename Column::Mask& joins) {
   const Real low = spread<Real>(c[config::lobotomy_low] * c[config::random_guess_loss]);
   const Real moved = l.level + (select(x < low, x, low) - l.level) / kLevelHorizon;
   g.live(memory::learnt) = select(l.learnt, spread<Real>(1.0), spread<Real>(0.0));
   g.live(memory::learnt_level) = one_nan(select(l.learnt, select(joins, moved, l.level), spread<Real>(0.0)));
   g.live(memory::collapse) = l.evidence;
+}
+
+// Whether the level of the losses has shifted up for good: a one-sided CUSUM (Page 1954) of losses, each of bounded
+// weight, in mean absolute deviations from a level that forgets. A spread below a share of the level, or of what the
+// losses have come down since the start, counts as that share: late in a run a jump that costs nothing is no shift.
+template <class Column>
+struct Shift {
+  typename Column::Mask is_ready;  // the level is known
+  typename Column::Mask found;
+  typename Column::Real scale, sum, armed;
+};
+
+template <class Column, class Real>
+TOLARIA_LANEWISE Shift<Column> shift_with(const Column& g, const double* c, const Real& x,
+                                          const typename Column::Mask& is_spike) {
+  using Mask = typename Column::Mask;
+  const double horizon = c[config::shift_horizon], threshold = c[config::shift_threshold];
+  const Real level = g.live(memory::shift_level), spread_ = g.live(memory::shift_spread), sum = g.live(memory::shift_sum);
+  const Real top = g.live(memory::shift_top), range = kShiftRange * (top - level), zero = spread<Real>(0.0);
+  const Real count = g.live(memory::shift_count), armed = g.live(memory::shift_armed), left = armed - 1.0;
+  Shift<Column> t;
+  if (horizon == 0.0) {
+    t.is_ready = t.found = Mask{};
+    t.scale = zero;
+    t.sum = one_nan(sum);
+    t.armed = one_nan(armed);
+    return t;
+  }
+  t.is_ready = count >= 0.5 * horizon;
+  t.scale = floored(c, select(spread_ < range, range, spread_), level);
+  t.armed = select(is_spike, spread<Real>(kShiftArmed), select(left > 0.0, left, zero));
+  const Mask is_armed = t.armed > 0.0;
+  Real z = (x - level) / t.scale;
+  z = select(z == z, z, zero) - select(is_armed, zero, spread<Real>(c[config::shift_slack]));
+  z = select(z > kShiftMost, spread<Real>(kShiftMost), select(z < kShiftLeast, spread<Real>(kShiftLeast), z));
+  const Real next = sum + z, most = spread<Real>(2.0 * threshold);  // so that it comes down again
+  t.sum = one_nan(select(t.is_ready, select(next > most, most, select(next > 0.0, next, zero)), sum));
+  t.found = t.is_ready & (t.sum >= select(is_armed, spread<Real>(threshold / kShiftKeener), spread<Real>(threshold)));
+  return t;
+}
+
+// Evidence so strong that no loss moves the level and no capture is promoted.
+template <class Column>
+TOLARIA_LANEWISE typename Column::Mask is_suspicious(const Column& g, const double* c, const typename Column::Real& sum) {
+  return sum > spread<typename Column::Real>(kShiftSuspicion * c[config::shift_threshold]);
+}
+
+// Remembers what was found; a loss that has joined moves level and spread while nothing is suspicious.
+template <class Column, class Real>
+TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shift<Column>& t, const Real& x,
+                                     const typename Column::Mask& joins) {
+  if (c[config::shift_horizon] == 0.0) return;
+  const Real level = g.live(memory::shift_level), before = g.live(memory::shift_count), top = g.live(memory::shift_top);
+  const Real spread_ = g.live(memory::shift_spread), most = kShiftClip * t.scale;
+  const Real raised = before + 1.0;
+  const Real count = select(raised < c[config::shift_horizon], raised, spread<Real>(c[config::shift_horizon]));
+  Real d = x - level;
+  d = select(t.is_ready & (d > most), most, select(t.is_ready & (d < -most), -most, d));
+  const Real moved = level + d / count;
+  const Real away = select(t.is_ready, d, x - moved);
+  const Real wider = spread_ + (select(away < 0.0, -away, away) - spread_) / count;
+  const auto fits = is_bounded(moved) & is_bounded(wider);
+  const auto moves = joins & !is_suspicious(g, c, t.sum) & fits;
+  g.live(memory::shift_count) = select(moves, count, before);
+  g.live(memory::shift_level) = select(moves, moved, level);
+  g.live(memory::shift_spread) = select(moves, wider, spread_);
+  g.live(memory::shift_top) = select(moves & !t.is_ready, moved, top);
+  g.live(memory::shift_sum) = t.sum;
+  g.live(memory::shift_armed) = t.armed;
 }
 
 // One step as it reaches the judge.
@@ -173,14 +242,16 @@ struct Findings {
   typename Column::Real std;
   Thresholds<typename Column::Real> thresholds;
   typename Column::Real steepest, drift;
+  typename Column::Real climbed;  // what a verdict says of drift: the sum of the shift test where that is on
   typename Column::Mask judges_gradient, poisoned_capture, nonfinite, nonfinite_gradient, paused, collapsed, exploded,
       steep, drifted;
   ChanceLevel<Column> chance;
+  Shift<Column> shift;
 
   // Whether the loss joins the healthy ones: no rule holds.
   TOLARIA_LANEWISE typename Column::Mask joins() const {
     return !(poisoned_capture | nonfinite | nonfinite_gradient | paused | chance.at_once | collapsed | exploded | steep |
-             drifted);
+             drifted | shift.found);
   }
 };
 
@@ -196,6 +267,7 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
   f.thresholds = thresholds(c, m.mean, f.std);
   f.steepest = spread<Real>(std::numeric_limits<double>::infinity());
   f.judges_gradient = f.nonfinite_gradient = f.steep = Mask{};
+  Mask is_spike{};
   if (s.has_gradient) {
     // Under a GradScaler an overflow is routine, and the step was left out: there is no gradient to judge.
     const Mask finite = is_bounded(norm), always = finite | !finite;
@@ -203,8 +275,13 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
     f.steepest = select(f.judges_gradient, gradient_threshold(g, c, of_gradients), f.steepest);
     f.nonfinite_gradient = f.judges_gradient & !finite;
     f.steep = f.judges_gradient & (norm > f.steepest);
+    const Real norms = g.live(memory::gradient_size);
+    is_spike = f.judges_gradient & (norms >= c[config::min_history]) &
+               (norm > c[config::shift_spike] * of_gradients.mean);
   }
   f.drift = drift_with(g, c, x);
+  f.shift = shift_with(g, c, x, is_spike);
+  f.climbed = c[config::shift_horizon] != 0.0 ? f.shift.sum : f.drift;
 
   f.poisoned_capture = (candidate >= 0.0) & (candidate_bad >= 0.0);
   f.nonfinite = s.is_flagged | !is_bounded(x);
@@ -215,6 +292,14 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
   f.exploded = (is_short & warm) | (is_long & is_explosion(c, f.thresholds, x));
   f.drifted = f.drift > c[config::drift_threshold] * c[config::drift_horizon];
   return f;
+}
+
+// Remembers what adds up over losses, whether this one has joined the healthy ones or not.
+template <class Column, class Real>
+TOLARIA_LANEWISE void remember(const Column& g, const double* c, const Findings<Column>& f, const Real& x) {
+  const typename Column::Mask joins = f.joins();
+  remember_chance(g, c, f.chance, x, joins);
+  remember_shift(g, c, f.shift, x, joins);
 }
 
 }  // namespace tolaria::math

@@ -132,6 +132,11 @@ def test_verdicts_follow_the_rule_of_the_contract(name: str, mode: str) -> None:
         "sigmas": config.sensitivity,
         "classic": config.lobotomy_rule == "classic",
         "collapse_patience": config.collapse_patience,
+        "absolute": config.absolute_threshold,
+        "shift_horizon": config.shift_horizon,
+        "shift_slack": config.shift_slack,
+        "shift_threshold": config.shift_threshold,
+        "shift_spike": config.shift_spike,
     }
     rules = [PlainRule(guess=math.log(10), **plain) for _ in range(n)]
     state = ops.governor_state(n, window=config.window, attached=False)
@@ -144,7 +149,7 @@ def test_verdicts_follow_the_rule_of_the_contract(name: str, mode: str) -> None:
             strict=True,
         )
         for loss, rows, state_bad in runs:
-            gradient = rows if name == "drift" else None
+            gradient = rows if name in ("drift", "shift", "balanced") else None
             norms = torch.where(rows[:, 2] > 0, math.nan, rows[:, 0].sqrt()).tolist()
             ops.governor_step_(state, tensor, loss, gradient=gradient, state_bad=state_bad.double())
             verdicts = [

@@ -59,6 +59,17 @@ class GovernorConfig:
     """Standard deviations above the baseline that the drift test lets pass, at each loss (>= 0)."""
     drift_threshold: float = 2.0
     """The drift sum that orders a rollback, in horizons (standard deviations times losses, > 0)."""
+    shift_horizon: int = 0
+    """Losses over which the shift test's level forgets; it knows a level after half of them. 0: no shift test
+    (losses)."""
+    shift_slack: float = 0.6
+    """Mean absolute deviations above the level that the shift test lets pass, at each loss (>= 0)."""
+    shift_threshold: float = 60.0
+    """The shift sum that orders a rollback: twice the losses that a large shift takes, since one loss adds 2
+    at most (mean absolute deviations times losses, > 0)."""
+    shift_spike: float = math.inf
+    """A gradient norm above so many means of its window makes the shift test keener for 80 losses: no slack,
+    and a third of the threshold (dimensionless, > 0)."""
     gradient_norm: bool = False
     """Judge the norm of the gradients of all covered optimizers beside the loss: one more pass over them."""
     gradient_multiplier: float = 10.0
@@ -124,6 +135,7 @@ class GovernorConfig:
             "min_panics_before_rollback": (1, math.inf),
             "lobotomy_patience": (1, math.inf),
             "drift_horizon": (0, math.inf),
+            "shift_horizon": (0, math.inf),
             "cooldown": (0, math.inf),
             "snapshot_interval": (2, math.inf),
             "probation": (1, math.inf),
@@ -141,7 +153,10 @@ class GovernorConfig:
             if not _is_number(value) or not isinstance(value, int) or not low <= value <= high:
                 limit = f" and at most {int(high)}" if math.isfinite(high) else ""
                 found.append((name, f"an integer of at least {low}{limit}", value))
-        for name in ("sensitivity", "multiplier", "drift_threshold", "gradient_multiplier"):
+        for name in (
+            *("sensitivity", "multiplier", "drift_threshold", "gradient_multiplier"),
+            *("shift_threshold", "shift_spike"),
+        ):
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 found.append((name, "a number above 0", getattr(self, name)))
         if not (_is_number(self.lr_factor) and 0 < self.lr_factor <= 1):
@@ -150,7 +165,9 @@ class GovernorConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 found.append((name, "a number above 0, or None", value))
-        for name in ("min_std", "death_penalty", "lobotomy_healthy_below", "drift_slack"):
+        for name in (
+            *("min_std", "death_penalty", "lobotomy_healthy_below", "drift_slack", "shift_slack"),
+        ):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf):
                 found.append((name, "a finite number of at least 0", getattr(self, name)))
         if not (_is_number(self.collapse_patience) and 1 <= self.collapse_patience < math.inf):
@@ -197,6 +214,37 @@ class GovernorConfig:
             ConfigError: a field is out of range.
         """
         settings: dict[str, Any] = {"lobotomy_rule": "classic", **overrides}
+        return cls(**settings)
+
+    @classmethod
+    def balanced(cls, **overrides: object) -> GovernorConfig:
+        """What we recommend: broken runs are caught, those that recover by themselves are left alone.
+
+        It has no threshold in loss units, so it serves losses of 1e-4 and of 1e4, around zero and negative
+        ones. A loss or gradient that is not finite rolls back at once; anything else has to last: losses
+        that stay above their own level for about thirty steps (the shift test), or at the loss of guessing.
+        The norm of the gradients is taken at each step: one more pass over them. README has its row of the
+        arena (bench/train/arena.py).
+
+        Args:
+            **overrides: fields that are to differ.
+
+        Raises:
+            ConfigError: a field is out of range.
+        """
+        settings: dict[str, Any] = {
+            "absolute_threshold": math.inf,
+            "min_std": 0.1,
+            "lobotomy_patience": 10,
+            "collapse_patience": 30.0,
+            "shift_horizon": 40,
+            "shift_spike": 100.0,
+            "gradient_norm": True,
+            "gradient_multiplier": math.inf,
+            "snapshot_interval": 50,
+            "probation": 20,
+            **overrides,
+        }
         return cls(**settings)
 
     @classmethod

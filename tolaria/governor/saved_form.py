@@ -17,7 +17,10 @@ VERSION = 5
 """Of the saved form. Version 4 judged collapses by the classic rule. Version 3 kept the statistics in a tensor, and numbers that JSON does not know as they
 are; version 2 counted neither skipped steps nor restores without progress."""
 
-_SINCE_5 = {"lobotomy_rule", "collapse_patience"}
+_SINCE_5 = {
+    *("lobotomy_rule", "collapse_patience"),
+    *("shift_horizon", "shift_slack", "shift_threshold", "shift_spike"),
+}
 
 
 def check_keys(where: str, saved: Mapping[Any, Any], known: set[str], *, may_lack: bool = False) -> None:

@@ -18,6 +18,7 @@ from tolaria import ops
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.plain_values import is_number, said
 from tolaria.ops import MemoryField, PanicReason, StateField
+from tolaria.reference.governor_rules import SHIFT_ARMED
 
 MAX_COUNT = 2**52
 """Counts above this are refused: half of where a float64 stops counting."""
@@ -61,10 +62,14 @@ def _rules(config: GovernorConfig) -> dict[str, _Rule]:
         "history_size": _whole(0, config.window),
         "gradient_size": _whole(0, config.window),
         "drift_count": _whole(0, max(1, config.drift_horizon)),
+        "shift_count": _whole(0, config.shift_horizon),
+        "shift_armed": _whole(0, int(SHIFT_ARMED)),
+        "shift_spread": _AT_LEAST_0,
         # With a horizon of 1 rounding can take a variance below 0; with any other it cannot.
         "drift_variance": _FINITE if config.drift_horizon == 1 else _AT_LEAST_0,
-        **dict.fromkeys(("drift", "drift_sum", "collapse"), _AT_LEAST_0),
+        **dict.fromkeys(("drift", "drift_sum", "collapse", "shift_sum"), _AT_LEAST_0),
         **dict.fromkeys(("life_min", "life_max", "last_healthy", "drift_mean", "learnt_level"), _FINITE),
+        **dict.fromkeys(("shift_level", "shift_top"), _FINITE),
         **dict.fromkeys(("rollback", "restore_order", "last_good", "learnt"), _FLAG),
         **dict.fromkeys(("capture_order_0", "capture_order_1", "candidate"), _SLOT_OR_NONE),
         **dict.fromkeys(("tensor_index", "candidate_bad"), _COUNT_OR_NONE),
@@ -123,6 +128,9 @@ def fitted(state: Tensor, config: GovernorConfig) -> Tensor:
                 counts[which, field] = most
     head[StateField.cooldown_left].clamp_(max=float(config.cooldown))
     counts[:, MemoryField.drift_count].clamp_(max=float(config.drift_horizon))
+    counts[:, MemoryField.shift_count].clamp_(max=float(config.shift_horizon))
+    if config.shift_horizon == 0:
+        counts[:, MemoryField.shift_count : MemoryField.shift_armed + 1] = 0.0
     if config.drift_horizon == 0:
         counts[:, MemoryField.drift_count : MemoryField.drift_sum + 1] = 0.0
     elif config.drift_horizon > 1:

@@ -26,8 +26,11 @@ from tolaria.reference.governor_rules import (
     drift_with,
     gradient_norm,
     gradient_threshold,
+    is_suspicious,
     move_baseline,
     remember,
+    remember_shift,
+    shift_with,
     thresholds,
     window_moments,
 )
@@ -137,7 +140,7 @@ def _accept(
 def _advance_slots(g: Governors, rows: Tensor, healthy: Tensor, paused: Tensor) -> None:
     pending = rows & (g[_S.candidate] >= 0)
     lost = pending & (~healthy | (g[_S.candidate_done] != ALL_PARTS_DONE))
-    waits = paused | (g.live(_M.collapse) > 0)
+    waits = paused | (g.live(_M.collapse) > 0) | is_suspicious(g, g.live(_M.shift_sum))
     counted = pending & ~lost & ~waits
     _cancel_candidate(g, lost)
     g.put(_S.candidate_healthy, counted, g[_S.candidate_healthy] + 1.0)
@@ -178,11 +181,14 @@ def governor_step_(
     )
     explosion = torch.where(size < c(ConfigField.min_history), x > c(ConfigField.warmup_bound), explosion)
     norm, has_norm = gradient_norm(g, gradient)
-    steepest = torch.full_like(x, torch.inf)
-    if norm is not None:
-        steepest = torch.where(has_norm, gradient_threshold(g), torch.inf)
+    steepest, is_spike = torch.full_like(x, torch.inf), torch.zeros_like(has_norm)
     judged = torch.full_like(x, -1.0) if norm is None else torch.where(has_norm, norm, -1.0)
-    drift = drift_with(g, x)
+    if norm is not None:
+        of_gradients = window_moments(g.gradients(), g.live(_M.gradient_size))
+        steepest = torch.where(has_norm, gradient_threshold(g, of_gradients), torch.inf)
+        is_spike = has_norm & (g.live(_M.gradient_size) >= c(ConfigField.min_history))
+        is_spike = is_spike & (norm > c(ConfigField.shift_spike) * of_gradients[0])
+    drift, shift = drift_with(g, x), shift_with(g, x, is_spike)
     # The rules in their order of precedence; a row falls to the first that holds.
     poisoned = (g[_S.candidate] >= 0) & (g[_S.candidate_bad] >= 0)
     nonfinite_loss = ~poisoned & ~finite
@@ -196,6 +202,8 @@ def governor_step_(
     at_chance = open_ & chance.at_once
     lobotomy = at_chance | collapsed
     open_ = open_ & ~lobotomy
+    shifted = open_ & shift.found
+    open_ = open_ & ~shifted
     steep = open_ & ~explosion & (judged > steepest)
     anomaly = open_ & (explosion | steep)
     drifted = open_ & ~anomaly & (drift > c(ConfigField.drift_threshold) * c(ConfigField.drift_horizon))
@@ -209,6 +217,7 @@ def governor_step_(
         | nonfinite_loss
         | nonfinite_gradient
         | drifted
+        | shifted
         | collapsed
         | (at_chance & (g[pending] >= c(ConfigField.lobotomy_patience)))
         | (anomaly & (g[consecutive] >= c(ConfigField.min_panics_before_rollback)))
@@ -226,7 +235,7 @@ def governor_step_(
         (lobotomy, PanicReason.LOBOTOMY),
         (anomaly, PanicReason.ANOMALY),
         (nonfinite_gradient | steep, PanicReason.GRADIENT_NORM),
-        (drifted, PanicReason.DRIFT),
+        (drifted | shifted, PanicReason.DRIFT),
     ):
         reason = torch.where(held, float(value), reason)
 
@@ -246,12 +255,13 @@ def governor_step_(
     g.put(_S.threshold_multiplier, rows, torch.where(known, multiplier, torch.nan))
     g.put(_S.gradient_norm, rows, judged)
     g.put(_S.gradient_threshold, rows, steepest)
-    g.put(_S.drift, rows, drift)
+    g.put(_S.drift, rows, torch.where(c(ConfigField.shift_horizon) != 0, shift.total, drift))
     g.put(_S.tensor_index, rows, torch.where(poisoned, g[_S.candidate_bad], -1.0))
     g.put(_S.reward, rows, 0.0)
     g.put(_S.cooldown_left, rows & (g[_S.cooldown_left] > 0), g[_S.cooldown_left] - 1.0)
     _accept(g, rows & joins, x, norm, has_norm, drift)
     remember(g, rows & judged_level, chance, x, joins)
+    remember_shift(g, rows & judged_level, shift, x, joins)
     g.move(_S.panics, rows, g[consecutive])
 
     acts = rollback & (c(ConfigField.log_only) == 0)

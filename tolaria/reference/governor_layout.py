@@ -40,6 +40,7 @@ MemoryField = IntEnum(
         "history_size", "last_healthy", "consecutive", "lobotomy_pending", "gradient_size",
         "drift_count", "drift_mean", "drift_variance", "drift_sum", "skips",
         "learnt", "learnt_level", "collapse",
+        "shift_count", "shift_level", "shift_spread", "shift_top", "shift_sum", "shift_armed",
     ],
     start=0,
 )  # fmt: skip
@@ -53,6 +54,7 @@ ConfigField = IntEnum(
         "log_only", "death_penalty", "gradient_multiplier", "gradient_may_overflow",
         "drift_horizon", "drift_slack", "drift_threshold", "skips_before_rollback",
         "lobotomy_classic", "collapse_patience",
+        "shift_horizon", "shift_slack", "shift_threshold", "shift_spike",
     ],
     start=0,
 )  # fmt: skip

@@ -18,6 +18,8 @@ _M = MemoryField
 _DRIFT_CLIP = 2.0
 _LEVEL_HORIZON = 64.0
 _WORSE_THAN_CHANCE = 0.25
+_SHIFT_MOST, _SHIFT_LEAST, _SHIFT_CLIP, _SHIFT_RANGE = 2.0, -1.0, 4.0, 0.02
+_SHIFT_SUSPICION, SHIFT_ARMED, _SHIFT_KEENER = 0.15, 80.0, 3.0
 
 
 def window_moments(window: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +89,68 @@ def remember(g: Governors, rows: Tensor, chance: ChanceLevel, x: Tensor, joins: 
     g.put(g.memory(_M.collapse), rows, chance.evidence)
 
 
-def gradient_threshold(g: Governors) -> Tensor:
+class Shift(NamedTuple):
+    """Whether the level of the losses has shifted up for good; see ``csrc/math/governor_rules.h``."""
+
+    is_ready: Tensor
+    found: Tensor
+    scale: Tensor
+    total: Tensor
+    armed: Tensor
+
+
+def shift_with(g: Governors, x: Tensor, is_spike: Tensor) -> Shift:
+    """What the loss ``x`` says of that; ``is_spike``: where its gradient is far above its window."""
+    c = g.setting
+    horizon, threshold = c(ConfigField.shift_horizon), c(ConfigField.shift_threshold)
+    level, spread, total = g.live(_M.shift_level), g.live(_M.shift_spread), g.live(_M.shift_sum)
+    is_on = horizon != 0
+    is_ready = is_on & (g.live(_M.shift_count) >= 0.5 * horizon)
+    least = _SHIFT_RANGE * (g.live(_M.shift_top) - level)
+    scale = _floored(g, torch.where(spread < least, least, spread), level)
+    left = g.live(_M.shift_armed) - 1.0
+    armed = torch.where(is_spike, SHIFT_ARMED, torch.where(left > 0, left, 0.0))
+    armed = torch.where(is_on, armed, g.live(_M.shift_armed))
+    is_armed = armed > 0
+    z = (x - level) / scale
+    z = torch.where(z.isnan(), 0.0, z) - torch.where(is_armed, 0.0, c(ConfigField.shift_slack))
+    following = total + z.clamp(_SHIFT_LEAST, _SHIFT_MOST)
+    most = 2.0 * threshold
+    following = torch.where(following > most, most, torch.where(following > 0, following, 0.0))
+    total = torch.where(is_ready, following, total)
+    found = is_ready & (total >= torch.where(is_armed, threshold / _SHIFT_KEENER, threshold))
+    return Shift(is_ready, found, scale, total, armed)
+
+
+def is_suspicious(g: Governors, total: Tensor) -> Tensor:
+    """Evidence so strong that no loss moves the level and no capture is promoted."""
+    return total > _SHIFT_SUSPICION * g.setting(ConfigField.shift_threshold)
+
+
+def remember_shift(g: Governors, rows: Tensor, shift: Shift, x: Tensor, joins: Tensor) -> None:
+    """Remember what was found; a loss that has joined moves level and spread while nothing is suspicious."""
+    rows = rows & (g.setting(ConfigField.shift_horizon) != 0)
+    horizon, most = g.setting(ConfigField.shift_horizon), _SHIFT_CLIP * shift.scale
+    level, spread, count = g.live(_M.shift_level), g.live(_M.shift_spread), g.live(_M.shift_count) + 1.0
+    count = torch.where(count < horizon, count, horizon)
+    d = x - level
+    d = torch.where(shift.is_ready & (d > most), most, torch.where(shift.is_ready & (d < -most), -most, d))
+    moved = level + d / count
+    away = torch.where(shift.is_ready, d, x - moved)
+    wider = spread + (away.abs() - spread) / count
+    moves = rows & joins & ~is_suspicious(g, shift.total) & moved.isfinite() & wider.isfinite()
+    g.put(g.memory(_M.shift_count), moves, count)
+    g.put(g.memory(_M.shift_level), moves, moved)
+    g.put(g.memory(_M.shift_spread), moves, wider)
+    g.put(g.memory(_M.shift_top), moves & ~shift.is_ready, moved)
+    g.put(g.memory(_M.shift_sum), rows, shift.total)
+    g.put(g.memory(_M.shift_armed), rows, shift.armed)
+
+
+def gradient_threshold(g: Governors, moments: tuple[Tensor, Tensor]) -> Tensor:
     """What a gradient's norm must exceed to be an explosion; infinite until its window is long enough."""
     c, size = g.setting, g.live(_M.gradient_size)
-    mean, m2 = window_moments(g.gradients(), size)
+    mean, m2 = moments
     statistical = mean + c(ConfigField.sensitivity) * _floored(g, correctly_rounded_sqrt(m2 / size), mean)
     multiplier = c(ConfigField.gradient_multiplier) * mean
     larger = torch.where(statistical > multiplier, statistical, multiplier)
