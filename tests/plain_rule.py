@@ -53,6 +53,8 @@ class PlainRule:
     typical: float = 0.0
     deviation: float = 0.0
     start: float = 0.0
+    lately: float = 0.0
+    wandering: float = 0.0
     shift: float = 0.0
     armed: int = 0
 
@@ -136,7 +138,7 @@ class PlainRule:
         if norm is not None and len(self.norms) >= self.min_history:
             if norm > self.shift_spike * self.statistics(self.norms)[0]:
                 self.armed = 80
-        scale = max(self.deviation, 0.02 * (self.start - self.typical))
+        scale = max(self.deviation, 8.0 * self.wandering, 0.02 * (self.start - self.typical))
         scale = max(scale, self.min_std * abs(self.typical))
         if self.seen < self.shift_horizon / 2:
             return scale, False
@@ -160,10 +162,14 @@ class PlainRule:
         moved = self.typical + distance / seen
         away = abs(distance) if knows else abs(x - moved)
         wider = self.deviation + (away - self.deviation) / seen
-        if math.isfinite(moved) and math.isfinite(wider):
-            self.seen, self.typical, self.deviation = seen, moved, wider
-            if not knows:
-                self.start = moved
+        lately = self.lately + (self.typical + distance - self.lately) / min(seen, 10)
+        wandering = self.wandering + (max(0.0, lately - moved) - self.wandering) / (4.0 * self.shift_horizon)
+        if all(map(math.isfinite, (moved, wider, lately, wandering))):
+            self.seen, self.typical, self.deviation, self.lately = seen, moved, wider, lately
+            if knows:
+                self.wandering = wandering
+            else:
+                self.start = max(self.start, moved)
 
     @staticmethod
     def statistics(values: list[float]) -> tuple[float, float]:
@@ -214,4 +220,4 @@ class PlainRule:
         self.norms, self.baseline, self.drift = [], (0.0, 0.0, 0.0), 0.0
         self.learnt, self.level, self.evidence = False, 0.0, 0.0
         self.seen = self.armed = 0
-        self.typical = self.deviation = self.start = self.shift = 0.0
+        self.typical = self.deviation = self.start = self.lately = self.wandering = self.shift = 0.0

@@ -69,7 +69,8 @@ C10_HOST_DEVICE inline void commit_rollback(const Governor& g, const double* c) 
   emit(g, kRollbackEvent, g[field::restored_capture], g[field::restored_step], g[field::restored_ticket]);
 }
 
-// An order from outside the rule: a manual rollback or capture, or the promotion of the attach-time capture.
+// An order from outside the rule: a manual rollback or capture, the promotion of the attach-time capture, or that the
+// shift test is to learn the level anew, since the learning rate was raised on purpose.
 C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order order, Reason reason, double tensor) {
   if (order == kOrderRollback) {
     if (g[field::rollback] == 0.0 || reason == kNonFiniteState) {
@@ -85,6 +86,10 @@ C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order
     copy_memory(g, order_capture(g), 0);
   } else if (order == kOrderPromote) {
     if (g[field::candidate] >= 0.0) promote_candidate(g);
+  } else if (order == kOrderRelearn) {
+    g.live(memory::shift_count) = 0.0;
+    g.live(memory::shift_sum) = 0.0;
+    g.live(memory::shift_armed) = 0.0;
   } else {
     clear_memory(g, 0);
     for (int f = field::life_count; f <= field::life_max; ++f) g[f] = 0.0;

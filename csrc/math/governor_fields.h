@@ -27,7 +27,8 @@ namespace tolaria::math {
   X(history_size) X(last_healthy) X(consecutive) X(lobotomy_pending) X(gradient_size)                    \
   X(drift_count) X(drift_mean) X(drift_variance) X(drift_sum) X(skips)                                   \
   X(learnt) X(learnt_level) X(collapse)                                                                  \
-  X(shift_count) X(shift_level) X(shift_spread) X(shift_top) X(shift_sum) X(shift_armed)
+  X(shift_count) X(shift_level) X(shift_spread) X(shift_top) X(shift_fast) X(shift_wander) X(shift_sum)   \
+  X(shift_armed)
 
 #define TOLARIA_GOVERNOR_CONFIG(X)                                                                       \
   X(window) X(min_history) X(absolute_threshold) X(sensitivity) X(multiplier) X(rule_any) X(min_std)     \
@@ -79,7 +80,14 @@ enum Reason : int {
   kReasons
 };
 enum EventKind : int { kVerdictEvent = 0, kCaptureEvent = 1, kPromotionEvent = 2, kRollbackEvent = 3 };
-enum Order : int { kOrderRollback = 0, kOrderCapture = 1, kOrderPromote = 2, kOrderForget = 3, kOrders };
+enum Order : int {
+  kOrderRollback = 0,
+  kOrderCapture = 1,
+  kOrderPromote = 2,
+  kOrderForget = 3,
+  kOrderRelearn = 4,
+  kOrders
+};
 
 constexpr int kMaxWindow = 4096;
 constexpr double kMaxCount = 9007199254740992.0;  // 2^53: above it a float64 does not count on
@@ -91,6 +99,9 @@ constexpr double kShiftMost = 2.0;        // what one loss adds to the sum at mo
 constexpr double kShiftLeast = -1.0;      // and at least
 constexpr double kShiftClip = 4.0;        // how far a loss may pull level and spread
 constexpr double kShiftRange = 0.02;      // of what the losses have come down, counted as spread at least
+constexpr double kShiftFast = 10.0;       // losses over which the faster level forgets
+constexpr double kShiftWander = 8.0;      // times what that wanders above the level, counted as spread at least
+constexpr double kShiftSlower = 4.0;      // horizons over which the wandering is forgotten
 constexpr double kShiftSuspicion = 0.15;  // of the threshold: from here on nothing is learnt and nothing promoted
 constexpr double kShiftArmed = 80.0;      // losses for which a spike of the gradient makes the test keener
 constexpr double kShiftKeener = 3.0;      // by which its threshold is then divided; its slack is 0

@@ -156,6 +156,8 @@ TOLARIA_LANEWISE void remember_chance(const Column& g, const double* c, const Ch
 // Whether the level of the losses has shifted up for good: a one-sided CUSUM (Page 1954) of losses, each of bounded
 // weight, in mean absolute deviations from a level that forgets. A spread below a share of the level, or of what the
 // losses have come down since the start, counts as that share: late in a run a jump that costs nothing is no shift.
+// Losses that depend on those before wander for a while without having shifted: how far a faster level is used to lie
+// above the slower one counts, too.
 template <class Column>
 struct Shift {
   typename Column::Mask is_ready;  // the level is known
@@ -179,8 +181,10 @@ TOLARIA_LANEWISE Shift<Column> shift_with(const Column& g, const double* c, cons
     t.armed = one_nan(armed);
     return t;
   }
+  const Real wanders = g.live(memory::shift_wander), wander = kShiftWander * wanders;
+  const Real wider = select(spread_ < wander, wander, spread_);
   t.is_ready = count >= 0.5 * horizon;
-  t.scale = floored(c, select(spread_ < range, range, spread_), level);
+  t.scale = floored(c, select(wider < range, range, wider), level);
   t.armed = select(is_spike, spread<Real>(kShiftArmed), select(left > 0.0, left, zero));
   const Mask is_armed = t.armed > 0.0;
   Real z = (x - level) / t.scale;
@@ -212,12 +216,19 @@ TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shi
   const Real moved = level + d / count;
   const Real away = select(t.is_ready, d, x - moved);
   const Real wider = spread_ + (select(away < 0.0, -away, away) - spread_) / count;
-  const auto fits = is_bounded(moved) & is_bounded(wider);
+  const Real fast = g.live(memory::shift_fast), wander = g.live(memory::shift_wander), zero = spread<Real>(0.0);
+  const Real sooner = select(count < kShiftFast, count, spread<Real>(kShiftFast));
+  const Real faster = fast + (level + d - fast) / sooner;
+  const Real above = select(faster > moved, faster - moved, zero);
+  const Real farther = wander + (above - wander) / (kShiftSlower * c[config::shift_horizon]);
+  const auto fits = is_bounded(moved) & is_bounded(wider) & is_bounded(faster) & is_bounded(farther);
   const auto moves = joins & !is_suspicious(g, c, t.sum) & fits;
   g.live(memory::shift_count) = select(moves, count, before);
   g.live(memory::shift_level) = select(moves, moved, level);
   g.live(memory::shift_spread) = select(moves, wider, spread_);
-  g.live(memory::shift_top) = select(moves & !t.is_ready, moved, top);
+  g.live(memory::shift_top) = select(moves & !t.is_ready & (moved > top), moved, top);
+  g.live(memory::shift_fast) = select(moves, faster, fast);
+  g.live(memory::shift_wander) = select(moves & t.is_ready, farther, wander);
   g.live(memory::shift_sum) = t.sum;
   g.live(memory::shift_armed) = t.armed;
 }

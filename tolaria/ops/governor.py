@@ -106,7 +106,8 @@ def governor_order_(
     tensor_index: int = -1,
     mailbox: Tensor | None = None,
 ) -> None:
-    """Order a rollback, capture, promotion or forgetfulness for governor ``column``, from outside the rule.
+    """Order something for governor ``column`` from outside the rule: a rollback, capture, promotion, that it
+    forgets all losses, or that the shift test learns the level anew.
 
     Args:
         state: float64 ``(fields, n)``; updated in place.

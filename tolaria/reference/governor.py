@@ -302,6 +302,9 @@ def governor_order_(
         _order_capture(g, row)
     elif order == Order.PROMOTE:
         _promote_candidate(g, row & (g[_S.candidate] >= 0))
+    elif order == Order.RELEARN:
+        for field in (_M.shift_count, _M.shift_sum, _M.shift_armed):
+            g.put(g.memory(field), row, 0.0)
     else:
         g.block(0).copy_(torch.where(row, 0.0, g.block(0)))
         for field in range(_S.life_count, _S.life_max + 1):

@@ -40,7 +40,8 @@ MemoryField = IntEnum(
         "history_size", "last_healthy", "consecutive", "lobotomy_pending", "gradient_size",
         "drift_count", "drift_mean", "drift_variance", "drift_sum", "skips",
         "learnt", "learnt_level", "collapse",
-        "shift_count", "shift_level", "shift_spread", "shift_top", "shift_sum", "shift_armed",
+        "shift_count", "shift_level", "shift_spread", "shift_top", "shift_fast", "shift_wander",
+        "shift_sum", "shift_armed",
     ],
     start=0,
 )  # fmt: skip
@@ -103,7 +104,7 @@ class PanicReason(IntEnum):
     GRADIENT_NORM = 6
     """The gradient was not finite, or its norm exploded."""
     DRIFT = 7
-    """The losses have been climbing for long, each by little."""
+    """The losses have been climbing for long, each by little, or stay above their level for good."""
 
 
 class EventKind(IntEnum):
@@ -122,6 +123,7 @@ class Order(IntEnum):
     CAPTURE = 1
     PROMOTE = 2
     FORGET = 3
+    RELEARN = 4
 
 
 MAX_WINDOW = 4096

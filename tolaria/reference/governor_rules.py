@@ -19,6 +19,7 @@ _DRIFT_CLIP = 2.0
 _LEVEL_HORIZON = 64.0
 _WORSE_THAN_CHANCE = 0.25
 _SHIFT_MOST, _SHIFT_LEAST, _SHIFT_CLIP, _SHIFT_RANGE = 2.0, -1.0, 4.0, 0.02
+_SHIFT_FAST, _SHIFT_WANDER, _SHIFT_SLOWER = 10.0, 8.0, 4.0
 _SHIFT_SUSPICION, SHIFT_ARMED, _SHIFT_KEENER = 0.15, 80.0, 3.0
 
 
@@ -107,7 +108,9 @@ def shift_with(g: Governors, x: Tensor, is_spike: Tensor) -> Shift:
     is_on = horizon != 0
     is_ready = is_on & (g.live(_M.shift_count) >= 0.5 * horizon)
     least = _SHIFT_RANGE * (g.live(_M.shift_top) - level)
-    scale = _floored(g, torch.where(spread < least, least, spread), level)
+    wander = _SHIFT_WANDER * g.live(_M.shift_wander)
+    wider = torch.where(spread < wander, wander, spread)
+    scale = _floored(g, torch.where(wider < least, least, wider), level)
     left = g.live(_M.shift_armed) - 1.0
     armed = torch.where(is_spike, SHIFT_ARMED, torch.where(left > 0, left, 0.0))
     armed = torch.where(is_on, armed, g.live(_M.shift_armed))
@@ -138,11 +141,18 @@ def remember_shift(g: Governors, rows: Tensor, shift: Shift, x: Tensor, joins: T
     moved = level + d / count
     away = torch.where(shift.is_ready, d, x - moved)
     wider = spread + (away.abs() - spread) / count
-    moves = rows & joins & ~is_suspicious(g, shift.total) & moved.isfinite() & wider.isfinite()
+    fast, wander = g.live(_M.shift_fast), g.live(_M.shift_wander)
+    faster = fast + (level + d - fast) / torch.where(count < _SHIFT_FAST, count, _SHIFT_FAST)
+    above = torch.where(faster > moved, faster - moved, 0.0)
+    farther = wander + (above - wander) / (_SHIFT_SLOWER * horizon)
+    moves = rows & joins & ~is_suspicious(g, shift.total)
+    moves = moves & moved.isfinite() & wider.isfinite() & faster.isfinite() & farther.isfinite()
     g.put(g.memory(_M.shift_count), moves, count)
     g.put(g.memory(_M.shift_level), moves, moved)
     g.put(g.memory(_M.shift_spread), moves, wider)
-    g.put(g.memory(_M.shift_top), moves & ~shift.is_ready, moved)
+    g.put(g.memory(_M.shift_top), moves & ~shift.is_ready & (moved > g.live(_M.shift_top)), moved)
+    g.put(g.memory(_M.shift_fast), moves, faster)
+    g.put(g.memory(_M.shift_wander), moves & shift.is_ready, farther)
     g.put(g.memory(_M.shift_sum), rows, shift.total)
     g.put(g.memory(_M.shift_armed), rows, shift.armed)
 
