@@ -62,7 +62,7 @@ class PlainRule:
         self, x: float, nonfinite: bool = False, norm: float | None = None, state_bad: bool = False
     ) -> tuple[str, bool]:
         reason, rollback = self.judge_at_once(x, nonfinite, norm)
-        if rollback and not state_bad and self.left_out < self.skips_allowed:
+        if rollback and not state_bad and reason != "DRIFT" and self.left_out < self.skips_allowed:
             rollback = False
         if reason != "HEALTHY" and not rollback:
             self.left_out += 1
@@ -139,7 +139,7 @@ class PlainRule:
             if norm > self.shift_spike * self.statistics(self.norms)[0]:
                 self.armed = 80
         scale = max(self.deviation, 8.0 * self.wandering, 0.02 * (self.start - self.typical))
-        scale = max(scale, self.min_std * abs(self.typical))
+        scale = max(scale, self.min_std * self.typical)
         if self.seen < self.shift_horizon / 2:
             return scale, False
         distance = x - self.typical
@@ -149,7 +149,10 @@ class PlainRule:
             z = math.copysign(math.inf, distance) if distance != 0 else 0.0
         z = min(2.0, max(-1.0, z - (0.0 if self.armed else self.shift_slack)))
         self.shift = min(max(self.shift + z, 0.0), 2.0 * self.shift_threshold)
-        return scale, self.shift >= self.shift_threshold / (3.0 if self.armed else 1.0)
+        shifted = self.shift >= self.shift_threshold / (3.0 if self.armed else 1.0)
+        if shifted:
+            self.seen, self.shift, self.armed = 0, 0.0, 0
+        return scale, shifted
 
     def move_level(self, x: float, scale: float) -> None:
         if not self.shift_horizon or self.shift > 0.15 * self.shift_threshold:

@@ -238,7 +238,8 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
     reason = kDrift;
     rollback = true;
   }
-  if (rollback && !f.poisoned_capture && may_skip(g, c, s)) rollback = false;
+  // A shift is no bad step that could be left out, but many.
+  if (rollback && !f.poisoned_capture && reason != kDrift && may_skip(g, c, s)) rollback = false;
   if (reason != kHealthy && !rollback) increment(g.live(memory::skips));
 
   const VerdictWords before = verdict_words(g);

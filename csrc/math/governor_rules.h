@@ -154,8 +154,8 @@ TOLARIA_LANEWISE void remember_chance(const Column& g, const double* c, const Ch
 }
 
 // Whether the level of the losses has shifted up for good: a one-sided CUSUM (Page 1954) of losses, each of bounded
-// weight, in mean absolute deviations from a level that forgets. A spread below a share of the level, or of what the
-// losses have come down since the start, counts as that share: late in a run a jump that costs nothing is no shift.
+// weight, in mean absolute deviations from a level that forgets. A spread below a share of a positive level, or of what
+// the losses have come down since the start, counts as that share: late in a run a jump that costs nothing is no shift.
 // Losses that depend on those before wander for a while without having shifted: how far a faster level is used to lie
 // above the slower one counts, too.
 template <class Column>
@@ -184,7 +184,8 @@ TOLARIA_LANEWISE Shift<Column> shift_with(const Column& g, const double* c, cons
   const Real wanders = g.live(memory::shift_wander), wander = kShiftWander * wanders;
   const Real wider = select(spread_ < wander, wander, spread_);
   t.is_ready = count >= 0.5 * horizon;
-  t.scale = floored(c, select(wider < range, range, wider), level);
+  const Real widest = select(wider < range, range, wider), share = c[config::min_std] * level;
+  t.scale = select(widest < share, share, widest);
   t.armed = select(is_spike, spread<Real>(kShiftArmed), select(left > 0.0, left, zero));
   const Mask is_armed = t.armed > 0.0;
   Real z = (x - level) / t.scale;
@@ -202,7 +203,8 @@ TOLARIA_LANEWISE typename Column::Mask is_suspicious(const Column& g, const doub
   return sum > spread<typename Column::Real>(kShiftSuspicion * c[config::shift_threshold]);
 }
 
-// Remembers what was found; a loss that has joined moves level and spread while nothing is suspicious.
+// Remembers what was found; a loss that has joined moves level and spread while nothing is suspicious. A shift that was
+// told is learnt: where nothing is put back, the next losses are the level.
 template <class Column, class Real>
 TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shift<Column>& t, const Real& x,
                                      const typename Column::Mask& joins) {
@@ -223,14 +225,14 @@ TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shi
   const Real farther = wander + (above - wander) / (kShiftSlower * c[config::shift_horizon]);
   const auto fits = is_bounded(moved) & is_bounded(wider) & is_bounded(faster) & is_bounded(farther);
   const auto moves = joins & !is_suspicious(g, c, t.sum) & fits;
-  g.live(memory::shift_count) = select(moves, count, before);
+  g.live(memory::shift_count) = select(t.found, zero, select(moves, count, before));
   g.live(memory::shift_level) = select(moves, moved, level);
   g.live(memory::shift_spread) = select(moves, wider, spread_);
   g.live(memory::shift_top) = select(moves & !t.is_ready & (moved > top), moved, top);
   g.live(memory::shift_fast) = select(moves, faster, fast);
   g.live(memory::shift_wander) = select(moves & t.is_ready, farther, wander);
-  g.live(memory::shift_sum) = t.sum;
-  g.live(memory::shift_armed) = t.armed;
+  g.live(memory::shift_sum) = select(t.found, zero, t.sum);
+  g.live(memory::shift_armed) = select(t.found, zero, t.armed);
 }
 
 // One step as it reaches the judge.

@@ -165,9 +165,7 @@ class GovernorConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 found.append((name, "a number above 0, or None", value))
-        for name in (
-            *("min_std", "death_penalty", "lobotomy_healthy_below", "drift_slack", "shift_slack"),
-        ):
+        for name in (*("min_std", "death_penalty", "lobotomy_healthy_below", "drift_slack", "shift_slack"),):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf):
                 found.append((name, "a finite number of at least 0", getattr(self, name)))
         if not (_is_number(self.collapse_patience) and 1 <= self.collapse_patience < math.inf):

@@ -222,9 +222,9 @@ def governor_step_(
         | (at_chance & (g[pending] >= c(ConfigField.lobotomy_patience)))
         | (anomaly & (g[consecutive] >= c(ConfigField.min_panics_before_rollback)))
     )
-    # So many bad steps in a row are left out instead, while the state is finite.
+    # So many bad steps in a row are left out instead, while the state is finite; a shift is no step, but many.
     skips = g.memory(_M.skips)
-    may_skip = ~poisoned & (g[skips] < c(ConfigField.skips_before_rollback))
+    may_skip = ~poisoned & ~drifted & ~shifted & (g[skips] < c(ConfigField.skips_before_rollback))
     if state_bad is not None:
         may_skip = may_skip & (state_bad.reshape(-1) == 0)
     rollback = rollback & ~may_skip

@@ -110,7 +110,8 @@ def shift_with(g: Governors, x: Tensor, is_spike: Tensor) -> Shift:
     least = _SHIFT_RANGE * (g.live(_M.shift_top) - level)
     wander = _SHIFT_WANDER * g.live(_M.shift_wander)
     wider = torch.where(spread < wander, wander, spread)
-    scale = _floored(g, torch.where(wider < least, least, wider), level)
+    widest, share = torch.where(wider < least, least, wider), c(ConfigField.min_std) * level
+    scale = torch.where(widest < share, share, widest)
     left = g.live(_M.shift_armed) - 1.0
     armed = torch.where(is_spike, SHIFT_ARMED, torch.where(left > 0, left, 0.0))
     armed = torch.where(is_on, armed, g.live(_M.shift_armed))
@@ -131,7 +132,10 @@ def is_suspicious(g: Governors, total: Tensor) -> Tensor:
 
 
 def remember_shift(g: Governors, rows: Tensor, shift: Shift, x: Tensor, joins: Tensor) -> None:
-    """Remember what was found; a loss that has joined moves level and spread while nothing is suspicious."""
+    """Remember what was found; a loss that has joined moves level and spread while nothing is suspicious.
+
+    A shift that was told is learnt: where nothing is put back, the next losses are the level.
+    """
     rows = rows & (g.setting(ConfigField.shift_horizon) != 0)
     horizon, most = g.setting(ConfigField.shift_horizon), _SHIFT_CLIP * shift.scale
     level, spread, count = g.live(_M.shift_level), g.live(_M.shift_spread), g.live(_M.shift_count) + 1.0
@@ -148,13 +152,14 @@ def remember_shift(g: Governors, rows: Tensor, shift: Shift, x: Tensor, joins: T
     moves = rows & joins & ~is_suspicious(g, shift.total)
     moves = moves & moved.isfinite() & wider.isfinite() & faster.isfinite() & farther.isfinite()
     g.put(g.memory(_M.shift_count), moves, count)
+    g.put(g.memory(_M.shift_count), rows & shift.found, 0.0)
     g.put(g.memory(_M.shift_level), moves, moved)
     g.put(g.memory(_M.shift_spread), moves, wider)
     g.put(g.memory(_M.shift_top), moves & ~shift.is_ready & (moved > g.live(_M.shift_top)), moved)
     g.put(g.memory(_M.shift_fast), moves, faster)
     g.put(g.memory(_M.shift_wander), moves & shift.is_ready, farther)
-    g.put(g.memory(_M.shift_sum), rows, shift.total)
-    g.put(g.memory(_M.shift_armed), rows, shift.armed)
+    g.put(g.memory(_M.shift_sum), rows, torch.where(shift.found, 0.0, shift.total))
+    g.put(g.memory(_M.shift_armed), rows, torch.where(shift.found, 0.0, shift.armed))
 
 
 def gradient_threshold(g: Governors, moments: tuple[Tensor, Tensor]) -> Tensor:
