@@ -135,9 +135,9 @@ class PlainRule:
         if not self.shift_horizon:
             return 0.0, False
         self.armed = max(0, self.armed - 1)
-        if norm is not None and len(self.norms) >= self.min_history:
-            if norm > self.shift_spike * self.statistics(self.norms)[0]:
-                self.armed = 80
+        knows_norms = norm is not None and len(self.norms) >= self.min_history
+        if knows_norms and norm > self.shift_spike * self.statistics(self.norms)[0]:
+            self.armed = 80
         scale = max(self.deviation, 8.0 * self.wandering, 0.02 * (self.start - self.typical))
         scale = max(scale, self.min_std * self.typical)
         if self.seen < self.shift_horizon / 2:

@@ -1,4 +1,4 @@
-"""``GovernorConfig.balanced()``: what lasts is caught, what passes is left alone, at any scale of the loss."""
+"""``GovernorConfig.balanced()``: what lasts is caught, what passes is not, at any scale of the loss."""
 
 from __future__ import annotations
 

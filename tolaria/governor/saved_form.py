@@ -14,8 +14,9 @@ from tolaria.ops import PanicReason
 from tolaria.telemetry.verdict import GovernorReport
 
 VERSION = 5
-"""Of the saved form. Version 4 judged collapses by the classic rule. Version 3 kept the statistics in a tensor, and numbers that JSON does not know as they
-are; version 2 counted neither skipped steps nor restores without progress."""
+"""Of the saved form. Version 4 judged collapses by the classic rule. Version 3 kept statistics in a tensor,
+and numbers that JSON does not know as they are; version 2 counted neither skipped steps nor restores without
+progress."""
 
 _SINCE_5 = {
     *("lobotomy_rule", "collapse_patience"),

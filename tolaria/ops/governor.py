@@ -106,8 +106,10 @@ def governor_order_(
     tensor_index: int = -1,
     mailbox: Tensor | None = None,
 ) -> None:
-    """Order something for governor ``column`` from outside the rule: a rollback, capture, promotion, that it
-    forgets all losses, or that the shift test learns the level anew.
+    """Order something for governor ``column``, from outside the rule.
+
+    A rollback, a capture, a promotion, that it forgets all losses, or that the shift test learns its level
+    anew.
 
     Args:
         state: float64 ``(fields, n)``; updated in place.

@@ -222,7 +222,7 @@ def governor_step_(
         | (at_chance & (g[pending] >= c(ConfigField.lobotomy_patience)))
         | (anomaly & (g[consecutive] >= c(ConfigField.min_panics_before_rollback)))
     )
-    # So many bad steps in a row are left out instead, while the state is finite; a shift is no step, but many.
+    # So many bad steps in a row are left out instead, while the state is finite; a shift is not one step.
     skips = g.memory(_M.skips)
     may_skip = ~poisoned & ~drifted & ~shifted & (g[skips] < c(ConfigField.skips_before_rollback))
     if state_bad is not None:

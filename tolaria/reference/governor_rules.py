@@ -51,7 +51,7 @@ def thresholds(g: Governors, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor,
 
 
 class ChanceLevel(NamedTuple):
-    """Whether a network that had learnt is back at the loss of guessing; see ``csrc/math/governor_rules.h``."""
+    """Whether a network that had learnt is back at the loss of guessing; see ``math/governor_rules.h``."""
 
     learnt: Tensor
     at_once: Tensor
