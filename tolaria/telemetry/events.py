@@ -17,7 +17,12 @@ class GovernorEvent:
     """Something a governor tells. ``row`` is the environment in a bank, 0 in a single governor."""
 
     step: int
+    """Judgement, from 1; 0 before the first."""
     row: int = 0
+    tag: int | str | None = None
+    """What the caller named that step: ``governor.step(loss, tag=...)``."""
+    governor: str | None = None
+    """Name of the governor, if it was given one."""
     time_s: float = field(default_factory=time.time)
     """Seconds since the epoch when the host learnt of it."""
 
