@@ -322,7 +322,8 @@ class Attachment:
     def close(self) -> None:
         """Let go, for good; what has been heard of can still be read."""
         self.let_go()
-        self.running = self.skipper = self.plain = None
+        self.running = self.skipper = self.plain = self.judge.norms = None
+        del self.captures
         self.follower.engine = self.follower.skipper = self.judge.skipper = None
 
 

@@ -9,9 +9,9 @@ from typing import Any, NoReturn, TypeVar
 from torch.optim import Optimizer
 
 from tolaria.governor import uncovered
-from tolaria.governor.distributed import ANOTHER_RANKS
 from tolaria.governor.one_thread import one_thread
 from tolaria.governor.readings import Readings
+from tolaria.governor.verifying import roll_back, verify
 from tolaria.ops import PanicReason
 from tolaria.snapshot.inference import outside_inference
 from tolaria.snapshot.parts import check_schedulers
@@ -64,21 +64,12 @@ class CallsByHand(Readings):
                 engine.has_restored_again = True  # what is done to the rates then is done to them again
             finally:
                 self._follow()
-            self._restored()
         else:
-            self._roll_back()
+            roll_back(engine, at.follower, PanicReason.MANUAL)
+        self._restored()
         self._tell()
         assert self.last_report is not None
         return self.last_report
-
-    def _roll_back(self, reason: PanicReason = PanicReason.MANUAL, bad: str | None = None) -> None:
-        engine = self._engine
-        try:
-            engine.rollback(reason, bad)
-            engine.synchronize()
-        finally:
-            self._follow()
-        self._restored()
 
     def _restored(self) -> None:
         """What was gathered of a step under way belongs to the state that is gone."""
@@ -87,17 +78,18 @@ class CallsByHand(Readings):
 
     @one_thread
     def verify(self) -> Verification:
-        """Look at the live state now, and roll back if it is not finite: "may I save this?"::
+        """Look at the live state now, and roll back if it is not finite.
+
+        It answers the question "may I save this?"::
 
             if governor.verify():
                 torch.save(model.state_dict(), path)
 
-        All that a capture would search is: parameters, buffers, optimizer state, extras. What was not finite
-        at attach (masks) is exempt, a poisoned seed that incubates is culled, alone. A rollback that was called
-        for and not carried out yet is carried out. The candidate on probation is left alone where all is fine.
-        With ``log_only`` it tells and does not act. Where ranks judge together, all must call it.
-
-        It answers a question, so on CUDA it waits for the device; it costs one pass over the state.
+        It looks at all that a capture would search: parameters, buffers, optimizer state, extras. What was
+        not finite at attach (masks) is exempt; a poisoned seed that incubates is culled, alone. A rollback
+        that was called for and not carried out yet is carried out. Where all is fine, the candidate on
+        probation is left alone. With ``log_only`` it tells and does not act. Where ranks judge together, all
+        must call it. It costs one pass over the state; on CUDA it waits for the device.
 
         Returns:
             True if the state was fine. Else it is the last known good one again; :attr:`Verification.report`
@@ -116,31 +108,19 @@ class CallsByHand(Readings):
         return found
 
     def _verify(self) -> Verification:
-        at, engine = self._attached, self._engine
-        bad = engine.first_bad()
-        is_pending = at.row.is_restore_ordered()
-        if at.judge.is_on_any_rank(bad is not None):
-            bad = bad or ANOTHER_RANKS
-        elif not is_pending:
-            at.follower.hear()
-            return Verification()
-        if self.config.log_only:
-            engine.tell_bad(bad)
-            at.follower.hear()
-            return Verification(is_fine=False, tensor_name=bad)
-        if bad is None:
-            self._roll_back()
-        else:
-            self._roll_back(PanicReason.NON_FINITE_STATE, bad)
-        return Verification(is_fine=False, tensor_name=bad, report=self.last_report)
+        at = self._attached
+        found = verify(at.row, at.engine, at.follower, at.judge.is_on_any_rank)
+        if found.report is not None:
+            self._restored()
+        return found
 
     @one_thread
     def snapshot(self) -> None:
         """Capture now, on probation; it replaces a candidate, never the last known good state.
 
-        It may be called as often as you like: while a capture that was made by hand is on probation, from the
-        next judgement on, another one waits until that is decided, at the end of that step. So one is promoted
-        every ``probation`` healthy steps, even if each of them asks for another.
+        It may be called as often as you like. While a capture that was made by hand is on probation, from the
+        next judgement on, another one waits until that is decided, at the end of that step. So one is
+        promoted every ``probation`` healthy steps, even if each of them asks for another.
 
         Raises:
             SnapshotError: the state cannot be captured; the candidate is what it was then.

@@ -135,7 +135,7 @@ class TolariaGovernor(CallsByHand):
             The verdict, true when a rollback is called for. Pass it to :meth:`step` after the optimizer step.
 
         Raises:
-            TypeError: ``loss`` is neither a number nor a floating tensor, or ``tag`` is neither an int nor a str.
+            TypeError: ``loss`` is neither a number nor a floating tensor; ``tag`` is no int and no str.
             ValueError: ``loss`` has more than one element, is on another device, or comes beside added ones.
         """
         at = self._attached
@@ -180,7 +180,7 @@ class TolariaGovernor(CallsByHand):
         Args:
             loss: one value, as for :meth:`check_vital_signs`, not divided by the number of micro-batches.
             weight: how much it counts, a number or a tensor of one value on the model's device: its samples,
-                or its tokens. One of weight 0 is left out even if its loss is NaN; if all are, the mean is NaN.
+                or its tokens. One of weight 0 is left out, even if its loss is NaN; of all, the mean is NaN.
 
         Raises:
             TypeError: one is neither a number nor a tensor of numbers.
@@ -207,8 +207,8 @@ class TolariaGovernor(CallsByHand):
                 None, or nothing at all: as for :meth:`check_vital_signs`.
             nonfinite: as for :meth:`check_vital_signs`; not together with a verdict.
             gradient_norm: likewise.
-            tag: what you call this step (a global step, an id), a whole number or a string: it stands on every
-                event of the step, and in the report of a rollback.
+            tag: what you call this step (a global step, an id), a whole number or a string. It stands on
+                every event of the step, and in the report of a rollback.
 
         Raises:
             TypeError, ValueError: as :meth:`check_vital_signs`; also for a verdict that is not the latest.

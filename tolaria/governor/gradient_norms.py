@@ -86,7 +86,7 @@ class GradientNorms:
         looks = True
 
         @functools.wraps(closure, updated=())
-        def evaluate(*args: Any, **kwargs: Any) -> Any:
+        def evaluate(*args: object, **kwargs: object) -> object:
             nonlocal looks
             loss = closure(*args, **kwargs)
             if looks and self._is_wanted:
@@ -107,12 +107,12 @@ class GradientNorms:
             self._seen[id(trained[0]), len(trained)] = stats, self._recording()
 
     def _warn(self) -> None:
-        if not self._has_warned:
+        if self._engine.covered.optimizers and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                "governor: gradient_norm is asked for, but no parameter of a covered optimizer has a gradient "
-                "that is not zero, so none is judged; call governor.step before they are cleared, or hand "
-                "gradient_norm= over",
+                "governor: gradient_norm is asked for, but no parameter of a covered optimizer has a "
+                "gradient that is not zero, so none is judged; call governor.step before they are cleared, "
+                "or hand gradient_norm= over",
                 UncoveredWarning,
                 stacklevel=5,
             )

@@ -62,10 +62,8 @@ class Judge:
     ) -> bool:
         """Judge; whether there is anything to carry out or to tell, which is rare.
 
-        The arguments and what is raised are those of :meth:`TolariaGovernor.check_vital_signs`.
-
-        Args:
-            is_ahead: the optimizers have not stepped yet.
+        The arguments and what is raised are those of :meth:`TolariaGovernor.check_vital_signs`; ``is_ahead``:
+        the optimizers have not stepped yet.
         """
         row = self._row
         without = self._no_loss() if loss is None else None

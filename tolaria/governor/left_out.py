@@ -1,4 +1,4 @@
-"""Optimizer steps that are left out on the CPU, where the host knows the verdict before or within the step."""
+"""Optimizer steps that are left out on the CPU: the host knows the verdict before the step, or within."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class LeftOutSteps:
     """Makes the steps of one optimizer do nothing while its owner says so.
 
     torch's own optimizers do nothing without gradients. Any other may count steps, average weights or decay
-    them all the same, so what it holds is copied, only where a step is to be left out, and put back. A closure
-    is not evaluated then, but where the verdict comes from within it: what follows the verdict is left out.
+    them all the same, so what it holds is copied, only where a step is to be left out, and put back. The
+    closure is not evaluated then. Where the verdict comes from within it, what follows is left out.
 
     An optimizer that evaluates its closure several times has changed its parameters by the second time. LBFGS
     and those that were seen to do so are copied after the first evaluation of every step.
@@ -65,7 +65,7 @@ class LeftOutSteps:
         evaluations = 0
 
         @functools.wraps(closure, updated=())
-        def evaluate(*args: Any, **kwargs: Any) -> Any:
+        def evaluate(*args: object, **kwargs: object) -> object:
             nonlocal evaluations
             if evaluations and self._is_bad():
                 return self._loss()

@@ -59,7 +59,7 @@ class LossMean:
         return value.detach().reshape(1).to(torch.float64)
 
     def instead_of(self, given: object) -> Tensor:
-        """The mean of what was added, float64 ``(1,)``; NaN if all weights were 0. It stays until it is cleared.
+        """The mean of what was added, float64 ``(1,)``, NaN if all weights were 0; :meth:`clear` drops it.
 
         Raises:
             TypeError: nothing was added.

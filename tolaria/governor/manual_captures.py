@@ -34,6 +34,8 @@ class ManualCaptures:
             SnapshotError: the state cannot be captured; the candidate is what it was then.
         """
         if self._is_on_probation():
+            self._engine.follow_structure()  # what cannot be captured is refused here, not within a step
+            self._engine.host_parts()
             self._waits = True
             self._engine.look_again()  # so that the coming steps come to `end_step`
         else:

@@ -92,7 +92,7 @@ class Readings:
 
     @property
     def pending(self) -> Pending:
-        """What has been counted so far towards a rollback, or a promotion. On CUDA it waits for the device."""
+        """What has been counted towards a rollback, or a promotion. On CUDA it waits for the device."""
         at = self._attached
         graphs.refuse_recording(at.row.state.device, "governor.pending")
         return at.row.pending()

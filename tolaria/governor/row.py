@@ -70,7 +70,7 @@ class Row:
         )
 
     def is_calm(self) -> bool:
-        """Whether the last verdict was healthy and nothing unhealthy is being counted; waits for the device."""
+        """Whether the last verdict was healthy and nothing bad is being counted; waits for the device."""
         pending = self.pending()
         fields = [StateField.reason, StateField.candidate, StateField.candidate_bad]
         reason, candidate, bad = self.state[fields, self.column].tolist()  # sync: asked for by name

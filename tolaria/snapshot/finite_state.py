@@ -100,7 +100,7 @@ class _Searched(NamedTuple):
 
 
 def _view(tensor: Tensor) -> Tensor | None:
-    """Its values in memory of its own; a sign or a conjugate that is still to be taken changes no finiteness."""
+    """Its memory as values: a sign or a conjugate that is still to be taken makes none finite."""
     if tensor.layout is not torch.strided or tensor.dtype not in (*_SEARCHED, *_COMPLEX):
         return None
     try:
@@ -111,7 +111,7 @@ def _view(tensor: Tensor) -> Tensor | None:
 
 
 def stored_values(tensor: Tensor) -> Tensor:
-    """The numbers that ``tensor`` stores, detached: of a sparse one its values, of a complex one both parts."""
+    """The numbers ``tensor`` stores, detached: of a sparse one the values, of a complex one both parts."""
     tensor = tensor.detach()
     if tensor.layout is torch.sparse_coo:
         tensor = tensor._values()
