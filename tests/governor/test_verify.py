@@ -96,7 +96,10 @@ def test_a_state_that_is_not_finite_is_found_named_and_rolled_back(place: str) -
     assert place in str(found.tensor_name)
     assert found.report is not None
     assert found.report == run.governor.last_report
-    assert (found.report.reason, found.report.tensor_name) == (PanicReason.NON_FINITE_STATE, found.tensor_name)
+    assert (found.report.reason, found.report.tensor_name) == (
+        PanicReason.NON_FINITE_STATE,
+        found.tensor_name,
+    )
     assert (found.report.reward, run.governor.rollback_count) == (-10.0, 1)
     assert run.is_finite()
     assert run.governor.verify()

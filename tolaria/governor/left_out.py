@@ -54,7 +54,7 @@ class LeftOutSteps:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
-        self.finish()  # the last step may have raised
+        self._put_back()  # where the last step raised
         closure = closure_of(args, kwargs)
         if self._is_bad():
             self._leave_out()
@@ -91,12 +91,15 @@ class LeftOutSteps:
 
     def finish(self) -> None:
         """The step is over: put back what it changed, if it was to be left out."""
-        undo, self._undo = self._undo, None
-        if undo is not None and self._is_bad():
-            undo.put_back()
+        self._put_back()
         if self._is_bad():
             for parameter in self._parameters():
                 parameter.grad = None
+
+    def _put_back(self) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None and self._is_bad():
+            undo.put_back()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
