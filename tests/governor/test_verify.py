@@ -196,10 +196,15 @@ def test_a_state_that_cannot_go_back_closes_all_the_same() -> None:
 
 def test_with_closes_and_hands_the_error_on() -> None:
     run = Run()
-    with pytest.raises(ZeroDivisionError), run.governor as governor:
-        assert governor is run.governor
-        run.poison("2.weight")
-        raise ZeroDivisionError
+
+    def train() -> None:
+        with run.governor as governor:
+            assert governor is run.governor
+            run.poison("2.weight")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
     assert run.is_finite()
     with pytest.raises(RuntimeError, match="closed"):
         run.governor.step(1.0)

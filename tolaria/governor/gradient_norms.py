@@ -114,7 +114,7 @@ class GradientNorms:
                 "gradient that is not zero, so none is judged; call governor.step before they are cleared, "
                 "or hand gradient_norm= over",
                 UncoveredWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def close(self) -> None:
