@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tolaria.governor.row import Row
 from tolaria.ops import MemoryField, StateField, memory_row
+from tolaria.snapshot import graphs
 from tolaria.telemetry.verdict import NO_LOSS
 
 _OF_THE_STEP = {MemoryField.consecutive, MemoryField.skips, MemoryField.gradient_size}
@@ -42,6 +43,8 @@ class WithoutLoss:
 
     def begin(self) -> None:
         """A step is about to be judged."""
+        if graphs.is_recording(self._state.device):
+            graphs.outlive(self._live, self._before, self.loss, *self._slots)
         torch.index_select(self._state, 0, self._live, out=self._before)
 
     def end(self) -> None:
