@@ -42,6 +42,19 @@ def worker(rank: int, store: str, out: Queue[tuple[int, list[str]]]) -> None:
             for e in governor.poll()
             if isinstance(e, RollbackEvent)
         ]
+    governor.add_loss(1.0, weight=rank)
+    governor.add_loss(2.0, weight=1)
+    governor.step(tag="together")
+    for poisoned in (0, 1):
+        if rank == poisoned:
+            assert model.running_mean is not None
+            model.running_mean.fill_(float("nan"))  # nothing is judged any more
+        story.append(f"fine {bool(governor.verify())}, {governor.rollback_count}")
+    if rank == 1:
+        assert model.running_var is not None
+        model.running_var.fill_(float("nan"))
+    governor.close()
+    story.append(f"closed {governor.rollback_count}, {bool(model.running_var.isfinite().all())}")  # type: ignore[union-attr]
     out.put((rank, [*story, f"mean {governor.lifetime['mean']}", *refused]))
     dist.barrier()
     dist.destroy_process_group()

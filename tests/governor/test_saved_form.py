@@ -89,6 +89,7 @@ def test_what_no_run_reaches_is_refused(name: str) -> None:
     assert_refused(governor, saved, rf"state\.{name}: expected ")
 
 
+@pytest.mark.filterwarnings("ignore:governor. gradient_norm is asked for")
 @pytest.mark.parametrize("kind", ["losses", "gradient_norms"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_loss_that_counts_is_finite_and_one_beyond_the_size_is_nothing(kind: str, value: float) -> None:

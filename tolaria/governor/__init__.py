@@ -21,7 +21,7 @@ from tolaria.telemetry.events import (
     VerdictEvent,
 )
 from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
-from tolaria.telemetry.verdict import GovernorReport, Verdict
+from tolaria.telemetry.verdict import GovernorReport, Pending, Verdict, Verification
 
 __all__ = [
     "AttachEvent",
@@ -34,6 +34,7 @@ __all__ = [
     "JsonLinesSink",
     "LoggingSink",
     "PanicReason",
+    "Pending",
     "PromotionEvent",
     "ResumeEvent",
     "RollbackEvent",
@@ -44,6 +45,7 @@ __all__ = [
     "TolariaGovernor",
     "Verdict",
     "VerdictEvent",
+    "Verification",
     "load_snapshot",
 ]
 

@@ -22,6 +22,7 @@ from tolaria.governor.engine import Engine
 from tolaria.governor.following import Follower
 from tolaria.governor.host_engine import HostEngine
 from tolaria.governor.judging import Judge
+from tolaria.governor.manual_captures import ManualCaptures
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.row import Row, make_rows
 from tolaria.governor.saved_state import fitted
@@ -65,6 +66,8 @@ class Attachment:
         row: the judge's memory.
         running: carries out what the judge orders; None once it is closed, see :attr:`engine`.
         policy, follower: what the host does about what has happened.
+        judge: judges, and knows what is judged.
+        captures: those made by hand.
         skipper: leaves bad steps out, if the settings say so.
         saver: writes states to disk.
         plain: what :meth:`TolariaGovernor.step` needs if the loss alone is judged, by this rank alone and on
@@ -92,6 +95,7 @@ class Attachment:
             self.policy = RollbackPolicy(config)
             self.follower = Follower(self.row.reader, self.running, self.policy, telemetry)
             self.judge = Judge(self.row, process_group)
+            self.captures = ManualCaptures(self.row, self.running)
             self.begin()
         except BaseException:
             self.let_go()
@@ -120,13 +124,21 @@ class Attachment:
             self.skipper = StepSkipper(self.engine)
             weakref.finalize(self, remove_hooks, self.skipper.handles)
         self.follower.skipper = self.judge.skipper = self.skipper
+        self.judge.watch_gradients(self.engine)
         # A clean step then takes the shortest way, since between a step and the next every Python frame costs
         # 2 to 3 us (cold caches, Zen 3).
         self.follower.saver = self.saver = Saver(config.save_every, config.save_path)
-        row, is_plain = self.row, self._group is None and self.row.state.device.type == "cpu"
-        is_plain = is_plain and not config.gradient_norm and not config.skips_before_rollback
+        self.is_plain = self._group is None and self.row.state.device.type == "cpu"
+        self.is_plain = self.is_plain and not config.gradient_norm and not config.skips_before_rollback
+        self.plain: _Plain | None = None
+        self.expect_loss()
+
+    def expect_loss(self) -> None:
+        """The next step is given its loss: it may go the shortest way."""
+        self.judge.losses.clear()
+        row = self.row
         at_hand = row.state, row.settings, row.mailbox, row.reader, self.engine, self.skipper
-        self.plain: _Plain | None = at_hand if is_plain else None
+        self.plain = at_hand if self.is_plain else None
 
     def reset(self) -> None:
         """Forget all losses; the current state becomes the last known good one.
@@ -184,6 +196,8 @@ class Attachment:
             self.engine.hook(new)
             if self.skipper is not None:
                 self.skipper.hook(new)
+            if self.judge.norms is not None:
+                self.judge.norms.hook(new)
         return True
 
     # -- under another's statistics --------------------------------------------------------------------------
@@ -300,12 +314,16 @@ class Attachment:
         """Remove the hooks and give the memory back."""
         if self.skipper is not None:
             self.skipper.close()
+        judge: Judge | None = getattr(self, "judge", None)  # it is made late
+        if judge is not None:
+            judge.close()
         self.engine.close()
 
     def close(self) -> None:
         """Let go, for good; what has been heard of can still be read."""
         self.let_go()
-        self.running = self.skipper = self.plain = None
+        self.running = self.skipper = self.plain = self.judge.norms = None
+        del self.captures
         self.follower.engine = self.follower.skipper = self.judge.skipper = None
 
 

@@ -22,6 +22,7 @@ from tolaria.governor.judging import would_roll_back
 from tolaria.governor.one_thread import one_thread
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.row import make_rows
+from tolaria.governor.verifying import verify
 from tolaria.ops import PanicReason, StateField, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
@@ -31,6 +32,7 @@ from tolaria.snapshot.protocols import Stateful
 from tolaria.telemetry.delivery import Telemetry
 from tolaria.telemetry.events import GovernorEvent
 from tolaria.telemetry.sinks import Sink, check_sinks
+from tolaria.telemetry.verdict import Verification
 
 _MAX_EVENTS_KEPT = 65536
 
@@ -149,15 +151,13 @@ class GovernorBank:
 
     @one_thread
     def detach(self, i: int) -> None:
-        """Let go of row ``i``'s model and slots; the row is judged on."""
+        """Let go of row ``i``'s model and slots, verified as by :meth:`verify`; the row is judged on."""
         engine = self._engines.get(i)
         if engine is None:
             return
         graphs.refuse_recording(self._state.device, "governor.detach")
-        engine.synchronize()  # sync: nothing is heard of later
         try:
-            self._followers[i].hear()
-            self._followers[i].follow()
+            self._verify(i, engine)  # sync: nothing is heard of later
         finally:
             uncovered.unwatch(engine.covered)
             engine.close()
@@ -165,6 +165,31 @@ class GovernorBank:
             self._followers[i] = self._follower(i, None)
             self._state[StateField.attached, i] = 0.0
             self._state[StateField.restore_order, i] = 0.0
+
+    @one_thread
+    def verify(self, i: int) -> Verification:
+        """Look at the live state of row ``i`` now, as :meth:`TolariaGovernor.verify` does.
+
+        Raises:
+            ValueError: no model is attached to that row.
+            TolariaError: a CUDA graph is being recorded.
+            SnapshotError, TrainingDivergedError: as :meth:`TolariaGovernor.verify`.
+        """
+        engine = self._engines.get(i)
+        if engine is None:
+            raise ValueError(f"i: expected a row with a model, got {i}; attach({i}, model, optimizers) first")
+        graphs.refuse_recording(self._state.device, "governor.verify")
+        found = self._verify(i, engine)
+        self._telemetry.deliver()
+        self._followers[i].policy.check_budget()
+        return found
+
+    def _verify(self, i: int, engine: Engine) -> Verification:
+        follower = self._followers[i]
+        engine.synchronize()  # sync: the answer is wanted now
+        follower.hear()
+        follower.follow()
+        return verify(self._rows[i], engine, follower)
 
     @one_thread
     def step(

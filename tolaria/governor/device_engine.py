@@ -234,7 +234,7 @@ class DeviceEngine(Engine):
     @property
     def enqueued_step(self) -> int:
         """Judgements that were enqueued so far; replays of a graph count once their status has arrived."""
-        return self._judged
+        return max(self._judged, self.step_count)
 
     def correct_host_values(self, optimizer: Optimizer, right: HostValues) -> None:
         """The captures after a step that turned out to be skipped keep these host-side values instead."""

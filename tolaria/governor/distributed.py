@@ -13,6 +13,9 @@ from tolaria.ops import StateField
 OTHER_RANK = 1 << 30
 """Index reported when the tensor that held a non-finite value is another rank's."""
 
+ANOTHER_RANKS = "a tensor of another rank"
+"""Its name."""
+
 
 def check_ranks(process_group: dist.ProcessGroup | None) -> None:
     """Refuse settings under which one rank could roll back alone.

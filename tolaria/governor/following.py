@@ -122,7 +122,7 @@ class Follower:
             while engine is not None and engine.untold:
                 events.append(engine.untold.popleft())
             known = (engine.name_of, engine.slots.table.nbytes) if engine is not None else (_nobody, 0)
-            for event in self._reader.read(*known):
+            for event in map(self._telemetry.labels.on, self._reader.read(*known)):
                 events.append(event)
                 if isinstance(event, RollbackEvent):
                     self.last_report = event.report

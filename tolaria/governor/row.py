@@ -9,9 +9,12 @@ from torch import Tensor
 
 from tolaria import ops
 from tolaria.governor.config import GovernorConfig
-from tolaria.ops import Order, PanicReason, StateField, StatusField
+from tolaria.ops import MemoryField, Order, PanicReason, StateField, StatusField, memory_row
 from tolaria.snapshot.memory import allocate
 from tolaria.telemetry.mailbox import MailboxReader
+from tolaria.telemetry.verdict import Pending
+
+_VERDICT_FIELDS = StateField.reward + 1
 
 
 @dataclass(slots=True)
@@ -40,6 +43,39 @@ class Row:
     def order(self, order: Order, reason: PanicReason = PanicReason.MANUAL, tensor: int = -1) -> None:
         """Give an order from outside the rule."""
         ops.governor_order_(self.state, self.settings, self.column, order, reason, tensor, self.mailbox)
+
+    def verdict_fields(self) -> Tensor:
+        """A copy of what the last judgement said, on the device."""
+        return self.state[:_VERDICT_FIELDS, self.column].clone()
+
+    def is_restore_ordered(self) -> bool:
+        """Whether a rollback was called for and not carried out yet; waits for the device."""
+        return bool(self.state[StateField.restore_order, self.column] != 0)  # sync: asked for by name
+
+    def pending(self) -> Pending:
+        """What is being counted; waits for the device."""
+        values = self.state[:, self.column].tolist()  # sync: asked for by name
+        window = self.config.window
+
+        def live(field: MemoryField) -> int:
+            return int(values[memory_row(0, window, field)])
+
+        on_probation = values[StateField.candidate] >= 0
+        return Pending(
+            anomalies=live(MemoryField.consecutive),
+            lobotomies=live(MemoryField.lobotomy_pending),
+            skips=live(MemoryField.skips),
+            probation=int(values[StateField.candidate_healthy]) if on_probation else None,
+            rollback=values[StateField.restore_order] != 0,
+        )
+
+    def is_calm(self) -> bool:
+        """Whether the last verdict was healthy and nothing bad is being counted; waits for the device."""
+        pending = self.pending()
+        fields = [StateField.reason, StateField.candidate, StateField.candidate_bad]
+        reason, candidate, bad = self.state[fields, self.column].tolist()  # sync: asked for by name
+        counted = pending.anomalies or pending.lobotomies or pending.skips or pending.rollback
+        return reason == PanicReason.HEALTHY and not counted and not (candidate >= 0 and bad >= 0)
 
     def state_with_order(self) -> Tensor:
         """A copy of the judge's state that orders a restore, whose bookkeeping is then thrown away."""

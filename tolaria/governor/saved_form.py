@@ -116,6 +116,9 @@ def _check_report_field(where: str, kind: Field[Any], value: object) -> None:
             raise ValueError(f"{where}: expected a number from 0 to {max(PanicReason)}, got {said(value)}")
     elif kind.type == "int":
         _check_count(where, value, low=-1)
+    elif kind.type == "int | str | None":
+        if not (value is None or isinstance(value, str) or is_integer(value)):
+            raise ValueError(f"{where}: expected a whole number, a string or None, got {said(value)}")
     elif kind.type == "str | None":
         if not (value is None or isinstance(value, str)):
             raise ValueError(f"{where}: expected a name or None, got {said(value)}")

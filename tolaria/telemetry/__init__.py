@@ -14,7 +14,7 @@ from tolaria.telemetry.events import (
     VerdictEvent,
 )
 from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
-from tolaria.telemetry.verdict import GovernorReport, Verdict
+from tolaria.telemetry.verdict import GovernorReport, Pending, Verdict, Verification
 
 __all__ = [
     "AttachEvent",
@@ -25,6 +25,7 @@ __all__ = [
     "JsonLinesSink",
     "LoggingSink",
     "PanicReason",
+    "Pending",
     "PromotionEvent",
     "ResumeEvent",
     "RollbackEvent",
@@ -34,4 +35,5 @@ __all__ = [
     "TensorBoardSink",
     "Verdict",
     "VerdictEvent",
+    "Verification",
 ]

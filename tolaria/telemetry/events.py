@@ -17,7 +17,12 @@ class GovernorEvent:
     """Something a governor tells. ``row`` is the environment in a bank, 0 in a single governor."""
 
     step: int
+    """Judgement, from 1; 0 before the first."""
     row: int = 0
+    tag: int | str | None = None
+    """What the caller named that step: ``governor.step(loss, tag=...)``."""
+    governor: str | None = None
+    """Name of the governor, if it was given one."""
     time_s: float = field(default_factory=time.time)
     """Seconds since the epoch when the host learnt of it."""
 
@@ -27,8 +32,8 @@ class GovernorEvent:
         return type(self).__name__.removesuffix("Event").lower()
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready: non-finite numbers become strings, enums their names."""
-        return {"kind": self.kind, **{k: _plain(v) for k, v in dataclasses.asdict(self).items()}}
+        """JSON-ready: non-finite numbers become strings, enums their names; labels that are not set go."""
+        return {"kind": self.kind, **_without_unset(dataclasses.asdict(self))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,13 +131,17 @@ class DroppedEventsEvent(GovernorEvent):
     dropped: int
 
 
+def _without_unset(fields: dict[str, object]) -> dict[str, object]:
+    return {k: _plain(v) for k, v in fields.items() if v is not None or k not in ("tag", "governor")}
+
+
 def _plain(value: object) -> object:
     if isinstance(value, PanicReason):
         return value.name
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return _without_unset(value)
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value

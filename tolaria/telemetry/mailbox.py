@@ -17,7 +17,7 @@ from tolaria.telemetry.events import (
     RollbackEvent,
     VerdictEvent,
 )
-from tolaria.telemetry.verdict import GovernorReport, judged_norm
+from tolaria.telemetry.verdict import GovernorReport, judged_loss, judged_norm
 
 
 class MailboxReader:
@@ -103,7 +103,8 @@ class MailboxReader:
             r[RecordField.threshold_multiplier],
         )
         loss, mean, std, panics = (
-            r[RecordField.loss], r[RecordField.mean], r[RecordField.std], int(r[RecordField.panics])
+            judged_loss(r[RecordField.loss]), r[RecordField.mean], r[RecordField.std],
+            int(r[RecordField.panics]),
         )  # fmt: skip
         gradient_norm, gradient_threshold, drift = (
             judged_norm(r[RecordField.gradient_norm]), r[RecordField.gradient_threshold], r[RecordField.drift]

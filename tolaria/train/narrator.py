@@ -356,7 +356,8 @@ class Narrator:
 
     def _tell_last_events(self, governor: TolariaGovernor) -> None:
         try:
-            events = governor.synchronize()
+            governor.verify()
+            events = governor.poll()
         except TrainingDivergedError as error:
             self.result.error = error
             return
@@ -366,8 +367,8 @@ class Narrator:
     def _finish(self) -> None:
         result = self.result
         if self.governor is not None:
-            result.rollbacks = self.governor.rollback_count
             self._tell_last_events(self.governor)
+            result.rollbacks = self.governor.rollback_count
             self.governor.close()
         result.steps, result.seconds = self.step, time.perf_counter() - self._began
         for observer in self.observers:

@@ -1,0 +1,63 @@
+"""When a capture that was asked for by hand is made."""
+
+from __future__ import annotations
+
+from tolaria.governor.engine import Engine
+from tolaria.governor.row import Row
+from tolaria.ops import StatusField
+
+
+class ManualCaptures:
+    """At once, unless it would end the probation of one made by hand a few steps before.
+
+    There is one slot for a candidate. If every call took it, a caller who comes more often than ``probation``
+    allows would never see anything promoted, and a rollback would go back to the beginning. So from the first
+    judgement after a capture by hand until it has had all of ``probation``, another one waits: the newest
+    state is captured at the end of the step that decides. The host counts the judgements that it enqueued; it
+    asks the device for nothing, so both devices do the same.
+
+    Args:
+        row: the governor.
+        engine: makes the captures.
+    """
+
+    def __init__(self, row: Row, engine: Engine) -> None:
+        self._row, self._engine = row, engine
+        self._made_at: int | None = None
+        self._rollbacks = 0
+        self._waits = False
+
+    def ask(self) -> None:
+        """Capture now, or as soon as that costs no other its probation.
+
+        Raises:
+            SnapshotError: the state cannot be captured; the candidate is what it was then.
+        """
+        if self._is_on_probation():
+            self._engine.follow_structure()  # what cannot be captured is refused here, not within a step
+            self._engine.host_parts()
+            self._waits = True
+            self._engine.look_again()  # so that the coming steps come to `end_step`
+        else:
+            self._make()
+
+    def end_step(self) -> None:
+        """A step is over: make a capture that waits, if it may be made now."""
+        if not self._waits:
+            return
+        if self._is_on_probation():
+            self._engine.look_again()
+        elif self._rollbacks == self._row.status(StatusField.rollback_count):
+            self._make()
+        else:
+            self._waits = False  # what was to be captured has gone
+
+    def _is_on_probation(self) -> bool:
+        if self._made_at is None or self._rollbacks != self._row.status(StatusField.rollback_count):
+            return False
+        return 0 < self._engine.enqueued_step - self._made_at < self._row.config.probation
+
+    def _make(self) -> None:
+        self._engine.snapshot()
+        self._made_at, self._waits = self._engine.enqueued_step, False
+        self._rollbacks = self._row.status(StatusField.rollback_count)
