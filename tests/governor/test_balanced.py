@@ -170,3 +170,24 @@ def test_it_says_what_it_is_for() -> None:
     for field, value in (("shift_horizon", -1), ("shift_threshold", 0.0), ("shift_spike", 0.0)):
         with pytest.raises(tolaria.ConfigError, match=field):
             GovernorConfig(**{field: value})
+
+
+def restarted(losses: Tensor, rates: list[float]) -> int:
+    """Rollbacks of a run with these losses, whose rate at each step is this."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rates[0])
+    governor = TolariaGovernor(model, optimizer, config=GovernorConfig.balanced(max_rollbacks=1000))
+    for loss, rate in zip(losses.tolist(), rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        model.weight.grad, model.bias.grad = torch.zeros(1, 2), torch.zeros(1)
+        optimizer.step()
+        governor.step(loss)
+    return governor.rollback_count
+
+
+def test_losses_that_rise_with_a_warm_restart_are_expected() -> None:
+    losses = shifted(0.7)
+    high_again = [0.1] * 50 + [0.001] * (START - 51) + [0.1] * 151
+    assert restarted(losses, high_again) == 0
+    assert restarted(losses, [0.1] * 400) > 0
+    assert restarted(losses, [0.01] * (START - 1) + [0.1] * 151) > 0  # a burst

@@ -13,9 +13,7 @@ def told(rates: list[float], *, back_at: int | None = None) -> list[int]:
     watch, found = RateWatch(), []
     for step, rate in enumerate(rates):
         optimizer.param_groups[0]["lr"] = rate
-        if step == back_at:
-            watch.went_back()
-        if watch.is_restart([optimizer]):
+        if watch.is_restart([optimizer], rollbacks=int(back_at is not None and step >= back_at)):
             found.append(step)
     return found
 

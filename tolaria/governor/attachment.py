@@ -130,6 +130,7 @@ class Attachment:
         self.follower.saver = self.saver = Saver(config.save_every, config.save_path)
         self.is_plain = self._group is None and self.row.state.device.type == "cpu"
         self.is_plain = self.is_plain and not config.gradient_norm and not config.skips_before_rollback
+        self.is_plain = self.is_plain and not config.shift_horizon  # rates are looked at
         self.plain: _Plain | None = None
         self.expect_loss()
 

@@ -21,9 +21,10 @@ from tolaria.governor.following import Follower
 from tolaria.governor.judging import would_roll_back
 from tolaria.governor.one_thread import one_thread
 from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.rates import RateWatch
 from tolaria.governor.row import make_rows
 from tolaria.governor.verifying import verify
-from tolaria.ops import PanicReason, StateField, StatusField
+from tolaria.ops import Order, PanicReason, StateField, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.inference import outside_inference
@@ -90,6 +91,7 @@ class GovernorBank:
         self._written = self._mailbox.numpy()[:, StatusField.events]
         self._seen = np.zeros(n)
         self._engines: dict[int, Engine] = {}
+        self._rates: dict[int, RateWatch] = {}
         self._followers = [self._follower(i, None) for i in range(n)]
 
     def _follower(self, i: int, engine: Engine | None) -> Follower:
@@ -144,6 +146,7 @@ class GovernorBank:
             self._state[:, i] = before
             raise
         self._engines[i] = engine
+        self._rates[i] = RateWatch()
         self._followers[i] = self._follower(i, engine)
         uncovered.watch(covered)
         self._telemetry.add([engine.attach_event()])
@@ -221,6 +224,7 @@ class GovernorBank:
         )
         for engine in self._engines.values():
             engine.judged(surely=active is None)
+        self._look_at_rates()
         mask = None if active is None else active.reshape(-1)
         try:
             for i, engine in self._engines.items():
@@ -257,6 +261,15 @@ class GovernorBank:
             if flag is not None:
                 flags[i : i + 1].copy_(flag)
         return flags
+
+    def _look_at_rates(self) -> None:
+        """Let the rows whose learning rate was raised on purpose learn their level anew."""
+        if not self.config.shift_horizon or graphs.is_recording(self._state.device):
+            return
+        for i, engine in self._engines.items():
+            rollbacks = self._rows[i].status(StatusField.rollback_count)
+            if self._rates[i].is_restart(engine.covered.optimizers, rollbacks):
+                self._rows[i].order(Order.RELEARN)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("bank: it watches its models and cannot be copied or pickled; make a new one")

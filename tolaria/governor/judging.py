@@ -16,10 +16,11 @@ from tolaria.governor.distributed import agree, agree_on_flag
 from tolaria.governor.engine import Engine
 from tolaria.governor.gradient_norms import GradientNorms
 from tolaria.governor.loss_mean import LossMean
+from tolaria.governor.rates import RateWatch
 from tolaria.governor.row import Row
 from tolaria.governor.skipping import StepSkipper, remove_hooks
 from tolaria.governor.without_loss import WithoutLoss
-from tolaria.ops import StateField
+from tolaria.ops import Order, StateField, StatusField
 from tolaria.ops.governor import judge_
 from tolaria.snapshot import graphs
 from tolaria.telemetry.verdict import Verdict
@@ -48,6 +49,7 @@ class Judge:
         self.norms: GradientNorms | None = None
         """What looks at the gradients, once it is asked for."""
         self._without: WithoutLoss | None = None
+        self._rates = RateWatch()
         self._scalar, self._norm = torch.zeros(2, 1, dtype=torch.float64, device=device).unbind()
         self._flag = torch.zeros(1, dtype=torch.bool, device=device)
 
@@ -102,6 +104,10 @@ class Judge:
             state_bad,
         )
         engine.judged()  # not before: a call that was refused has judged nothing
+        if row.config.shift_horizon and not engine.is_recording():
+            rollbacks = row.status(StatusField.rollback_count)
+            if self._rates.is_restart(engine.covered.optimizers, rollbacks):
+                row.order(Order.RELEARN)
         if without is not None:
             without.end()
         if self.norms is not None:

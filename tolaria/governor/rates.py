@@ -21,9 +21,15 @@ class RateWatch:
     def __init__(self) -> None:
         self._last: list[float] = []
         self._highest: list[float] = []
+        self._rollbacks = 0
 
-    def is_restart(self, optimizers: Iterable[Optimizer]) -> bool:
-        """Whether any group's rate went up to a known one since the last call."""
+    def is_restart(self, optimizers: Iterable[Optimizer], rollbacks: int = 0) -> bool:
+        """Whether any group's rate went up to a known one since the last call.
+
+        Args:
+            optimizers: those whose groups are looked at.
+            rollbacks: how many there were so far; one puts rates back, and the level with them.
+        """
         rates = [
             rate if isinstance(rate := group.get("lr"), int | float) else 0.0
             for optimizer in optimizers
@@ -36,13 +42,10 @@ class RateWatch:
         if len(known) == len(rates):
             highest = [max(pair) for pair in zip(known, rates, strict=True)]
         self._highest = highest
-        if not len(last) == len(known) == len(rates):
-            return False  # the groups are others, or the rates were put back
+        went_back, self._rollbacks = rollbacks != self._rollbacks, rollbacks
+        if went_back or not len(last) == len(known) == len(rates):
+            return False
         return any(
             _RAISED * before < rate <= _KNOWN * most
             for before, rate, most in zip(last, rates, known, strict=True)
         )
-
-    def went_back(self) -> None:
-        """Rates were put back with the rest of the state, and the level with them."""
-        self._last = []
