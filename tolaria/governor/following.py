@@ -22,6 +22,7 @@ from tolaria.governor.engine import Engine
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.saving import Saver
 from tolaria.governor.skipping import StepSkipper
+from tolaria.ops import StatusField
 from tolaria.snapshot.covered import CoveredState
 from tolaria.telemetry.delivery import Telemetry
 from tolaria.telemetry.events import (
@@ -186,13 +187,21 @@ class Follower:
             raise
 
     def _end_step(self) -> None:
+        engine = self.engine
+        step = self._reader.status(StatusField.step)  # first: what there is to tell of it arrives before it
         self.hear()
         self.follow()
-        if self.engine is not None:
-            self.mark.set(self.engine.covered)
+        if engine is not None:
+            if not engine.is_recording():
+                self.policy.end_step(engine.covered, step)
+            self.mark.set(engine.covered)
 
     def follow_between_steps(self) -> None:
         """Follow late news, unless a step is under way: gradients and rates are left alone until it ends."""
         engine = self.engine
         if engine is not None and engine.is_late and not self.mark.is_under_way(engine.covered):
+            step = self._reader.status(StatusField.step)
+            self.hear()
             self.follow(waits=False)
+            if not engine.is_recording():
+                self.policy.end_step(engine.covered, step)

@@ -208,6 +208,7 @@ class TolariaGovernor(Readings):
 
     def _tell(self) -> None:
         """Tell the sinks, once everything is done; then end a run that makes no progress."""
+        self._attached.choose_way()
         self._telemetry.deliver()
         self._attached.policy.check_budget()
 

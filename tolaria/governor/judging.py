@@ -35,6 +35,8 @@ class Judge:
         self._group = process_group
         self.skipper: StepSkipper | None = None
         """What leaves bad steps out, if anything does: it knows what buffers hold once one is."""
+        self.has_a_share = False
+        """Whether the host has something of its own to do at the end of every step."""
         # Numbers that are judged are written here, on the device, which a stream does without waiting.
         device = row.state.device
         self._scalar, self._norm = torch.zeros(2, 1, dtype=torch.float64, device=device).unbind()
@@ -82,7 +84,7 @@ class Judge:
             state_bad,
         )
         engine.judged()  # not before: a call that was refused has judged nothing
-        return must_act
+        return must_act or self.has_a_share
 
     def _state_flag(
         self, engine: Engine, loss: Tensor, nonfinite: Tensor | None, gradient: Tensor | None

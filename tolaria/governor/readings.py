@@ -9,6 +9,7 @@ from typing import Any
 
 from tolaria.governor import statistics
 from tolaria.governor.attachment import Attachment
+from tolaria.governor.batches import BatchLedger
 from tolaria.governor.config import GovernorConfig
 from tolaria.ops import StatusField
 from tolaria.snapshot import graphs, persist
@@ -59,6 +60,16 @@ class Readings:
     def offending_steps(self) -> tuple[int, ...]:
         """Steps whose losses led to rollbacks, for a sampler to leave out."""
         return tuple(self._attached.policy.offending_steps)
+
+    @property
+    def batches_left_out(self) -> int:
+        """Batches that were left out after rollbacks so far; see :class:`tolaria.data.SkipBatches`."""
+        return self.batch_ledger.left_out
+
+    @property
+    def batch_ledger(self) -> BatchLedger:
+        """What rollbacks have ordered to be left out, for :class:`tolaria.data.SkipBatches`."""
+        return self._attached.policy.batches
 
     @property
     def history(self) -> list[float]:
@@ -118,5 +129,5 @@ class Readings:
         at = self._attached
         graphs.refuse_recording(at.row.state.device, "governor.state_dict")
         return statistics.saved_form(
-            self.config, self.random_guess_loss, at.row.state, at.policy.saved_form()
+            self.config, self.random_guess_loss, at.row.state, at.saved_policy(at.rates_now())
         )
