@@ -97,7 +97,7 @@ def test_a_call_interrupted_at_any_line(name: str) -> None:
     assert torn == [], "\n".join(torn)
 
 
-LOWERING = ("policy.py", "following.py", "lowered_rates.py", "transfer.py", "host_state.py")
+LOWERING = ("policy.py", "following.py", "lowered_rates.py", "own_rates.py", "transfer.py", "host_state.py")
 
 
 @pytest.mark.parametrize("name", ["step_that_rolls_back", "execute_rollback"])

@@ -125,13 +125,18 @@ class Attachment:
         # A clean step then takes the shortest way, since between a step and the next every Python frame costs
         # 2 to 3 us (cold caches, Zen 3).
         self.follower.saver = self.saver = Saver(config.save_every, config.save_path)
-        self.choose_way()
+        self._take_way(is_counting=self.engine.covered.lowered.own is not None)
 
     def choose_way(self) -> None:
-        """Whether steps take the shortest way; not while rates are lowered for a time: their steps count."""
-        row, config, lowered = self.row, self.row.config, self.engine.covered.lowered
-        self.judge.has_a_share = lowered.own is not None
-        is_plain = self._group is None and row.state.device.type == "cpu" and not self.judge.has_a_share
+        """Steps take the shortest way, but not while rates are lowered for a time: they are counted then."""
+        is_counting = self.engine.covered.lowered.own is not None
+        if is_counting != self.judge.has_a_share:
+            self._take_way(is_counting=is_counting)
+
+    def _take_way(self, *, is_counting: bool) -> None:
+        row, config = self.row, self.row.config
+        self.judge.has_a_share = is_counting
+        is_plain = self._group is None and row.state.device.type == "cpu" and not is_counting
         is_plain = is_plain and not config.gradient_norm and not config.skips_before_rollback
         at_hand = row.state, row.settings, row.mailbox, row.reader, self.engine, self.skipper
         self.plain: _Plain | None = at_hand if is_plain else None

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tolaria.errors import UncoveredWarning
 from tolaria.snapshot.covered import CoveredState
-from tolaria.snapshot.lowered_rates import LoweredRates, OwnRates, RatesThen, rates_of
+from tolaria.snapshot.lowered_rates import LoweredRates, RatesThen
+from tolaria.snapshot.own_rates import OwnRates
+from tolaria.snapshot.rates import rates_of
 
 
 def plain_rates(covered: CoveredState | None, then: RatesThen | None) -> dict[str, Any]:
