@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,41 @@ def test_damaged_rates_are_refused_by_name(damage: Callable[[Any], None], said: 
     damage(saved["policy"]["rates"])
     with pytest.raises(ValueError, match=said):
         governor.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", ["none", "one-cycle", "sequential", "swa"])
+@pytest.mark.parametrize("schedules", ["keep", "rewind"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_runs_end_at_their_own_rates(name: str, schedules: str, seed: int) -> None:
+    chance = random.Random(f"{name} {schedules} {seed}")
+    run, alone = Run(SCHEDULES[name]), Run(SCHEDULES[name])
+    settings = {"snapshot_interval": chance.randint(3, 9), "cooldown": chance.choice([0, 3])}
+    governor = run.govern(
+        chance.randint(1, 15),
+        schedules=schedules,
+        max_rollbacks=10**6,
+        max_restores_of_one_capture=10**6,
+        **settings,
+    )
+    captures = {0: alone.settings()}
+    for step in range(120):
+        stepped = chance.random() < 0.8
+        for each in (run, alone):
+            each.train()
+            if each.schedule is not None and stepped:
+                each.schedule.step()
+        governor.step(math.nan if step < 80 and chance.random() < 0.06 else 1.0)
+        what = chance.choices(["nothing", "rollback", "snapshot", "load"], [0.92, 0.02, 0.03, 0.03])[0]
+        if what == "rollback" and step < 80:
+            governor.execute_rollback()
+        elif what == "snapshot":
+            governor.snapshot()
+        for event in governor.poll():
+            if event.kind == "capture":
+                captures[event.capture_step] = alone.settings()  # type: ignore[attr-defined]
+            elif event.kind == "rollback" and schedules == "rewind":
+                alone.load(captures[event.report.restored_step])  # type: ignore[attr-defined]
+        if what == "load":
+            governor.load_state_dict(governor.state_dict())
+            captures = dict.fromkeys((governor.last_good_step, governor.step_count), alone.settings())
+    assert repr(run.settings()) == repr(alone.settings())

@@ -139,3 +139,15 @@ def test_a_schedule_that_is_reached_in_two_ways_is_lowered_and_stepped_once(kind
         if 9 <= step < 21:
             assert run.rates() == pytest.approx([rate * FACTOR for rate in alone.rates()])
     assert repr(run.settings()) == repr(alone.settings())
+
+
+@pytest.mark.parametrize("steps", [0, 50])
+def test_with_schedules_kept_all_rates_of_a_group_compound(steps: int) -> None:
+    run = Run(lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.8, total_steps=100))
+    governor = run.govern(steps, schedules="keep", lr_factor=0.5)
+    before = [dict(group) for group in run.optimizer.param_groups]
+    for _ in range(2):
+        governor.step(math.nan)
+    for group, was in zip(run.optimizer.param_groups, before, strict=True):
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+            assert group[key] == was[key] * 0.25, key

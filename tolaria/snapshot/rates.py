@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-_OF_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+from tolaria.snapshot.schedules import RATES
+
 OF_SCHEDULES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
 """Lists of rates that schedules have."""
 
@@ -53,7 +54,7 @@ def rates_of(optimizers: Iterable[Optimizer], schedulers: Iterable[object]) -> I
         for i, group in enumerate(optimizer.param_groups):
             if id(group) not in seen:
                 seen.add(id(group))
-                for name in _OF_GROUPS:
+                for name in RATES:
                     if isinstance(group.get(name), Tensor | int | float):
                         yield Rate((id(optimizer), i, name), group, name)
     for schedule in with_inner(schedulers):

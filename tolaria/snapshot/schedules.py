@@ -16,8 +16,10 @@ from tolaria.errors import UncoveredWarning
 from tolaria.snapshot.protocols import Stateful
 from tolaria.snapshot.voice import GOVERNOR, Voice
 
-SCHEDULED = ("lr", "momentum", "betas")
-"""What the schedules of torch write to a group at every step."""
+RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+"""The learning rate of a group, and what the schedules of torch derive it from."""
+SCHEDULED = (*RATES, "momentum", "betas", "base_momentum", "max_momentum")
+"""What the schedules of torch write to a group."""
 
 
 class ScheduleFinder:
