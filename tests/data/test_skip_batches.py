@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from tolaria.data import SkipBatches
 from tolaria.governor import GovernorBank, GovernorConfig, TolariaGovernor
-from tolaria.train import train_epoch_normal
+from tolaria.train import grow, train_epoch_normal
+from tolaria.train.faults import parse_fault
+from tolaria.train.observers import GrowthObserver, StoryContext
 
 
 def govern(n: int = 3, **settings: Any) -> TolariaGovernor:
@@ -288,3 +290,24 @@ def test_what_max_steps_leaves_in_the_loader_is_not_drawn() -> None:
         )  # fmt: skip
     assert criterion.met == [0, 1, 4, 5]
     assert int(next(data)[1]) == 6
+
+
+class Governors(GrowthObserver):
+    def __init__(self) -> None:
+        self.governors: list[Any] = []
+
+    def on_start(self, context: StoryContext) -> None:
+        self.governors.append(context.governor)
+
+
+def test_a_phase_of_a_growing_network_is_no_shorter_for_it() -> None:
+    seen = Governors()
+    result = grow(
+        "digits", observers=[seen], governor_config=GovernorConfig(skip_batches=7, snapshot_interval=8),
+        faults=[parse_fault("nan-loss@12")], host_steps=20, incubate_steps=3, blend_steps=3, finish_steps=2,
+        validate_every=10,
+    )  # fmt: skip
+    assert [phase.end_step for phase in result.phases] == [20, 23, 26, 28]
+    assert [look.step for look in result.validations] == [10, 20, 23, 26, 28]
+    (governor,) = seen.governors
+    assert governor.batches_left_out == 7
