@@ -13,6 +13,7 @@ from saved_forms import WINDOW, assert_refused, changed, make, places, through_a
 from torch import Tensor, nn
 
 from tolaria.governor.plain_values import revived
+from tolaria.governor.saved_form import _POLICY_SINCE_5, _SINCE_5
 from tolaria.governor.saved_state import _VERSION_2, _VERSION_4
 from tolaria.ops import MemoryField, StateField, memory_row
 
@@ -22,7 +23,9 @@ NAN = math.nan
 def of_version_4(saved: dict[str, Any]) -> dict[str, Any]:
     """What version 4 would have saved, which knew nothing of what a network has learnt."""
     old: dict[str, Any] = {**copy.deepcopy(saved), "version": 4}
-    del old["config"]["lobotomy_rule"], old["config"]["collapse_patience"]
+    for part, later in (("config", _SINCE_5), ("policy", _POLICY_SINCE_5)):
+        for name in later:
+            del old[part][name]
     old["state"] = [saved["state"][row] for row in rows_of(*_VERSION_4)]
     return old
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tolaria.chaos.faults import CaptureInterruptedError, ChaosFault
 from tolaria.chaos.target import ChaosRun
+from tolaria.data import SkipBatches
 from tolaria.governor import CaptureEvent, GovernorConfig, RollbackEvent, TolariaGovernor, VerdictEvent
 from tolaria.nn.nest import to_device
 from tolaria.nn.randomness import preserve_random_state
@@ -83,7 +84,8 @@ def execute(run: ChaosRun, fault: ChaosFault | None = None, *, steps: int, start
         run.model, run.optimizer, config=run.config, random_guess_loss=run.random_guess_loss, sinks=sinks
     )
     watch = _Watch(run, start)
-    for step, batch in zip(range(1, steps + 1), _forever(run.batches), strict=False):
+    batches = SkipBatches(_forever(run.batches), governor)
+    for step, batch in zip(range(1, steps + 1), batches, strict=False):
         age = step - start
         active = fault if fault is not None and 0 <= age < fault.duration else None
         loss = _train_step(run, batch, active, age)

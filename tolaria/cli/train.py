@@ -22,6 +22,7 @@ _SETTINGS: dict[str, type] = {
 }  # fmt: skip
 _GOVERNOR: dict[str, type] = {
     "snapshot_interval": int, "probation": int, "lr_factor": float, "max_rollbacks": int,
+    "lr_recovery_steps": int, "skip_batches": int,
     "absolute_threshold": float, "sensitivity": float, "multiplier": float,
 }  # fmt: skip
 _DEFAULTS: dict[str, object] = {"task": "digits", "device": "cpu", "rng_seed": 0}
@@ -48,6 +49,8 @@ _HELP = {
     "snapshot_interval": "steps between captures",
     "probation": "healthy losses before a capture counts as good",
     "lr_factor": "multiplies the learning rate at each rollback",
+    "lr_recovery_steps": "healthy steps after which a lowered learning rate is its own again (0: never)",
+    "skip_batches": "batches left out after each rollback",
     "max_rollbacks": "so many within 1000 steps end the run",
     "absolute_threshold": "a loss up to this is no anomaly",
     "sensitivity": "standard deviations above the mean that make an anomaly",

@@ -25,6 +25,7 @@ from tolaria.governor.judging import Judge
 from tolaria.governor.manual_captures import ManualCaptures
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.row import Row, make_rows
+from tolaria.governor.saved_rates import loaded_rates, plain_rates
 from tolaria.governor.saved_state import fitted
 from tolaria.governor.saving import Save, Saver, own_memory
 from tolaria.governor.skipping import StepSkipper, remove_hooks
@@ -33,6 +34,7 @@ from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.host_state import HostState
 from tolaria.snapshot.inference import outside_inference
+from tolaria.snapshot.lowered_rates import RatesThen
 from tolaria.snapshot.parts import checked_optimizers
 from tolaria.snapshot.saved import SavedState
 from tolaria.telemetry.delivery import Telemetry
@@ -128,18 +130,32 @@ class Attachment:
         # A clean step then takes the shortest way, since between a step and the next every Python frame costs
         # 2 to 3 us (cold caches, Zen 3).
         self.follower.saver = self.saver = Saver(config.save_every, config.save_path)
-        self.is_plain = self._group is None and self.row.state.device.type == "cpu"
-        self.is_plain = self.is_plain and not config.gradient_norm and not config.skips_before_rollback
-        self.is_plain = self.is_plain and not config.shift_horizon  # rates are looked at
-        self.plain: _Plain | None = None
-        self.expect_loss()
+        self.judge.losses.clear()
+        self._take_way(is_counting=self.engine.covered.lowered.own is not None)
+
+    def choose_way(self) -> None:
+        """Steps take the shortest way, but not while rates are lowered for a time: they are counted then."""
+        is_counting = self.engine.covered.lowered.own is not None
+        if is_counting != self.judge.has_a_share:
+            self._take_way(is_counting=is_counting)
+
+    def _take_way(self, *, is_counting: bool) -> None:
+        config = self.row.config
+        self.judge.has_a_share = is_counting
+        self._is_plain = self._group is None and self.row.state.device.type == "cpu" and not is_counting
+        self._is_plain = self._is_plain and not config.gradient_norm and not config.skips_before_rollback
+        self._is_plain = self._is_plain and not config.shift_horizon  # which looks at the rates
+        self._expect(added=self.judge.losses.count)
 
     def expect_loss(self) -> None:
         """The next step is given its loss: it may go the shortest way."""
         self.judge.losses.clear()
+        self._expect(added=0)
+
+    def _expect(self, *, added: int) -> None:
         row = self.row
         at_hand = row.state, row.settings, row.mailbox, row.reader, self.engine, self.skipper
-        self.plain = at_hand if self.is_plain else None
+        self.plain: _Plain | None = at_hand if self._is_plain and not added else None
 
     def reset(self) -> None:
         """Forget all losses; the current state becomes the last known good one.
@@ -227,10 +243,17 @@ class Attachment:
         policy.load_saved_form(form.policy)
         saved = fitted(form.state, config)
         self.catch_up()  # sync: takes the state as it is
+        covered = self.engine.covered
+        rates = form.policy.get("rates") if config.lr_recovery_steps else None
+        former, covered.lowered = covered.lowered, loaded_rates(rates, covered)
         fits = saved.shape == self.row.state.shape and all(
             getattr(config, name) == getattr(self.row.config, name) for name in ("storage", "event_capacity")
         )
-        heir = (self._in_place if fits else self._successor)(config, guess, saved)
+        try:
+            heir = (self._in_place if fits else self._successor)(config, guess, saved)
+        except BaseException:
+            covered.lowered = former
+            raise
         heir.random_guess_loss, heir._given_guess = guess, given
         heir.replace_policy(policy)
         heir.begin()
@@ -261,6 +284,15 @@ class Attachment:
             raise
         return successor
 
+    def rates_now(self) -> RatesThen | None:
+        """The rates, if they are lowered for a time."""
+        covered = self.engine.covered
+        return covered.lowered.now(covered.optimizers, covered.schedulers)
+
+    def saved_policy(self, rates: RatesThen | None) -> dict[str, Any]:
+        """What the policy saves, with the rates of now or of a capture."""
+        return self.policy.saved_form(plain_rates(self.engine.covered, rates))
+
     # -- on disk ---------------------------------------------------------------------------------------------
 
     def last_good_state(self) -> dict[str, Any]:
@@ -283,7 +315,7 @@ class Attachment:
         slot, host = self.engine.last_good()
         state = self.row.state[:, self.row.column : self.row.column + 1]
         then = statistics.as_of_capture(state, slot)
-        config, policy = self.row.config, self.policy.saved_form()
+        config, policy = self.row.config, self.saved_policy(host.lowered)
         form = statistics.saved_form(config, self.random_guess_loss, then, policy)
         return slot, host, {"step": int(then[StateField.step]), "governor": form}
 

@@ -40,6 +40,7 @@ class CallsByHand(Readings):
 
     def _tell(self) -> None:
         """Tell the sinks, once everything is done; then end a run that makes no progress."""
+        self._attached.choose_way()
         self._telemetry.deliver()
         self._attached.policy.check_budget()
 

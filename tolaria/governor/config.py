@@ -86,6 +86,13 @@ class GovernorConfig:
     """Reward of a rollback for an RL agent is minus this (>= 0)."""
     lr_factor: float = 1.0
     """At each rollback the learning rate is multiplied by this, compounding (> 0, <= 1)."""
+    lr_recovery_steps: int = 0
+    """After so many healthy steps in a row since the last rollback the learning rates are again what their
+    schedule alone would make them (steps, >= 0). 0: they stay lowered."""
+    skip_batches: int = 0
+    """So many batches are left out after each rollback, one by hand, too: by
+    :class:`tolaria.data.SkipBatches` around the loader, and by the loops of :mod:`tolaria.train` (batches as
+    the loader yields them, >= 0)."""
     max_rollbacks: int = 25
     """So many rollbacks inside ``rollback_window`` raise TrainingDivergedError (>= 1)."""
     rollback_window: int = 1000
@@ -143,6 +150,8 @@ class GovernorConfig:
             "rollback_window": (1, math.inf),
             "max_restores_of_one_capture": (1, math.inf),
             "skips_before_rollback": (0, math.inf),
+            "lr_recovery_steps": (0, math.inf),
+            "skip_batches": (0, math.inf),
             "seed_check_interval": (0, math.inf),
             "save_every": (0, math.inf),
             "event_capacity": (1, 1 << 20),

@@ -42,6 +42,8 @@ class Judge:
         self._group = process_group
         self.skipper: StepSkipper | None = None
         """What leaves bad steps out, if anything does: it knows what buffers hold once one is."""
+        self.has_a_share = False
+        """Whether the host has something of its own to do at the end of every step."""
         # Numbers that are judged are written here, on the device, which a stream does without waiting.
         device = row.state.device
         self.losses = LossMean(device)
@@ -112,7 +114,7 @@ class Judge:
             without.end()
         if self.norms is not None:
             self.norms.judged(was_handed_over=gradient_norm is not None, is_ahead=is_ahead)
-        return must_act
+        return must_act or self.has_a_share
 
     def step_ended(self) -> None:
         """A step that was judged ahead is over."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tolaria.governor import statistics
 from tolaria.governor.attachment import Attachment
+from tolaria.governor.batches import BatchLedger
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.engine import Engine
 from tolaria.ops import StatusField
@@ -115,6 +116,16 @@ class Readings:
         return at.row.is_calm() and not at.engine.is_behind() and at.engine.first_bad() is None
 
     @property
+    def batches_left_out(self) -> int:
+        """Batches that were left out after rollbacks so far; see :class:`tolaria.data.SkipBatches`."""
+        return self.batch_ledger.left_out
+
+    @property
+    def batch_ledger(self) -> BatchLedger:
+        """What rollbacks have ordered to be left out, for :class:`tolaria.data.SkipBatches`."""
+        return self._attached.policy.batches
+
+    @property
     def history(self) -> list[float]:
         """The healthy losses of the window, oldest first. On CUDA it waits for the device."""
         return statistics.healthy_losses(self._attached.row.state, self.config.window)
@@ -172,5 +183,5 @@ class Readings:
         at = self._attached
         graphs.refuse_recording(at.row.state.device, "governor.state_dict")
         return statistics.saved_form(
-            self.config, self.random_guess_loss, at.row.state, at.policy.saved_form()
+            self.config, self.random_guess_loss, at.row.state, at.saved_policy(at.rates_now())
         )

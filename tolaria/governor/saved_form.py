@@ -14,14 +14,15 @@ from tolaria.ops import PanicReason
 from tolaria.telemetry.verdict import GovernorReport
 
 VERSION = 5
-"""Of the saved form. Version 4 judged collapses by the classic rule. Version 3 kept statistics in a tensor,
-and numbers that JSON does not know as they are; version 2 counted neither skipped steps nor restores without
-progress."""
+"""Of the saved form. Version 4 judged collapses by the classic rule, and lowered rates for good; version 3
+kept the statistics in a tensor, and numbers that JSON does not know as they are; version 2 counted neither
+skipped steps nor restores without progress."""
 
 _SINCE_5 = {
-    *("lobotomy_rule", "collapse_patience"),
+    *("lobotomy_rule", "collapse_patience", "lr_recovery_steps", "skip_batches"),
     *("shift_horizon", "shift_slack", "shift_threshold", "shift_spike"),
 }
+_POLICY_SINCE_5 = {"batches", "rates"}
 
 
 def check_keys(where: str, saved: Mapping[Any, Any], known: set[str], *, may_lack: bool = False) -> None:
@@ -75,7 +76,10 @@ def check_policy(saved: object, fresh: Mapping[str, Any], version: int) -> None:
     Raises:
         ValueError: a key, a report or a count is not as it should be.
     """
-    _check_like("policy", saved, fresh, version)
+    known = {name: born for name, born in fresh.items() if version > 4 or name not in _POLICY_SINCE_5}
+    _check_like("policy", saved, known, version)
+    if version > 4:
+        _check_rates(_mapping("policy", saved)["rates"])
 
 
 def _check_like(where: str, saved: object, fresh: Mapping[str, Any], version: int) -> None:
@@ -88,8 +92,9 @@ def _check_like(where: str, saved: object, fresh: Mapping[str, Any], version: in
         elif isinstance(born, list):
             if not isinstance(value, list | tuple):
                 raise ValueError(f"{place}: expected a list, got {said(value)}")  # noqa: TRY004 (data, not an argument)
+            check = {"reports": _check_report, "own": _check_number, "lowered": _check_number}.get(name)
             for i, item in enumerate(value):
-                (_check_report if name == "reports" else _check_count)(f"{place}[{i}]", item)
+                (check or _check_count)(f"{place}[{i}]", item)
         else:
             _check_count(place, value)
 
@@ -97,6 +102,17 @@ def _check_like(where: str, saved: object, fresh: Mapping[str, Any], version: in
 def _check_count(where: str, value: object, low: int = 0) -> None:
     if not is_integer(value) or not low <= value <= MAX_COUNT:
         raise ValueError(f"{where}: expected a whole number from {low} to {MAX_COUNT}, got {said(value)}")
+
+
+def _check_number(where: str, value: object) -> None:
+    if not is_number(value):
+        raise ValueError(f"{where}: expected a number, got {said(value)}")
+
+
+def _check_rates(rates: Mapping[str, Any]) -> None:
+    own, lowered = len(rates["own"]), len(rates["lowered"])
+    if own != lowered:
+        raise ValueError(f"policy.rates.lowered: expected as many rates as in own, {own}, got {lowered}")
 
 
 def _check_report(where: str, saved: object) -> None:
