@@ -182,6 +182,7 @@ CALLS: dict[str, Callable[[Scene], list[Fenced] | None]] = {
     "capture": lambda scene: scene.order(Order.CAPTURE),
     "promote": lambda scene: scene.order(Order.PROMOTE),
     "forget": lambda scene: scene.order(Order.FORGET),
+    "hold": lambda scene: scene.order(Order.HOLD),
     "relearn": lambda scene: scene.order(Order.RELEARN),
     "snapshot_capture_0": lambda scene: scene.capture(0),
     "snapshot_capture_1": lambda scene: scene.capture(1),

@@ -70,7 +70,8 @@ C10_HOST_DEVICE inline void commit_rollback(const Governor& g, const double* c) 
 }
 
 // An order from outside the rule: a manual rollback or capture, the promotion of the attach-time capture, or that the
-// shift test is to learn the level anew, since the learning rate was raised on purpose.
+// shift test is to learn the level anew, since the learning rate was raised on purpose; to hold is to capture and promote
+// nothing until released, since what was validated is bad.
 C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order order, Reason reason, double tensor) {
   if (order == kOrderRollback) {
     if (g[field::rollback] == 0.0 || reason == kNonFiniteState) {
@@ -90,6 +91,8 @@ C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order
     g.live(memory::shift_count) = 0.0;
     g.live(memory::shift_sum) = 0.0;
     g.live(memory::shift_armed) = 0.0;
+  } else if (order == kOrderHold || order == kOrderRelease) {
+    g.live(memory::held) = order == kOrderHold ? 1.0 : 0.0;
   } else {
     clear_memory(g, 0);
     for (int f = field::life_count; f <= field::life_max; ++f) g[f] = 0.0;
@@ -161,7 +164,8 @@ TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, co
 // collapse or of a shift. Returns as order_capture does, or 0 where no capture is ordered.
 C10_HOST_DEVICE inline int advance_slots(const Governor& g, const double* c, bool healthy, bool paused) {
   if (g[field::attached] == 0.0) return 0;
-  const bool waits = paused || g.live(memory::collapse) > 0.0 || is_suspicious(g, c, g.live(memory::shift_sum));
+  const bool waits = paused || g.live(memory::collapse) > 0.0 || is_suspicious(g, c, g.live(memory::shift_sum)) ||
+                     g.live(memory::held) != 0.0;
   if (g[field::candidate] >= 0.0) {
     if (!healthy || g[field::candidate_done] != kAllPartsDone) {
       cancel_candidate(g);

@@ -28,7 +28,7 @@ namespace tolaria::math {
   X(drift_count) X(drift_mean) X(drift_variance) X(drift_sum) X(skips)                                   \
   X(learnt) X(learnt_level) X(collapse)                                                                  \
   X(shift_count) X(shift_level) X(shift_spread) X(shift_top) X(shift_fast) X(shift_wander) X(shift_sum)   \
-  X(shift_armed)
+  X(shift_armed) X(held)
 
 #define TOLARIA_GOVERNOR_CONFIG(X)                                                                       \
   X(window) X(min_history) X(absolute_threshold) X(sensitivity) X(multiplier) X(rule_any) X(min_std)     \
@@ -77,6 +77,8 @@ enum Reason : int {
   kManual = 5,
   kGradientNorm = 6,
   kDrift = 7,
+  kSuspiciousState = 8,
+  kValidation = 9,
   kReasons
 };
 enum EventKind : int { kVerdictEvent = 0, kCaptureEvent = 1, kPromotionEvent = 2, kRollbackEvent = 3 };
@@ -86,6 +88,8 @@ enum Order : int {
   kOrderPromote = 2,
   kOrderForget = 3,
   kOrderRelearn = 4,
+  kOrderHold = 5,
+  kOrderRelease = 6,
   kOrders
 };
 

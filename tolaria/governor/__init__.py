@@ -18,6 +18,7 @@ from tolaria.telemetry.events import (
     RollbackEvent,
     SeedCulledEvent,
     StructureEvent,
+    ValidationEvent,
     VerdictEvent,
 )
 from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
@@ -43,6 +44,7 @@ __all__ = [
     "StructureEvent",
     "TensorBoardSink",
     "TolariaGovernor",
+    "ValidationEvent",
     "Verdict",
     "VerdictEvent",
     "Verification",

@@ -29,7 +29,7 @@ from tolaria.governor.saved_rates import loaded_rates, plain_rates
 from tolaria.governor.saved_state import fitted
 from tolaria.governor.saving import Save, Saver, own_memory
 from tolaria.governor.skipping import StepSkipper, remove_hooks
-from tolaria.ops import Order, StateField, StatusField
+from tolaria.ops import MemoryField, Order, StateField, StatusField, memory_row, window_of
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.host_state import HostState
@@ -146,6 +146,13 @@ class Attachment:
         self._is_plain = self._is_plain and not config.gradient_norm and not config.skips_before_rollback
         self._is_plain = self._is_plain and not config.shift_horizon  # which looks at the rates
         self._expect(added=self.judge.losses.count)
+
+    def hold(self, *, is_held: bool) -> None:
+        """Whether captures and promotions wait for a good validation."""
+        row = self.row
+        held = memory_row(0, window_of(row.state), MemoryField.held)
+        if bool(row.state[held, row.column]) != is_held:  # sync: between two steps, and rarely
+            row.order(Order.HOLD if is_held else Order.RELEASE)
 
     def expect_loss(self) -> None:
         """The next step is given its loss: it may go the shortest way."""

@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.governor import uncovered
 from tolaria.governor.one_thread import one_thread
 from tolaria.governor.readings import Readings
+from tolaria.governor.validation import as_metric
 from tolaria.governor.verifying import roll_back, verify
 from tolaria.ops import PanicReason
 from tolaria.snapshot.inference import outside_inference
 from tolaria.snapshot.parts import check_schedulers
 from tolaria.snapshot.protocols import Stateful
 from tolaria.telemetry.delivery import Telemetry
-from tolaria.telemetry.events import GovernorEvent
+from tolaria.telemetry.events import GovernorEvent, ValidationEvent
 from tolaria.telemetry.sinks import Sink, check_sinks
 from tolaria.telemetry.verdict import GovernorReport, Verdict, Verification
 
@@ -114,6 +116,58 @@ class CallsByHand(Readings):
         if found.report is not None:
             self._restored()
         return found
+
+    @one_thread
+    def step_validation(self, metric: Tensor | float, *, higher_is_better: bool) -> GovernorReport | None:
+        """Judge what you validate, beside the training loss, which may never show a collapse of it.
+
+        Call it after each validation, with one metric. It is bad if it is not finite, or if it lies six
+        deviations on the worse side of the median of the last ten healthy ones, once there are three; a
+        deviation is at least 5% of the median. At a bad one nothing is captured and nothing promoted until
+        the next good one; ``config.validation_patience`` (2) bad ones in a row are a rollback with the reason
+        VALIDATION. On CUDA it waits for the device. Where ranks judge together, all must call it.
+
+        Args:
+            metric: one value: a number, or a tensor of any floating dtype.
+            higher_is_better: True for an accuracy, False for a loss; the same at every call.
+
+        Returns:
+            The report, if it was rolled back.
+
+        Raises:
+            TypeError, ValueError: an argument is something else; nothing is judged then.
+            TolariaError: a CUDA graph is being recorded, or the governor is closed.
+            TrainingDivergedError: rollbacks come too often.
+        """
+        at, engine = self._attached, self._engine
+        at.refuse_recording("step_validation")
+        value = as_metric(metric)
+        if not isinstance(higher_is_better, bool):
+            raise TypeError(
+                f"higher_is_better: expected True or False, got {type(higher_is_better).__name__}"
+            )
+        at.catch_up()  # sync: the answer is wanted now
+        window = at.policy.validation
+        bound = window.bound()
+        calls = at.judge.is_on_any_rank(window.judge(value, higher_is_better=higher_is_better))
+        if window.bad_in_a_row:
+            told = ValidationEvent(
+                step=self.step_count,
+                metric=value,
+                bound=bound,
+                bad_in_a_row=window.bad_in_a_row,
+                rollback=calls,
+            )
+            self._telemetry.add([told])
+        if calls:
+            window.bad_in_a_row = 0
+        at.hold(is_held=window.bad_in_a_row > 0)
+        acts = calls and not at.row.config.log_only
+        if acts:
+            roll_back(engine, at.follower, PanicReason.VALIDATION)
+            self._restored()
+        self._tell()
+        return self.last_report if acts else None
 
     @one_thread
     def snapshot(self) -> None:

@@ -70,6 +70,8 @@ class GovernorConfig:
     shift_spike: float = math.inf
     """A gradient norm above so many means of its window makes the shift test keener for 80 losses: no slack,
     and a third of the threshold (dimensionless, > 0)."""
+    validation_patience: int = 2
+    """Bad values in a row that :meth:`TolariaGovernor.step_validation` rolls back at (>= 1)."""
     gradient_norm: bool = False
     """Judge the norm of the gradients of all covered optimizers beside the loss: one more pass over them."""
     gradient_multiplier: float = 10.0
@@ -143,6 +145,7 @@ class GovernorConfig:
             "lobotomy_patience": (1, math.inf),
             "drift_horizon": (0, math.inf),
             "shift_horizon": (0, math.inf),
+            "validation_patience": (1, math.inf),
             "cooldown": (0, math.inf),
             "snapshot_interval": (2, math.inf),
             "probation": (1, math.inf),

@@ -13,6 +13,7 @@ from tolaria.governor.config import GovernorConfig
 from tolaria.governor.diagnosis import Tried, diverged, healthy_between
 from tolaria.governor.progress import Progress
 from tolaria.governor.saved_rates import plain_rates
+from tolaria.governor.validation import ValidationWindow
 from tolaria.ops import PanicReason
 from tolaria.snapshot.covered import CoveredState, named_modules
 from tolaria.telemetry.events import GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
@@ -71,6 +72,7 @@ class RollbackPolicy:
         self.offending_steps: deque[int] = deque(maxlen=_MAX_OFFENDING)
         self._hearing: _Hearing | None = None
         self.batches = BatchLedger(config.skip_batches)
+        self.validation = ValidationWindow(config.validation_patience)
         self._let_pass: deque[int] = deque(maxlen=_MAX_OFFENDING)
         self._lowered: tuple[int, float | None] = (0, None)
         """How often the rates have been lowered, and the lowest of them."""
@@ -163,6 +165,7 @@ class RollbackPolicy:
             "offending_steps": list(self.offending_steps),
             "progress": self._progress.saved_form(),
             "batches": self.batches.saved_form(),
+            "validation": self.validation.saved_form(),
             "rates": saved_rates if saved_rates is not None else plain_rates(None, None),
         }
 
@@ -174,6 +177,7 @@ class RollbackPolicy:
             self._progress.load_saved_form(saved["progress"])
         if "batches" in saved:  # nor version 4 of these
             self.batches.load_saved_form(saved["batches"])
+            self.validation.load_saved_form(saved["validation"])
 
     def check_budget(self) -> None:
         """Raise if the rollbacks since the last check spent the budget, or led nowhere.

@@ -10,6 +10,7 @@ from typing import Any
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.plain_values import is_integer, is_number, said
 from tolaria.governor.saved_state import MAX_COUNT
+from tolaria.governor.validation import check_saved_validation
 from tolaria.ops import PanicReason
 from tolaria.telemetry.verdict import GovernorReport
 
@@ -19,10 +20,14 @@ kept the statistics in a tensor, and numbers that JSON does not know as they are
 skipped steps nor restores without progress."""
 
 _SINCE_5 = {
-    *("lobotomy_rule", "collapse_patience", "lr_recovery_steps", "skip_batches"),
+    *("lobotomy_rule", "collapse_patience", "lr_recovery_steps", "skip_batches", "validation_patience"),
     *("shift_horizon", "shift_slack", "shift_threshold", "shift_spike"),
 }
-_POLICY_SINCE_5 = {"batches", "rates"}
+_POLICY_SINCE_5 = {"batches", "rates", "validation"}
+
+
+_NUMBERS = ("own", "lowered", "values")
+"""Lists of numbers in what the policy saves; other lists count."""
 
 
 def check_keys(where: str, saved: Mapping[Any, Any], known: set[str], *, may_lack: bool = False) -> None:
@@ -79,7 +84,9 @@ def check_policy(saved: object, fresh: Mapping[str, Any], version: int) -> None:
     known = {name: born for name, born in fresh.items() if version > 4 or name not in _POLICY_SINCE_5}
     _check_like("policy", saved, known, version)
     if version > 4:
-        _check_rates(_mapping("policy", saved)["rates"])
+        policy = _mapping("policy", saved)
+        _check_rates(policy["rates"])
+        check_saved_validation(policy["validation"])
 
 
 def _check_like(where: str, saved: object, fresh: Mapping[str, Any], version: int) -> None:
@@ -92,7 +99,7 @@ def _check_like(where: str, saved: object, fresh: Mapping[str, Any], version: in
         elif isinstance(born, list):
             if not isinstance(value, list | tuple):
                 raise ValueError(f"{place}: expected a list, got {said(value)}")  # noqa: TRY004 (data, not an argument)
-            check = {"reports": _check_report, "own": _check_number, "lowered": _check_number}.get(name)
+            check = {"reports": _check_report, **dict.fromkeys(_NUMBERS, _check_number)}.get(name)
             for i, item in enumerate(value):
                 (check or _check_count)(f"{place}[{i}]", item)
         else:

@@ -70,7 +70,7 @@ def _rules(config: GovernorConfig) -> dict[str, _Rule]:
         **dict.fromkeys(("drift", "drift_sum", "collapse", "shift_sum"), _AT_LEAST_0),
         **dict.fromkeys(("life_min", "life_max", "last_healthy", "drift_mean", "learnt_level"), _FINITE),
         **dict.fromkeys(("shift_level", "shift_top", "shift_fast"), _FINITE),
-        **dict.fromkeys(("rollback", "restore_order", "last_good", "learnt"), _FLAG),
+        **dict.fromkeys(("rollback", "restore_order", "last_good", "learnt", "held"), _FLAG),
         **dict.fromkeys(("capture_order_0", "capture_order_1", "candidate"), _SLOT_OR_NONE),
         **dict.fromkeys(("tensor_index", "candidate_bad"), _COUNT_OR_NONE),
         **dict.fromkeys(("restored_capture", "restored_step"), _COUNT_OR_NONE),

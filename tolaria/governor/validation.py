@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from tolaria.governor.config import GovernorConfig
-from tolaria.governor.plain_values import is_number, said
+from torch import Tensor
+
+from tolaria._arguments import as_number
 
 _LEAST = 3
 """Validations before one can be judged."""
@@ -18,18 +19,39 @@ _DEVIATIONS = 6.0
 _NORMAL = 1.4826
 """Standard deviations in a median absolute deviation, of a normal distribution."""
 _FLOOR = 0.05
+_DIRECTIONS = (None, True, False)
+"""Whether higher is better, by its number in a saved form; not said yet."""
+
+
+def as_metric(metric: object) -> float:
+    """A validated metric as a number; of a tensor on a device it waits.
+
+    Raises:
+        TypeError: it is neither a number nor a floating tensor.
+        ValueError: it has more than one element.
+    """
+    if not isinstance(metric, Tensor):
+        return as_number("metric", metric)
+    if not metric.is_floating_point():
+        raise TypeError(f"metric: expected a floating tensor, got {metric.dtype}")
+    if metric.numel() != 1:
+        raise ValueError(f"metric: expected one value, got shape {tuple(metric.shape)}")
+    return float(metric)  # sync: asked for by name
 
 
 class ValidationWindow:
     """The healthy values of one metric, and how many bad ones came in a row since.
 
-    A value is bad if it is not finite, or lies ``6`` deviations on the worse side of the window's median. A
+    A value is bad if it is not finite, or lies six deviations on the worse side of the window's median. A
     deviation is the median absolute deviation in terms of a normal distribution (Rousseeuw and Croux, JASA
     88, 1993), at least 5% of the median.
+
+    Args:
+        patience: bad values in a row that call for a rollback.
     """
 
-    def __init__(self, config: GovernorConfig) -> None:
-        self._patience = config.validation_patience
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
         self._values: deque[float] = deque(maxlen=_WINDOW)
         self._higher_is_better: bool | None = None
         self.bad_in_a_row = 0
@@ -68,32 +90,25 @@ class ValidationWindow:
         """Plain values for :meth:`load_saved_form`."""
         return {
             "values": list(self._values),
-            "higher_is_better": self._higher_is_better,
+            "direction": _DIRECTIONS.index(self._higher_is_better),
             "bad_in_a_row": self.bad_in_a_row,
         }
 
     def load_saved_form(self, saved: Mapping[str, Any]) -> None:
         """Go on where an earlier run was."""
-        self._values = deque(saved["values"], maxlen=_WINDOW)
-        self._higher_is_better = saved["higher_is_better"]
+        self._values.extend(saved["values"])
+        self._higher_is_better = _DIRECTIONS[saved["direction"]]
         self.bad_in_a_row = saved["bad_in_a_row"]
 
 
-def check_saved_validation(saved: object) -> None:
-    """What :meth:`ValidationWindow.saved_form` gives.
+def check_saved_validation(saved: Mapping[str, Any]) -> None:
+    """What :meth:`ValidationWindow.saved_form` gives, of which shape and kinds have been checked.
 
     Raises:
-        ValueError: it is something else; the message names the entry.
+        ValueError: a value is not finite, or the direction is none.
     """
-    if not isinstance(saved, Mapping) or set(saved) != {"values", "higher_is_better", "bad_in_a_row"}:
-        raise ValueError(f"validation: expected values, higher_is_better and bad_in_a_row, got {said(saved)}")
-    values, count = saved["values"], saved["bad_in_a_row"]
-    is_listed = isinstance(values, list | tuple) and len(values) <= _WINDOW
-    if not is_listed or not all(is_number(v) and math.isfinite(v) for v in values):
-        raise ValueError(f"validation.values: expected at most {_WINDOW} finite numbers, got {said(values)}")
-    if saved["higher_is_better"] not in (None, True, False):
-        raise ValueError(
-            f"validation.higher_is_better: expected a bool or None, got {said(saved['higher_is_better'])}"
-        )
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"validation.bad_in_a_row: expected a count, got {said(count)}")
+    for i, value in enumerate(saved["values"]):
+        if not math.isfinite(value):
+            raise ValueError(f"policy.validation.values[{i}]: expected a finite number, got {value}")
+    if saved["direction"] >= len(_DIRECTIONS):
+        raise ValueError(f"policy.validation.direction: expected 0 to 2, got {saved['direction']}")

@@ -108,8 +108,8 @@ def governor_order_(
 ) -> None:
     """Order something for governor ``column``, from outside the rule.
 
-    A rollback, a capture, a promotion, that it forgets all losses, or that the shift test learns its level
-    anew.
+    A rollback, a capture, a promotion, that it forgets all losses, that the shift test learns its level anew,
+    that nothing is captured and promoted for now, or that it is again.
 
     Args:
         state: float64 ``(fields, n)``; updated in place.

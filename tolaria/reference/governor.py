@@ -140,7 +140,9 @@ def _accept(
 def _advance_slots(g: Governors, rows: Tensor, healthy: Tensor, paused: Tensor) -> None:
     pending = rows & (g[_S.candidate] >= 0)
     lost = pending & (~healthy | (g[_S.candidate_done] != ALL_PARTS_DONE))
-    waits = paused | (g.live(_M.collapse) > 0) | is_suspicious(g, g.live(_M.shift_sum))
+    waits = (
+        paused | (g.live(_M.collapse) > 0) | is_suspicious(g, g.live(_M.shift_sum)) | (g.live(_M.held) != 0)
+    )
     counted = pending & ~lost & ~waits
     _cancel_candidate(g, lost)
     g.put(_S.candidate_healthy, counted, g[_S.candidate_healthy] + 1.0)
@@ -305,6 +307,8 @@ def governor_order_(
     elif order == Order.RELEARN:
         for field in (_M.shift_count, _M.shift_sum, _M.shift_armed):
             g.put(g.memory(field), row, 0.0)
+    elif order in (Order.HOLD, Order.RELEASE):
+        g.put(g.memory(_M.held), row, float(order == Order.HOLD))
     else:
         g.block(0).copy_(torch.where(row, 0.0, g.block(0)))
         for field in range(_S.life_count, _S.life_max + 1):

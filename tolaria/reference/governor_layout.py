@@ -41,7 +41,7 @@ MemoryField = IntEnum(
         "drift_count", "drift_mean", "drift_variance", "drift_sum", "skips",
         "learnt", "learnt_level", "collapse",
         "shift_count", "shift_level", "shift_spread", "shift_top", "shift_fast", "shift_wander",
-        "shift_sum", "shift_armed",
+        "shift_sum", "shift_armed", "held",
     ],
     start=0,
 )  # fmt: skip
@@ -105,6 +105,10 @@ class PanicReason(IntEnum):
     """The gradient was not finite, or its norm exploded."""
     DRIFT = 7
     """The losses have been climbing for long, each by little, or stay above their level for good."""
+    SUSPICIOUS_STATE = 8
+    """A capture found a parameter or buffer far larger than in any promoted capture."""
+    VALIDATION = 9
+    """What the caller validates collapsed."""
 
 
 class EventKind(IntEnum):
@@ -124,6 +128,8 @@ class Order(IntEnum):
     PROMOTE = 2
     FORGET = 3
     RELEARN = 4
+    HOLD = 5
+    RELEASE = 6
 
 
 MAX_WINDOW = 4096

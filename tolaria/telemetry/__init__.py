@@ -11,6 +11,7 @@ from tolaria.telemetry.events import (
     RollbackEvent,
     SeedCulledEvent,
     StructureEvent,
+    ValidationEvent,
     VerdictEvent,
 )
 from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
@@ -33,6 +34,7 @@ __all__ = [
     "Sink",
     "StructureEvent",
     "TensorBoardSink",
+    "ValidationEvent",
     "Verdict",
     "VerdictEvent",
     "Verification",

@@ -65,6 +65,19 @@ class ResumeEvent(GovernorEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationEvent(GovernorEvent):
+    """A validated metric that collapsed: not finite, or beyond what is usual for it."""
+
+    metric: float
+    bound: float | None
+    """What it must not pass on its worse side; None while too few values are known."""
+    bad_in_a_row: int
+    """How many were so since the last good one."""
+    rollback: bool
+    """Whether it calls for a rollback; until then nothing is captured and nothing promoted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerdictEvent(GovernorEvent):
     """A verdict that was not healthy."""
 

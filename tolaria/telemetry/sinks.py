@@ -10,7 +10,14 @@ from types import TracebackType
 from typing import IO, Protocol
 
 from tolaria._arguments import check_each
-from tolaria.telemetry.events import CaptureEvent, GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
+from tolaria.telemetry.events import (
+    CaptureEvent,
+    GovernorEvent,
+    PromotionEvent,
+    RollbackEvent,
+    ValidationEvent,
+    VerdictEvent,
+)
 
 _log = logging.getLogger("tolaria.governor")
 
@@ -55,7 +62,7 @@ class LoggingSink:
         level = logging.INFO
         if isinstance(event, RollbackEvent):
             level = logging.ERROR
-        elif isinstance(event, VerdictEvent):
+        elif isinstance(event, VerdictEvent | ValidationEvent):
             level = logging.WARNING
         apart = ("kind", "step", "time_s", "row", "tag", "governor")
         details = {k: v for k, v in event.as_dict().items() if k not in apart}
