@@ -89,7 +89,7 @@ def test_a_collapse_that_lasts_is_rolled_back(device: str) -> None:
         ([1e-4, 1.1e-4, 1.2e-4, 1e-2, 1e-2], False, 1),
     ],
 )
-def test_what_is_a_collapse(values: list[float], higher: bool, found: int) -> None:  # noqa: FBT001
+def test_what_is_a_collapse(values: list[float], higher: bool, found: int) -> None:
     assert sum(Run().validate(*values, higher=higher, steps=1)) == found
 
 

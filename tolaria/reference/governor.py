@@ -305,8 +305,8 @@ def governor_order_(
     elif order == Order.PROMOTE:
         _promote_candidate(g, row & (g[_S.candidate] >= 0))
     elif order == Order.RELEARN:
-        for field in (_M.shift_count, _M.shift_sum, _M.shift_armed):
-            g.put(g.memory(field), row, 0.0)
+        for of_shift in (_M.shift_count, _M.shift_sum, _M.shift_armed):
+            g.put(g.memory(of_shift), row, 0.0)
     elif order in (Order.HOLD, Order.RELEASE):
         g.put(g.memory(_M.held), row, float(order == Order.HOLD))
     else:
