@@ -55,6 +55,7 @@ class PlainRule:
     start: float = 0.0
     lately: float = 0.0
     wandering: float = 0.0
+    loudness: float = 0.0
     shift: float = 0.0
     armed: int = 0
 
@@ -95,7 +96,7 @@ class PlainRule:
             return "DRIFT", True
         self.drift = drift
         self.move_baseline(x)
-        self.move_level(x, scale)
+        self.move_level(x, scale, norm)
         if self.learnt and self.guess is not None:
             self.level += (min(x, self.band[0] * self.guess) - self.level) / 64.0
         if norm is not None:
@@ -135,18 +136,21 @@ class PlainRule:
         if not self.shift_horizon:
             return 0.0, False
         self.armed = max(0, self.armed - 1)
-        knows_norms = norm is not None and len(self.norms) >= self.min_history
-        if knows_norms and norm > self.shift_spike * self.statistics(self.norms)[0]:
+        knows = self.seen >= self.shift_horizon / 2
+        knows_norm = norm is not None and knows and self.loudness > 0
+        if knows_norm and norm > self.shift_spike * self.loudness:
             self.armed = 80
         scale = max(self.deviation, 8.0 * self.wandering, 0.02 * (self.start - self.typical))
         scale = max(scale, self.min_std * self.typical)
-        if self.seen < self.shift_horizon / 2:
+        if not knows:
             return scale, False
         distance = x - self.typical
         if scale > 0 and math.isfinite(distance / scale):
             z = distance / scale
         else:
             z = math.copysign(math.inf, distance) if distance != 0 else 0.0
+        if knows_norm and norm < 0.25 * self.loudness and z > 0:
+            z += 1.0
         z = min(2.0, max(-1.0, z - (0.0 if self.armed else self.shift_slack)))
         self.shift = min(max(self.shift + z, 0.0), 2.0 * self.shift_threshold)
         shifted = self.shift >= self.shift_threshold / (3.0 if self.armed else 1.0)
@@ -154,7 +158,7 @@ class PlainRule:
             self.seen, self.shift, self.armed = 0, 0.0, 0
         return scale, shifted
 
-    def move_level(self, x: float, scale: float) -> None:
+    def move_level(self, x: float, scale: float, norm: float | None) -> None:
         if not self.shift_horizon or self.shift > 0.15 * self.shift_threshold:
             return
         knows = self.seen >= self.shift_horizon / 2
@@ -169,6 +173,9 @@ class PlainRule:
         wandering = self.wandering + (max(0.0, lately - moved) - self.wandering) / (4.0 * self.shift_horizon)
         if all(map(math.isfinite, (moved, wider, lately, wandering))):
             self.seen, self.typical, self.deviation, self.lately = seen, moved, wider, lately
+            if norm is not None:
+                heard = min(norm, 4.0 * self.loudness) if knows and self.loudness > 0 else norm
+                self.loudness = self.loudness + (heard - self.loudness) / seen if self.loudness > 0 else heard
             if knows:
                 self.wandering = wandering
             else:
@@ -223,4 +230,5 @@ class PlainRule:
         self.norms, self.baseline, self.drift = [], (0.0, 0.0, 0.0), 0.0
         self.learnt, self.level, self.evidence = False, 0.0, 0.0
         self.seen = self.armed = 0
-        self.typical = self.deviation = self.start = self.lately = self.wandering = self.shift = 0.0
+        self.typical = self.deviation = self.start = self.lately = 0.0
+        self.wandering = self.loudness = self.shift = 0.0

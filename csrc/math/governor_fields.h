@@ -28,7 +28,7 @@ namespace tolaria::math {
   X(drift_count) X(drift_mean) X(drift_variance) X(drift_sum) X(skips)                                   \
   X(learnt) X(learnt_level) X(collapse)                                                                  \
   X(shift_count) X(shift_level) X(shift_spread) X(shift_top) X(shift_fast) X(shift_wander) X(shift_sum)   \
-  X(shift_armed) X(held)
+  X(shift_gradient) X(shift_armed) X(held)
 
 #define TOLARIA_GOVERNOR_CONFIG(X)                                                                       \
   X(window) X(min_history) X(absolute_threshold) X(sensitivity) X(multiplier) X(rule_any) X(min_std)     \
@@ -106,6 +106,8 @@ constexpr double kShiftRange = 0.02;      // of what the losses have come down, 
 constexpr double kShiftFast = 10.0;       // losses over which the faster level forgets
 constexpr double kShiftWander = 8.0;      // times what that wanders above the level, counted as spread at least
 constexpr double kShiftSlower = 4.0;      // horizons over which the wandering is forgotten
+constexpr double kShiftFaint = 0.25;      // of its level: a gradient below it is one from which little is learnt
+constexpr double kShiftFaintness = 1.0;   // what that adds to a loss above the level
 constexpr double kShiftSuspicion = 0.15;  // of the threshold: from here on nothing is learnt and nothing promoted
 constexpr double kShiftArmed = 80.0;      // losses for which a spike of the gradient makes the test keener
 constexpr double kShiftKeener = 3.0;      // by which its threshold is then divided; its slack is 0

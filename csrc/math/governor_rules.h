@@ -157,23 +157,27 @@ TOLARIA_LANEWISE void remember_chance(const Column& g, const double* c, const Ch
 // weight, in mean absolute deviations from a level that forgets. A spread below a share of a positive level, or of what
 // the losses have come down since the start, counts as that share: late in a run a jump that costs nothing is no shift.
 // Losses that depend on those before wander for a while without having shifted: how far a faster level is used to lie
-// above the slower one counts, too.
+// above the slower one counts, too. A loss above its level of which the gradient says little counts for more: such a state
+// does not learn its way back.
 template <class Column>
 struct Shift {
   typename Column::Mask is_ready;  // the level is known
   typename Column::Mask found;
-  typename Column::Real scale, sum, armed;
+  typename Column::Mask has_norm;
+  typename Column::Real scale, sum, armed, norm;
 };
 
 template <class Column, class Real>
 TOLARIA_LANEWISE Shift<Column> shift_with(const Column& g, const double* c, const Real& x,
-                                          const typename Column::Mask& is_spike) {
+                                          const Real& norm, const typename Column::Mask& has_norm) {
   using Mask = typename Column::Mask;
   const double horizon = c[config::shift_horizon], threshold = c[config::shift_threshold];
   const Real level = g.live(memory::shift_level), spread_ = g.live(memory::shift_spread), sum = g.live(memory::shift_sum);
   const Real top = g.live(memory::shift_top), range = kShiftRange * (top - level), zero = spread<Real>(0.0);
   const Real count = g.live(memory::shift_count), armed = g.live(memory::shift_armed), left = armed - 1.0;
   Shift<Column> t;
+  t.norm = norm;
+  t.has_norm = has_norm;
   if (horizon == 0.0) {
     t.is_ready = t.found = Mask{};
     t.scale = zero;
@@ -186,10 +190,15 @@ TOLARIA_LANEWISE Shift<Column> shift_with(const Column& g, const double* c, cons
   t.is_ready = count >= 0.5 * horizon;
   const Real widest = select(wider < range, range, wider), share = c[config::min_std] * level;
   t.scale = select(widest < share, share, widest);
+  const Real usual = g.live(memory::shift_gradient);
+  const Mask knows_norm = t.is_ready & has_norm & (usual > 0.0);
+  const Mask is_spike = knows_norm & (norm > c[config::shift_spike] * usual);
+  const Mask is_faint = knows_norm & (norm < kShiftFaint * usual);
   t.armed = select(is_spike, spread<Real>(kShiftArmed), select(left > 0.0, left, zero));
   const Mask is_armed = t.armed > 0.0;
   Real z = (x - level) / t.scale;
-  z = select(z == z, z, zero) - select(is_armed, zero, spread<Real>(c[config::shift_slack]));
+  z = select(z == z, z, zero);
+  z = select(is_faint & (z > 0.0), z + kShiftFaintness, z) - select(is_armed, zero, spread<Real>(c[config::shift_slack]));
   z = select(z > kShiftMost, spread<Real>(kShiftMost), select(z < kShiftLeast, spread<Real>(kShiftLeast), z));
   const Real next = sum + z, most = spread<Real>(2.0 * threshold);  // so that it comes down again
   t.sum = one_nan(select(t.is_ready, select(next > most, most, select(next > 0.0, next, zero)), sum));
@@ -223,6 +232,9 @@ TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shi
   const Real faster = fast + (level + d - fast) / sooner;
   const Real above = select(faster > moved, faster - moved, zero);
   const Real farther = wander + (above - wander) / (kShiftSlower * c[config::shift_horizon]);
+  const Real usual = g.live(memory::shift_gradient), loudest = kShiftClip * usual, norm = t.norm;
+  const Real heard = select(t.is_ready & (usual > 0.0) & (norm > loudest), loudest, norm);
+  const Real tuned = select(usual > 0.0, usual + (heard - usual) / count, heard);
   const auto fits = is_bounded(moved) & is_bounded(wider) & is_bounded(faster) & is_bounded(farther);
   const auto moves = joins & !is_suspicious(g, c, t.sum) & fits;
   g.live(memory::shift_count) = select(t.found, zero, select(moves, count, before));
@@ -231,6 +243,7 @@ TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shi
   g.live(memory::shift_top) = select(moves & !t.is_ready & (moved > top), moved, top);
   g.live(memory::shift_fast) = select(moves, faster, fast);
   g.live(memory::shift_wander) = select(moves & t.is_ready, farther, wander);
+  g.live(memory::shift_gradient) = select(moves & t.has_norm & is_bounded(tuned), tuned, usual);
   g.live(memory::shift_sum) = select(t.found, zero, t.sum);
   g.live(memory::shift_armed) = select(t.found, zero, t.armed);
 }
@@ -280,7 +293,6 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
   f.thresholds = thresholds(c, m.mean, f.std);
   f.steepest = spread<Real>(std::numeric_limits<double>::infinity());
   f.judges_gradient = f.nonfinite_gradient = f.steep = Mask{};
-  Mask is_spike{};
   if (s.has_gradient) {
     // Under a GradScaler an overflow is routine, and the step was left out: there is no gradient to judge.
     const Mask finite = is_bounded(norm), always = finite | !finite;
@@ -288,12 +300,9 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
     f.steepest = select(f.judges_gradient, gradient_threshold(g, c, of_gradients), f.steepest);
     f.nonfinite_gradient = f.judges_gradient & !finite;
     f.steep = f.judges_gradient & (norm > f.steepest);
-    const Real norms = g.live(memory::gradient_size);
-    is_spike = f.judges_gradient & (norms >= c[config::min_history]) &
-               (norm > c[config::shift_spike] * of_gradients.mean);
   }
   f.drift = drift_with(g, c, x);
-  f.shift = shift_with(g, c, x, is_spike);
+  f.shift = shift_with(g, c, x, norm, f.judges_gradient);
   f.climbed = c[config::shift_horizon] != 0.0 ? f.shift.sum : f.drift;
 
   f.poisoned_capture = (candidate >= 0.0) & (candidate_bad >= 0.0);

@@ -176,7 +176,9 @@ def restarted(losses: Tensor, rates: list[float]) -> int:
     """Rollbacks of a run with these losses, whose rate at each step is this."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=rates[0])
-    governor = TolariaGovernor(model, optimizer, config=GovernorConfig.balanced(max_rollbacks=1000))
+    governor = TolariaGovernor(
+        model, optimizer, config=GovernorConfig.balanced(max_restores_of_one_capture=1000)
+    )
     for loss, rate in zip(losses.tolist(), rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate
         model.weight.grad, model.bias.grad = torch.zeros(1, 2), torch.zeros(1)

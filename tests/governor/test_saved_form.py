@@ -28,7 +28,7 @@ ANY |= {"gradient_norm", "gradient_threshold", "life_mean"}
 FINITE = {"life_min", "life_max", "last_healthy", "drift_mean", "learnt_level"}
 FINITE |= {"shift_level", "shift_top", "shift_fast"}
 NOT_BELOW_0 = {"life_m2", "drift_variance", "drift", "drift_sum", "collapse"}
-NOT_BELOW_0 |= {"shift_spread", "shift_wander", "shift_sum"}
+NOT_BELOW_0 |= {"shift_spread", "shift_wander", "shift_sum", "shift_gradient"}
 AT_MOST_0 = {"reward"}
 
 

@@ -62,13 +62,13 @@ class GovernorConfig:
     shift_horizon: int = 0
     """Losses over which the shift test's level forgets; it knows a level after half of them. 0: no shift test
     (losses)."""
-    shift_slack: float = 0.6
+    shift_slack: float = 0.5
     """Mean absolute deviations above the level that the shift test lets pass, at each loss (>= 0)."""
     shift_threshold: float = 60.0
     """The shift sum that orders a rollback: twice the losses that a large shift takes, since one loss adds 2
     at most (mean absolute deviations times losses, > 0)."""
     shift_spike: float = math.inf
-    """A gradient norm above so many means of its window makes the shift test keener for 80 losses: no slack,
+    """A gradient norm above so many times its level makes the shift test keener for 80 losses: no slack,
     and a third of the threshold (dimensionless, > 0)."""
     validation_patience: int = 2
     """Bad values in a row that :meth:`TolariaGovernor.step_validation` rolls back at (>= 1)."""

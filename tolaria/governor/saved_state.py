@@ -64,7 +64,7 @@ def _rules(config: GovernorConfig) -> dict[str, _Rule]:
         "drift_count": _whole(0, max(1, config.drift_horizon)),
         "shift_count": _whole(0, config.shift_horizon),
         "shift_armed": _whole(0, int(SHIFT_ARMED)),
-        **dict.fromkeys(("shift_spread", "shift_wander"), _AT_LEAST_0),
+        **dict.fromkeys(("shift_spread", "shift_wander", "shift_gradient"), _AT_LEAST_0),
         # With a horizon of 1 rounding can take a variance below 0; with any other it cannot.
         "drift_variance": _FINITE if config.drift_horizon == 1 else _AT_LEAST_0,
         **dict.fromkeys(("drift", "drift_sum", "collapse", "shift_sum"), _AT_LEAST_0),

@@ -183,14 +183,12 @@ def governor_step_(
     )
     explosion = torch.where(size < c(ConfigField.min_history), x > c(ConfigField.warmup_bound), explosion)
     norm, has_norm = gradient_norm(g, gradient)
-    steepest, is_spike = torch.full_like(x, torch.inf), torch.zeros_like(has_norm)
+    steepest = torch.full_like(x, torch.inf)
     judged = torch.full_like(x, -1.0) if norm is None else torch.where(has_norm, norm, -1.0)
     if norm is not None:
         of_gradients = window_moments(g.gradients(), g.live(_M.gradient_size))
         steepest = torch.where(has_norm, gradient_threshold(g, of_gradients), torch.inf)
-        is_spike = has_norm & (g.live(_M.gradient_size) >= c(ConfigField.min_history))
-        is_spike = is_spike & (norm > c(ConfigField.shift_spike) * of_gradients[0])
-    drift, shift = drift_with(g, x), shift_with(g, x, is_spike)
+    drift, shift = drift_with(g, x), shift_with(g, x, judged, has_norm)
     # The rules in their order of precedence; a row falls to the first that holds.
     poisoned = (g[_S.candidate] >= 0) & (g[_S.candidate_bad] >= 0)
     nonfinite_loss = ~poisoned & ~finite

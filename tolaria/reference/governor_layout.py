@@ -41,7 +41,7 @@ MemoryField = IntEnum(
         "drift_count", "drift_mean", "drift_variance", "drift_sum", "skips",
         "learnt", "learnt_level", "collapse",
         "shift_count", "shift_level", "shift_spread", "shift_top", "shift_fast", "shift_wander",
-        "shift_sum", "shift_armed", "held",
+        "shift_sum", "shift_gradient", "shift_armed", "held",
     ],
     start=0,
 )  # fmt: skip

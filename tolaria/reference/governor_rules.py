@@ -20,6 +20,7 @@ _LEVEL_HORIZON = 64.0
 _WORSE_THAN_CHANCE = 0.25
 _SHIFT_MOST, _SHIFT_LEAST, _SHIFT_CLIP, _SHIFT_RANGE = 2.0, -1.0, 4.0, 0.02
 _SHIFT_FAST, _SHIFT_WANDER, _SHIFT_SLOWER = 10.0, 8.0, 4.0
+_SHIFT_FAINT, _SHIFT_FAINTNESS = 0.25, 1.0
 _SHIFT_SUSPICION, SHIFT_ARMED, _SHIFT_KEENER = 0.15, 80.0, 3.0
 
 
@@ -98,10 +99,12 @@ class Shift(NamedTuple):
     scale: Tensor
     total: Tensor
     armed: Tensor
+    norm: Tensor
+    has_norm: Tensor
 
 
-def shift_with(g: Governors, x: Tensor, is_spike: Tensor) -> Shift:
-    """What the loss ``x`` says of that; ``is_spike``: where its gradient is far above its window."""
+def shift_with(g: Governors, x: Tensor, norm: Tensor, has_norm: Tensor) -> Shift:
+    """What the loss ``x`` says of that, and the norm of its gradient where there is one."""
     c = g.setting
     horizon, threshold = c(ConfigField.shift_horizon), c(ConfigField.shift_threshold)
     level, spread, total = g.live(_M.shift_level), g.live(_M.shift_spread), g.live(_M.shift_sum)
@@ -113,17 +116,23 @@ def shift_with(g: Governors, x: Tensor, is_spike: Tensor) -> Shift:
     widest, share = torch.where(wider < least, least, wider), c(ConfigField.min_std) * level
     scale = torch.where(widest < share, share, widest)
     left = g.live(_M.shift_armed) - 1.0
+    usual = g.live(_M.shift_gradient)
+    knows_norm = is_ready & has_norm & (usual > 0)
+    is_spike = knows_norm & (norm > c(ConfigField.shift_spike) * usual)
+    is_faint = knows_norm & (norm < _SHIFT_FAINT * usual)
     armed = torch.where(is_spike, SHIFT_ARMED, torch.where(left > 0, left, 0.0))
     armed = torch.where(is_on, armed, g.live(_M.shift_armed))
     is_armed = armed > 0
     z = (x - level) / scale
-    z = torch.where(z.isnan(), 0.0, z) - torch.where(is_armed, 0.0, c(ConfigField.shift_slack))
+    z = torch.where(z.isnan(), 0.0, z)
+    z = torch.where(is_faint & (z > 0), z + _SHIFT_FAINTNESS, z)
+    z = z - torch.where(is_armed, 0.0, c(ConfigField.shift_slack))
     following = total + z.clamp(_SHIFT_LEAST, _SHIFT_MOST)
     most = 2.0 * threshold
     following = torch.where(following > most, most, torch.where(following > 0, following, 0.0))
     total = torch.where(is_ready, following, total)
     found = is_ready & (total >= torch.where(is_armed, threshold / _SHIFT_KEENER, threshold))
-    return Shift(is_ready, found, scale, total, armed)
+    return Shift(is_ready, found, scale, total, armed, norm, has_norm)
 
 
 def is_suspicious(g: Governors, total: Tensor) -> Tensor:
@@ -149,6 +158,10 @@ def remember_shift(g: Governors, rows: Tensor, shift: Shift, x: Tensor, joins: T
     faster = fast + (level + d - fast) / torch.where(count < _SHIFT_FAST, count, _SHIFT_FAST)
     above = torch.where(faster > moved, faster - moved, 0.0)
     farther = wander + (above - wander) / (_SHIFT_SLOWER * horizon)
+    usual = g.live(_M.shift_gradient)
+    loudest = _SHIFT_CLIP * usual
+    heard = torch.where(shift.is_ready & (usual > 0) & (shift.norm > loudest), loudest, shift.norm)
+    tuned = torch.where(usual > 0, usual + (heard - usual) / count, heard)
     moves = rows & joins & ~is_suspicious(g, shift.total)
     moves = moves & moved.isfinite() & wider.isfinite() & faster.isfinite() & farther.isfinite()
     g.put(g.memory(_M.shift_count), moves, count)
@@ -158,6 +171,7 @@ def remember_shift(g: Governors, rows: Tensor, shift: Shift, x: Tensor, joins: T
     g.put(g.memory(_M.shift_top), moves & ~shift.is_ready & (moved > g.live(_M.shift_top)), moved)
     g.put(g.memory(_M.shift_fast), moves, faster)
     g.put(g.memory(_M.shift_wander), moves & shift.is_ready, farther)
+    g.put(g.memory(_M.shift_gradient), moves & shift.has_norm & tuned.isfinite(), tuned)
     g.put(g.memory(_M.shift_sum), rows, torch.where(shift.found, 0.0, shift.total))
     g.put(g.memory(_M.shift_armed), rows, torch.where(shift.found, 0.0, shift.armed))
 
