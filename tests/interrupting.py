@@ -7,7 +7,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -64,6 +64,17 @@ class Interruption:
             sys.settrace(before)
             if collects:
                 gc.enable()
+
+    def stops(self, call: Callable[[], object]) -> bool:
+        """Make the call; whether it was interrupted. A place may be one that only the first call passes."""
+        with suppress(KeyboardInterrupt), self.on():
+            call()
+        return self.has_happened
+
+    def named(self, at: int) -> str:
+        """Place number ``at`` in words."""
+        code, line = list(self.places)[at]
+        return f"{Path(code.co_filename).name}:{line} {code.co_name}"
 
 
 class Counter:

@@ -74,7 +74,8 @@ for rank in range(2):
 while not all(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children):
     if any(name.startswith("step_") for name in os.listdir(folder)):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # the newest was replaced meanwhile: it says so
+            # The newest was replaced meanwhile: it says so.
+            warnings.filterwarnings("ignore", ".* is read instead$", RuntimeWarning)
             document, tensors = read(folder)
         assert tensors["w"].unique().tolist() == [float(document["rank"])]
 codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
