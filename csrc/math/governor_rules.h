@@ -173,7 +173,7 @@ struct Findings {
   typename Column::Real std;
   Thresholds<typename Column::Real> thresholds;
   typename Column::Real steepest, drift;
-  typename Column::Mask judges_gradient, poisoned_capture, nonfinite, nonfinite_gradient, paused, collapsed, exploded,
+  typename Column::Mask judges_gradient, poisoned_capture, suspected, nonfinite, nonfinite_gradient, paused, collapsed, exploded,
       steep, drifted;
   ChanceLevel<Column> chance;
 
@@ -191,6 +191,7 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
   using Mask = typename Column::Mask;
   const Real x = s.loss, norm = s.gradient_norm, size = g.live(memory::history_size);
   const Real candidate = g[field::candidate], candidate_bad = g[field::candidate_bad], pause = g[field::cooldown_left];
+  const Real suspect = g[field::suspect], looks = spread<Real>(c[config::suspicious_state]);
   Findings<Column> f;
   f.std = root(m.m2 / size);
   f.thresholds = thresholds(c, m.mean, f.std);
@@ -207,6 +208,7 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
   f.drift = drift_with(g, c, x);
 
   f.poisoned_capture = (candidate >= 0.0) & (candidate_bad >= 0.0);
+  f.suspected = (candidate >= 0.0) & (suspect >= 0.0) & (looks != 0.0);
   f.nonfinite = s.is_flagged | !is_bounded(x);
   f.paused = pause > 0.0;
   f.chance = chance_level(g, c, x, m, f.std);
