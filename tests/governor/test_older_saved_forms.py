@@ -22,7 +22,9 @@ NAN = math.nan
 def of_version_4(saved: dict[str, Any]) -> dict[str, Any]:
     """What version 4 would have saved, which knew nothing of what a network has learnt."""
     old: dict[str, Any] = {**copy.deepcopy(saved), "version": 4}
-    del old["config"]["lobotomy_rule"], old["config"]["collapse_patience"]
+    for name in ("lobotomy_rule", "collapse_patience", "suspicious_state"):
+        del old["config"][name]
+    del old["magnitudes"]
     old["state"] = [saved["state"][row] for row in rows_of(*_VERSION_4)]
     return old
 
@@ -167,7 +169,10 @@ def test_a_state_of_version_2_is_converted() -> None:
     saved["policy"] = {name: saved["policy"][name] for name in ("reports", "offending_steps")}
     other.load_state_dict(saved, keep_config=False)
     assert other.config == governor.config.replace(
-        skip_anomalous_steps=True, skips_before_rollback=0, lobotomy_rule="classic"
+        skip_anomalous_steps=True,
+        skips_before_rollback=0,
+        lobotomy_rule="classic",
+        suspicious_state="off",
     )
     assert (other.step_count, other.rollback_count) == (governor.step_count, governor.rollback_count)
     assert other.history == governor.history

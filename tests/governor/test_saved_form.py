@@ -172,7 +172,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "config: expected no other keys .* got 1",
     ),
     "config-window": (changed("config.window", 2**40), "window: expected an integer"),
-    "config-window-5": (changed("config.window", 12), r"state: expected 156 numbers, got 204"),
+    "config-window-5": (changed("config.window", 12), r"state: expected 160 numbers, got 208"),
     "config-negative": (changed("config.cooldown", -1), "cooldown: expected an integer"),
     "config-nan": (changed("config.sensitivity", NAN), "sensitivity: expected a number"),
     "config-huge": (changed("config.snapshot_interval", 10**400), "config.snapshot_interval: expected"),
@@ -299,7 +299,9 @@ def ways_into(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [way] * bool(way) + [found for key in keys for found in ways_into(value[key], (*way, key))]
 
 
-@pytest.mark.parametrize("section", ["version", "config", "random_guess_loss", "policy", "state"])
+@pytest.mark.parametrize(
+    "section", ["version", "config", "random_guess_loss", "policy", "state", "magnitudes"]
+)
 def test_whatever_stands_anywhere_is_taken_whole_or_refused(section: str) -> None:
     saved, source, refused = make(cooldown=2, drift_horizon=4).state_dict(), random.Random(0), 0
     ways = ways_into({section: saved[section]})

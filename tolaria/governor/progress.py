@@ -27,6 +27,7 @@ class Stuck:
         """What happened, what was tried, what is left to do."""
         last = self.reports[-1]
         between = f", followed by {', '.join(map(str, self.healthy))} healthy steps" if self.healthy else ""
+        found = f" in {last.tensor_name}" if last.tensor_name else ""
         tried = [f"{len(self.reports)} restores"]
         tried.append(
             f"{self.skipped} bad steps let pass (skips_before_rollback={config.skips_before_rollback})"
@@ -44,9 +45,9 @@ class Stuck:
         return (
             f"no progress: capture {last.restored_capture} of step {last.restored_step} was restored "
             f"{len(self.reports)} times in a row{between}, the last time at step {last.step} "
-            f"(reason {last.reason.name}, loss {last.loss:g}); tried: {'; '.join(tried)}; look at the data "
-            "of governor.offending_steps, lower the learning rate (lr_factor below 1), leave bad steps out "
-            "(skip_anomalous_steps), or raise max_restores_of_one_capture"
+            f"(reason {last.reason.name}{found}, loss {last.loss:g}); tried: {'; '.join(tried)}; look at the "
+            "data of governor.offending_steps, lower the learning rate (lr_factor below 1), leave bad steps "
+            "out (skip_anomalous_steps), or raise max_restores_of_one_capture"
         )
 
 

@@ -118,5 +118,5 @@ class Readings:
         at = self._attached
         graphs.refuse_recording(at.row.state.device, "governor.state_dict")
         return statistics.saved_form(
-            self.config, self.random_guess_loss, at.row.state, at.policy.saved_form()
+            self.config, self.random_guess_loss, at.row.state, at.policy.saved_form(), at.magnitudes()
         )

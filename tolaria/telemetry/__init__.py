@@ -2,6 +2,7 @@
 
 from tolaria.ops import PanicReason
 from tolaria.telemetry.events import (
+    AcceptanceEvent,
     AttachEvent,
     CaptureEvent,
     DroppedEventsEvent,
@@ -17,6 +18,7 @@ from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoar
 from tolaria.telemetry.verdict import GovernorReport, Verdict
 
 __all__ = [
+    "AcceptanceEvent",
     "AttachEvent",
     "CaptureEvent",
     "DroppedEventsEvent",
