@@ -109,9 +109,9 @@ class Scene:
         self._magnitudes = any_values((4, len(MagnitudeField)), source)
         self._magnitudes[:, MagnitudeField.now] = 0.0
         if self._draw([True, True, False]):  # known, and with enough of a history
-            known = torch.tensor([0.5, 0.5, self._draw([1e-9, 1.0, 1e-4]), 3.0, 7.0, 1.0, 3.0, 2.0, 1.0])
+            known = torch.tensor([0.5, 0.5, self._draw([1e-9, 1.0, 1e-4]), 3.0, 7.0, 1.0, 3.0, 3.0, 2.0, 1.0])
             known[5] = self._draw([0.0, 1.0, 2.0])
-            self._magnitudes[:, :9] = known
+            self._magnitudes[:, : len(known)] = known
             self._magnitudes[:, MagnitudeField.birth] = torch.tensor([3.0, 4.0, 0.0, 0.0])
 
     def _draw(self, values: list[int] | list[float] | list[bool]) -> int:  # numbers of any kind

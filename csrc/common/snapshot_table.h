@@ -65,6 +65,11 @@ struct SnapshotTable {
     const bool is_judged = row.birth != 0 && row.tensor >= 0 && row.tensor < header->magnitude_room;
     return is_judged ? reinterpret_cast<math::MagnitudeHistory*>(header->magnitudes) + row.tensor : nullptr;
   }
+  // Whether a row of a judged tensor is all of it.
+  C10_HOST_DEVICE bool is_alone(const SnapshotRow& row, int part) const {
+    const SnapshotRow* next = &row + 1;
+    return row.birth > 0 && (next == rows + end(part) || next->birth >= 0);
+  }
   // Judges the tensor whose first row this is, once all its rows are copied into `slot`.
   C10_HOST_DEVICE math::Suspect weigh(const math::Governor& g, const SnapshotRow& row, int slot) const {
     math::MagnitudeHistory* m = row.birth > 0 ? magnitude_of(row) : nullptr;

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <mutex>
 #include <vector>
 
 #include "common/governor_batch.h"
@@ -149,6 +150,16 @@ void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& t
   const SnapshotTable t = checked_table(table);
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   int64_t first_bad = kNone;
+  math::Suspect suspect;
+  std::mutex suspecting;
+  const auto weigh = [&](const SnapshotRow& row) {
+    const math::Suspect found = t.weigh(g, row, slot);
+    if (!(found.tensor >= 0.0)) return;
+    const std::lock_guard<std::mutex> lock(suspecting);
+    suspect = math::later_of(suspect, found);
+  };
+  // A tensor of one row that one task copies, as most are, is weighed there and then; the others when all tasks are done.
+  std::vector<char> is_weighed(t.end(part) - t.begin(part), 0);
   const Copier copier(t.rows, t.begin(part), t.end(part));
   for_each_piece(t.rows, t.begin(part), t.end(part), [&](const SnapshotRow& row, int64_t offset, int64_t bytes) {
     if (row.check == kZeroed) {
@@ -158,12 +169,20 @@ void snapshot_capture_cpu(at::Tensor& state, int64_t column, const at::Tensor& t
     const double largest = copier.copy_weighed(address<char>(row.slot[slot], offset),
                                                address<const char>(row.live, offset), bytes, row.check);
     if (std::isinf(largest)) move_to(first_bad, row.tensor, std::less<>());
-    if (math::MagnitudeHistory* m = t.magnitude_of(row)) {
-      move_to(m->now, std::bit_cast<unsigned long long>(largest), std::greater<>());
+    math::MagnitudeHistory* m = t.magnitude_of(row);
+    if (m == nullptr) return;
+    const auto bits = std::bit_cast<unsigned long long>(largest);
+    if (bytes == row.bytes && t.is_alone(row, part)) {
+      m->now = bits;
+      weigh(row);
+      is_weighed[&row - t.rows - t.begin(part)] = 1;
+    } else {
+      move_to(m->now, bits, std::greater<>());
     }
   });
-  math::Suspect suspect;
-  for (int64_t r = t.begin(part); r < t.end(part); ++r) suspect = math::later_of(suspect, t.weigh(g, t.rows[r], slot));
+  for (int64_t r = t.begin(part); r < t.end(part); ++r) {
+    if (!is_weighed[r - t.begin(part)]) weigh(t.rows[r]);
+  }
   math::finish_capture_part(g, static_cast<int>(part), first_bad == kNone ? -1.0 : static_cast<double>(first_bad), suspect,
                             static_cast<double>(ticket));
 }

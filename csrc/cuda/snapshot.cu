@@ -149,10 +149,13 @@ __device__ math::Suspect weigh_part(const math::Governor& g, const SnapshotTable
     suspect = math::later_of(suspect, table.weigh(g, table.rows[r], slot));
   }
   if (!__syncthreads_or(suspect.tensor >= 0.0)) return suspect;
-  __shared__ math::Suspect found[kBlockThreads];
-  found[threadIdx.x] = suspect;
+  __shared__ double found[kBlockThreads][3];
+  double* own = found[threadIdx.x];
+  own[0] = suspect.tensor, own[1] = suspect.since, own[2] = suspect.times;
   __syncthreads();
-  for (int i = 0; threadIdx.x == 0 && i < kBlockThreads; ++i) suspect = math::later_of(suspect, found[i]);
+  for (int i = 0; threadIdx.x == 0 && i < kBlockThreads; ++i) {
+    suspect = math::later_of(suspect, {found[i][0], found[i][1], found[i][2]});
+  }
   return suspect;
 }
 

@@ -16,10 +16,12 @@ constexpr double kHistoryCaptures = 3.0;   // promoted captures of a tensor befo
 constexpr double kUnexpected = 1000.0;     // times its largest magnitude in those is suspicious
 constexpr double kExpected = 2.0;          // so many times are above suspicion again: a running average heals slowly
 constexpr double kLeastMagnitude = 1e-3;   // what counts in place of less: zero-born tensors grow by any factor
-constexpr double kFallen = 0.9;            // a suspicious level that falls below this share, or grows above that multiple,
-constexpr double kGrown = 2.0;             // of what it was when the suspicion began is another one
-constexpr double kSettledIntervals = 5.0;  // of captures at one level: it is taken for what the training wants
-constexpr double kSuspectedAgain = 3.0;    // captures at one level where each was undone: likewise
+// What has settled is trusted, since it is no accident: no capture was below kFallen of the lowest, or above kGrown times the
+// highest since the suspicion began. What swings between the two settles, what heals or explodes does not.
+constexpr double kFallen = 0.9;
+constexpr double kGrown = 2.0;
+constexpr double kSettledIntervals = 5.0;  // intervals between captures, for so long
+constexpr double kSuspectedAgain = 3.0;    // captures, where each was undone
 
 // What is known of one tensor. It begins anew with another tensor, whose `birth` is another.
 struct MagnitudeHistory {
@@ -27,8 +29,8 @@ struct MagnitudeHistory {
   double largest;   // in promoted captures, `folded` the last of them: that of the other slot joins at the next capture
   double promoted;  // how many there were
   double folded;
-  double suspected;  // captures in a row at a suspicious level, `level` as of step `since`
-  double level;
+  double suspected;  // suspicious captures since step `since`, when it was lower or higher than ever
+  double low, high;  // since the suspicion began
   double since;
   double rollbacks;  // how many there were when it was last suspicious
   double birth;
@@ -60,7 +62,7 @@ C10_HOST_DEVICE inline void fold_promoted(const Governor& g, MagnitudeHistory& m
 
 // A capture into `slot` has found the magnitude `now`, infinite where a value is not finite; whether that is suspicious.
 C10_HOST_DEVICE inline bool weigh(const Governor& g, MagnitudeHistory& m, double birth, double now, int slot) {
-  if (m.birth != birth) m = {{-1.0, -1.0}, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, birth, 0};
+  if (m.birth != birth) m = {{-1.0, -1.0}, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, birth, 0};
   fold_promoted(g, m, 1 - slot);
   m.slot[slot] = now;
   const double rollbacks = g[field::rollback_count];
@@ -72,14 +74,12 @@ C10_HOST_DEVICE inline bool weigh(const Governor& g, MagnitudeHistory& m, double
     m.suspected = 0.0;
     return false;
   }
-  if (m.suspected > 0.0 && now >= kFallen * m.level && now <= kGrown * m.level) {
-    m.suspected = one_nan(m.suspected + 1.0);
-  } else {
-    const double step = g[field::slot_step_0 + slot];
-    m.suspected = 1.0;
-    m.level = now;
-    m.since = step > 0.0 ? step : 0.0;
-  }
+  const bool is_first = !(m.suspected > 0.0), falls = is_first || now < kFallen * m.low;
+  const bool grows = is_first || now > kGrown * m.high;
+  m.suspected = falls || grows ? 1.0 : one_nan(m.suspected + 1.0);
+  if (falls || grows) m.since = g[field::slot_step_0 + slot] > 0.0 ? g[field::slot_step_0 + slot] : 0.0;
+  if (falls) m.low = now;
+  if (grows) m.high = now;
   m.rollbacks = rollbacks;
   return true;
 }

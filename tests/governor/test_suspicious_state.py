@@ -294,7 +294,7 @@ def test_a_level_that_lasts_for_five_intervals_is_accepted_and_told_once(place: 
 
 @pytest.mark.parametrize(("factor", "is_accepted"), [(0.995, True), (0.97, False), (1.1, True), (1.3, False)])
 def test_a_level_that_falls_or_multiplies_is_another_one(factor: float, is_accepted: bool) -> None:
-    """A tenth down or twice up, over the five intervals that it has to last."""
+    """A tenth down or twice up, over the five intervals that it has to last: it heals, or it explodes."""
     run = Run()
     run.to_capture()
     value = [1e8]
@@ -306,6 +306,21 @@ def test_a_level_that_falls_or_multiplies_is_another_one(factor: float, is_accep
     told = run.train(7 * INTERVAL, change)
     assert any(isinstance(e, AcceptanceEvent) for e in told) == is_accepted
     assert bool(promotions(told)) == is_accepted
+
+
+def test_a_level_that_swings_is_accepted_once_its_range_is_known() -> None:
+    """A buffer that adds up over an epoch and is reset: between 1,000 and 40,000, never the same twice."""
+    run = Run()
+    run.to_capture()
+    step = [0]
+
+    def change() -> None:
+        step[0] += 1
+        run.model.mean.fill_(1e3 + 1e3 * (7 * step[0] % 40))
+
+    told = run.train(16 * INTERVAL, change)
+    assert len([e for e in told if isinstance(e, AcceptanceEvent)]) == 1
+    assert promotions(told)
 
 
 def test_two_suspects_are_both_waited_for() -> None:

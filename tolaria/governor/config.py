@@ -69,7 +69,7 @@ class GovernorConfig:
     suspicious_state: Literal["off", "tell", "rollback"] = "tell"
     """What is done about a capture in which a parameter or buffer is beyond 1,000 times its largest magnitude
     (or 1e-3) in three or more promoted captures, until it is back within twice that. ``"tell"``: it is not
-    promoted, and an event names the tensor; a level that lasts for five capture intervals is accepted.
+    promoted, and an event names the tensor; one that settles there for five capture intervals is accepted.
     ``"rollback"``: the state goes back, too; a level that comes again after two rollbacks is accepted."""
     cooldown: int = 0
     """Steps after a rollback during which only non-finite losses are judged and none joins H (>= 0)."""

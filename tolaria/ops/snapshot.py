@@ -81,7 +81,7 @@ class SnapshotTable:
             of part 0, then of part 1, then spare room. On CUDA it never moves, since recorded graphs know its
             address: rows that outgrow it lie elsewhere, and the header says where.
         entries: the tensors behind the rows.
-        magnitudes: float64 ``(tensors, 11)`` on ``device``, by report index: how large each tensor was, in
+        magnitudes: float64 ``(tensors, 12)`` on ``device``, by report index: how large each tensor was, in
             either slot and in promoted captures (``tolaria.reference.magnitude.MagnitudeField``). None: no
             entry has a birth. Captures write to it.
     """

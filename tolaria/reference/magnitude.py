@@ -19,17 +19,17 @@ UNEXPECTED, EXPECTED = 1000.0, 2.0
 LEAST_MAGNITUDE = 1e-3
 """What counts in place of a smaller one, since zero-born tensors grow by any factor."""
 FALLEN, GROWN = 0.9, 2.0
-"""A suspicious level that leaves this range of what it was when the suspicion began is another one."""
+"""Shares of the lowest and of the highest since the suspicion began, within which it has settled."""
 SETTLED_INTERVALS = 5.0
-"""So many capture intervals at one level: it is taken for what the training wants."""
+"""Capture intervals for which it has to, to be trusted."""
 SUSPECTED_AGAIN = 3.0
-"""So many captures at one level, each of which was undone: likewise."""
+"""Captures for which it has to, where each was undone."""
 
 MagnitudeField = IntEnum(
     "MagnitudeField",
     [
         "slot_0", "slot_1", "largest", "promoted", "folded",
-        "suspected", "level", "since", "rollbacks", "birth", "now",
+        "suspected", "low", "high", "since", "rollbacks", "birth", "now",
     ],
     start=0,
 )  # fmt: skip
@@ -77,7 +77,7 @@ def weigh_(state: Tensor, column: int, slot: int, table: Tensor, rows: Tensor, n
         state: float64 ``(fields, n)`` of the governors.
         column: whose capture it is.
         slot: 0 or 1.
-        table: float64 ``(tensors, 11)``; see :data:`MagnitudeField`. Updated in place.
+        table: float64 ``(tensors, 12)``; see :data:`MagnitudeField`. Updated in place.
         rows: float64 ``(k, 2)``: index and birth of each tensor.
         now: float64 ``(k,)``: its magnitude.
 
@@ -107,13 +107,15 @@ def weigh_(state: Tensor, column: int, slot: int, table: Tensor, rows: Tensor, n
     lingers = (m[f.suspected] > 0) & (m[f.rollbacks] == rollbacks)
     most = torch.where(lingers, EXPECTED, UNEXPECTED) * base
     suspicious = (m[f.promoted] >= HISTORY_CAPTURES) & (now > most)
-    same = (m[f.suspected] > 0) & (now >= FALLEN * m[f.level]) & (now <= GROWN * m[f.level])
+    is_first = ~(m[f.suspected] > 0)
+    falls, grows = is_first | (now < FALLEN * m[f.low]), is_first | (now > GROWN * m[f.high])
+    moves = falls | grows
     step = g[StateField.slot_step_0 + slot]
     step = torch.where(step > 0, step, 0.0)
-    begins = suspicious & ~same
-    m[f.suspected] = torch.where(same, _one_nan(m[f.suspected] + 1.0), 1.0).where(suspicious, 0.0)
-    m[f.level] = torch.where(begins, now, m[f.level])
-    m[f.since] = torch.where(begins, step, m[f.since])
+    m[f.suspected] = torch.where(moves, 1.0, _one_nan(m[f.suspected] + 1.0)).where(suspicious, 0.0)
+    m[f.since] = torch.where(suspicious & moves, step, m[f.since])
+    m[f.low] = torch.where(suspicious & falls, now, m[f.low])
+    m[f.high] = torch.where(suspicious & grows, now, m[f.high])
     m[f.rollbacks] = torch.where(suspicious, rollbacks, m[f.rollbacks])
     table[index] = torch.stack(m, dim=1)
 
