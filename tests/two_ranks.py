@@ -9,6 +9,30 @@ import torch.distributed as dist
 from torch import nn
 
 
+def suspicions(rank: int) -> list[str]:
+    """One rank's running mean alone is suspicious: none promotes, and after two rollbacks all accept it."""
+    from tolaria.governor import GovernorConfig, TolariaGovernor
+
+    told = []
+    for how in ("tell", "rollback"):
+        model = nn.BatchNorm1d(2)
+        governor = TolariaGovernor(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            config=GovernorConfig(snapshot_interval=4, probation=1, suspicious_state=how),
+            process_group=dist.group.WORLD,
+        )
+        assert model.running_mean is not None
+        model.running_mean.fill_(0.5)
+        for step in range(1, 48):
+            if step >= 18 and rank == 0:
+                model.running_mean.fill_(1e6)
+            governor.step(1.0)
+        kinds = [(e.kind, e.step) for e in governor.poll() if e.kind in ("promotion", "rollback")]
+        told.append(f"{how} {kinds}")
+    return told
+
+
 def worker(rank: int, store: str, out: Queue[tuple[int, list[str]]]) -> None:
     from tolaria.governor import GovernorBank, GovernorConfig, RollbackEvent, TolariaGovernor
 
@@ -55,6 +79,6 @@ def worker(rank: int, store: str, out: Queue[tuple[int, list[str]]]) -> None:
         model.running_var.fill_(float("nan"))
     governor.close()
     story.append(f"closed {governor.rollback_count}, {bool(model.running_var.isfinite().all())}")  # type: ignore[union-attr]
-    out.put((rank, [*story, f"mean {governor.lifetime['mean']}", *refused]))
+    out.put((rank, [*story, f"mean {governor.lifetime['mean']}", *refused, *suspicions(rank)]))
     dist.barrier()
     dist.destroy_process_group()

@@ -113,7 +113,7 @@ struct JudgeLanes {
     const math::Sample<Column> s{lanes(block.loss, at), flagged != 0.0, block.has_gradient,
                                  lanes(block.gradient_norm, at), typename Column::Mask{}};
     const math::Findings<Column> f = math::find(g, c, s, m, of_gradients);
-    typename Column::Mask is_clean = (active != 0.0) & f.joins();
+    typename Column::Mask is_clean = (active != 0.0) & f.joins() & !f.suspected;
     if (s.has_gradient) is_clean &= f.judges_gradient;
     if (math::any(!is_clean)) return false;
     lanes(block.reason, at) = static_cast<Real>(g[math::field::reason]);

@@ -16,8 +16,10 @@ namespace tolaria::math {
   X(life_count) X(life_mean) X(life_m2) X(life_min) X(life_max)                                          \
   X(cooldown_left) X(rollback_count) X(capture_count) X(promotion_count) X(attached)                     \
   /* the double buffer: candidate -1 means none; candidate_done is a bit per capture part; a ticket is    \
-     the number that the host gave the launch of a capture, 0 where a graph replay made it */             \
+     the number that the host gave the launch of a capture, 0 where a graph replay made it; the suspect   \
+     is the tensor whose magnitude nobody would have expected, -1: none (math/magnitude.h) */            \
   X(last_good) X(candidate) X(candidate_done) X(candidate_bad) X(candidate_healthy) X(anchor_step)       \
+  X(suspect) X(suspect_since) X(suspect_count) X(due_from)                                               \
   X(slot_step_0) X(slot_step_1) X(slot_capture_0) X(slot_capture_1) X(slot_ticket_0) X(slot_ticket_1)    \
   X(restored_capture) X(restored_step) X(restored_ticket) X(steps_lost) X(events)
 
@@ -37,12 +39,12 @@ namespace tolaria::math {
   X(log_only) X(death_penalty) X(gradient_multiplier) X(gradient_may_overflow)                           \
   X(drift_horizon) X(drift_slack) X(drift_threshold) X(skips_before_rollback)                            \
   X(lobotomy_classic) X(collapse_patience)                                                               \
-  X(shift_horizon) X(shift_slack) X(shift_threshold) X(shift_spike)
+  X(shift_horizon) X(shift_slack) X(shift_threshold) X(shift_spike) X(suspicious_state)
 
 // A mailbox row: status words, then a ring of records. The device writes it, the host only reads.
 #define TOLARIA_GOVERNOR_STATUS(X)                                                                       \
   X(events) X(step) X(reason) X(rollback) X(rollback_count) X(restored_capture) X(restored_step)         \
-  X(last_good_capture) X(last_good_step) X(capture_count) X(promotion_count) X(tensor_index) X(anchor_step)     \
+  X(last_good_capture) X(last_good_step) X(capture_count) X(promotion_count) X(tensor_index) X(due_from)        \
   X(restored_ticket) X(last_good_ticket)
 #define TOLARIA_GOVERNOR_RECORD(X)                                                                       \
   X(kind) X(step) X(reason) X(rollback) X(loss) X(mean) X(std) X(threshold_absolute)                     \
@@ -81,7 +83,13 @@ enum Reason : int {
   kValidation = 9,
   kReasons
 };
-enum EventKind : int { kVerdictEvent = 0, kCaptureEvent = 1, kPromotionEvent = 2, kRollbackEvent = 3 };
+enum EventKind : int {
+  kVerdictEvent = 0,
+  kCaptureEvent = 1,
+  kPromotionEvent = 2,
+  kRollbackEvent = 3,
+  kAcceptanceEvent = 4
+};
 enum Order : int {
   kOrderRollback = 0,
   kOrderCapture = 1,
@@ -93,6 +101,7 @@ enum Order : int {
   kOrders
 };
 
+constexpr double kUndoes = 2.0;  // of config::suspicious_state: 0 off, 1 tell, 2 roll back
 constexpr int kMaxWindow = 4096;
 constexpr double kMaxCount = 9007199254740992.0;  // 2^53: above it a float64 does not count on
 constexpr double kDriftClip = 2.0;    // standard deviations that one loss adds to the drift sum at most

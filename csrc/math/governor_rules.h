@@ -208,7 +208,7 @@ TOLARIA_LANEWISE Shift<Column> shift_with(const Column& g, const double* c, cons
 
 // Evidence so strong that no loss moves the level and no capture is promoted.
 template <class Column>
-TOLARIA_LANEWISE typename Column::Mask is_suspicious(const Column& g, const double* c, const typename Column::Real& sum) {
+TOLARIA_LANEWISE typename Column::Mask is_climbing(const Column& g, const double* c, const typename Column::Real& sum) {
   return sum > spread<typename Column::Real>(kShiftSuspicion * c[config::shift_threshold]);
 }
 
@@ -236,7 +236,7 @@ TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shi
   const Real heard = select(t.is_ready & (usual > 0.0) & (norm > loudest), loudest, norm);
   const Real tuned = select(usual > 0.0, usual + (heard - usual) / count, heard);
   const auto fits = is_bounded(moved) & is_bounded(wider) & is_bounded(faster) & is_bounded(farther);
-  const auto moves = joins & !is_suspicious(g, c, t.sum) & fits;
+  const auto moves = joins & !is_climbing(g, c, t.sum) & fits;
   g.live(memory::shift_count) = select(t.found, zero, select(moves, count, before));
   g.live(memory::shift_level) = select(moves, moved, level);
   g.live(memory::shift_spread) = select(moves, wider, spread_);
@@ -269,7 +269,7 @@ struct Findings {
   Thresholds<typename Column::Real> thresholds;
   typename Column::Real steepest, drift;
   typename Column::Real climbed;  // what a verdict says of drift: the sum of the shift test where that is on
-  typename Column::Mask judges_gradient, poisoned_capture, nonfinite, nonfinite_gradient, paused, collapsed, exploded,
+  typename Column::Mask judges_gradient, poisoned_capture, suspected, nonfinite, nonfinite_gradient, paused, collapsed, exploded,
       steep, drifted;
   ChanceLevel<Column> chance;
   Shift<Column> shift;
@@ -288,6 +288,7 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
   using Mask = typename Column::Mask;
   const Real x = s.loss, norm = s.gradient_norm, size = g.live(memory::history_size);
   const Real candidate = g[field::candidate], candidate_bad = g[field::candidate_bad], pause = g[field::cooldown_left];
+  const Real suspect = g[field::suspect], looks = spread<Real>(c[config::suspicious_state]);
   Findings<Column> f;
   f.std = root(m.m2 / size);
   f.thresholds = thresholds(c, m.mean, f.std);
@@ -306,6 +307,7 @@ TOLARIA_LANEWISE Findings<Column> find(const Column& g, const double* c, const S
   f.climbed = c[config::shift_horizon] != 0.0 ? f.shift.sum : f.drift;
 
   f.poisoned_capture = (candidate >= 0.0) & (candidate_bad >= 0.0);
+  f.suspected = (candidate >= 0.0) & (suspect >= 0.0) & (looks != 0.0);
   f.nonfinite = s.is_flagged | !is_bounded(x);
   f.paused = pause > 0.0;
   f.chance = chance_level(g, c, x, m, f.std);

@@ -26,6 +26,7 @@ def of_version_4(saved: dict[str, Any]) -> dict[str, Any]:
     for part, later in (("config", _SINCE_5), ("policy", _POLICY_SINCE_5)):
         for name in later:
             del old[part][name]
+    del old["magnitudes"]
     old["state"] = [saved["state"][row] for row in rows_of(*_VERSION_4)]
     return old
 
@@ -170,7 +171,10 @@ def test_a_state_of_version_2_is_converted() -> None:
     saved["policy"] = {name: saved["policy"][name] for name in ("reports", "offending_steps")}
     other.load_state_dict(saved, keep_config=False)
     assert other.config == governor.config.replace(
-        skip_anomalous_steps=True, skips_before_rollback=0, lobotomy_rule="classic"
+        skip_anomalous_steps=True,
+        skips_before_rollback=0,
+        lobotomy_rule="classic",
+        suspicious_state="off",
     )
     assert (other.step_count, other.rollback_count) == (governor.step_count, governor.rollback_count)
     assert other.history == governor.history

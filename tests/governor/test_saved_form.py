@@ -302,7 +302,9 @@ def ways_into(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [way] * bool(way) + [found for key in keys for found in ways_into(value[key], (*way, key))]
 
 
-@pytest.mark.parametrize("section", ["version", "config", "random_guess_loss", "policy", "state"])
+@pytest.mark.parametrize(
+    "section", ["version", "config", "random_guess_loss", "policy", "state", "magnitudes"]
+)
 def test_whatever_stands_anywhere_is_taken_whole_or_refused(section: str) -> None:
     saved, source, refused = make(cooldown=2, drift_horizon=4).state_dict(), random.Random(0), 0
     ways = ways_into({section: saved[section]})

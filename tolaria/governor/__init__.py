@@ -9,6 +9,7 @@ from tolaria.governor.governor import TolariaGovernor
 from tolaria.governor.resume import load_snapshot
 from tolaria.ops import PanicReason
 from tolaria.telemetry.events import (
+    AcceptanceEvent,
     AttachEvent,
     CaptureEvent,
     DroppedEventsEvent,
@@ -25,6 +26,7 @@ from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoar
 from tolaria.telemetry.verdict import GovernorReport, Pending, Verdict, Verification
 
 __all__ = [
+    "AcceptanceEvent",
     "AttachEvent",
     "CaptureEvent",
     "DroppedEventsEvent",

@@ -35,6 +35,7 @@ from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.host_state import HostState
 from tolaria.snapshot.inference import outside_inference
 from tolaria.snapshot.lowered_rates import RatesThen
+from tolaria.snapshot.magnitudes import Magnitudes, Promoted
 from tolaria.snapshot.parts import checked_optimizers
 from tolaria.snapshot.saved import SavedState
 from tolaria.telemetry.delivery import Telemetry
@@ -257,7 +258,7 @@ class Attachment:
             getattr(config, name) == getattr(self.row.config, name) for name in ("storage", "event_capacity")
         )
         try:
-            heir = (self._in_place if fits else self._successor)(config, guess, saved)
+            heir = (self._in_place if fits else self._successor)(config, guess, saved, form.magnitudes)
         except BaseException:
             covered.lowered = former
             raise
@@ -266,25 +267,35 @@ class Attachment:
         heir.begin()
         return heir
 
-    def _in_place(self, config: GovernorConfig, guess: float | None, saved: Tensor) -> Attachment:
+    def _in_place(
+        self, config: GovernorConfig, guess: float | None, saved: Tensor, magnitudes: Magnitudes
+    ) -> Attachment:
         """Take ``saved`` over where it is: recorded graphs go on being judged."""
         settings = _settings_tensor(self.engine.covered, config, guess)
 
         def take_over() -> None:
             self.row.settings.copy_(settings)
             statistics.take_over(self.row.state, saved)
+            self.engine.slots.take_magnitudes(magnitudes)
 
         self.engine.adopt_current_state(take_over)
         statistics.go_on_capturing(self.row, saved)
         self.row.renew(config)
         return self
 
-    def _successor(self, config: GovernorConfig, guess: float | None, saved: Tensor) -> Attachment:
+    def _successor(
+        self, config: GovernorConfig, guess: float | None, saved: Tensor, magnitudes: Magnitudes
+    ) -> Attachment:
         """Take ``saved`` over with memory of another size; a recorded graph finds a judge without slots."""
         successor = Attachment(self.engine.covered, config, guess, self._group, self._telemetry)
         try:
             successor.follower.last_report = self.follower.last_report
-            successor.engine.adopt_current_state(partial(statistics.take_over, successor.row.state, saved))
+
+            def take_over() -> None:
+                statistics.take_over(successor.row.state, saved)
+                successor.engine.slots.take_magnitudes(magnitudes)
+
+            successor.engine.adopt_current_state(take_over)
             statistics.go_on_capturing(successor.row, saved)
         except BaseException:
             successor.let_go()
@@ -323,8 +334,28 @@ class Attachment:
         state = self.row.state[:, self.row.column : self.row.column + 1]
         then = statistics.as_of_capture(state, slot)
         config, policy = self.row.config, self.saved_policy(host.lowered)
-        form = statistics.saved_form(config, self.random_guess_loss, then, policy)
+        form = statistics.saved_form(
+            config, self.random_guess_loss, then, policy, self.magnitudes(as_of_capture=True)
+        )
         return slot, host, {"step": int(then[StateField.step]), "governor": form}
+
+    def magnitudes(self, *, as_of_capture: bool = False) -> Magnitudes:
+        """How large each tensor was in promoted captures, for whoever goes on from here.
+
+        The state that is adopted there takes the place of the last known good one, or of the candidate if
+        there is one that goes on being on probation.
+
+        Args:
+            as_of_capture: as when the last known good capture was made.
+        """
+        if self.running is None:
+            return {}
+        self.running.wait()  # a capture under way writes to them
+        column = self.row.state[:, self.row.column].tolist()  # sync: asked for by name
+        good = int(column[StateField.last_good])
+        counts = not as_of_capture and statistics.is_on_probation(column, self.row.config)
+        capture = column[StateField.slot_capture_0 + good]
+        return self.running.slots.magnitudes(Promoted(good, capture, counts))
 
     def resume_event(self, *, config_kept: bool) -> ResumeEvent:
         """What was resumed, for telemetry; waits for the device."""

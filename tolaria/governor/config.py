@@ -13,6 +13,9 @@ from torch import Tensor
 from tolaria.errors import ConfigError
 from tolaria.ops import ConfigField
 
+_SUSPICIOUS_STATE = ("off", "tell", "rollback")
+"""In the order in which the judge counts them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GovernorConfig:
@@ -76,6 +79,11 @@ class GovernorConfig:
     """Judge the norm of the gradients of all covered optimizers beside the loss: one more pass over them."""
     gradient_multiplier: float = 10.0
     """A norm up to so many means of its own window is no anomaly (dimensionless, > 0)."""
+    suspicious_state: Literal["off", "tell", "rollback"] = "tell"
+    """What is done about a capture in which a parameter or buffer is beyond 1,000 times its largest magnitude
+    (or 1e-3) in three or more promoted captures, until it is back within twice that. ``"tell"``: it is not
+    promoted, and an event names the tensor; one that settles there for five capture intervals is accepted.
+    ``"rollback"``: the state goes back, too; a level that comes again after two rollbacks is accepted."""
     cooldown: int = 0
     """Steps after a rollback during which only non-finite losses are judged and none joins H (>= 0)."""
     snapshot_interval: int = 100
@@ -184,6 +192,8 @@ class GovernorConfig:
             found.append(("collapse_patience", "a finite number of at least 1", self.collapse_patience))
         if self.lobotomy_rule not in ("latched", "classic"):
             found.append(("lobotomy_rule", "'latched' or 'classic'", self.lobotomy_rule))
+        if self.suspicious_state not in _SUSPICIOUS_STATE:
+            found.append(("suspicious_state", "'off', 'tell' or 'rollback'", self.suspicious_state))
         if self.rule not in ("all", "any"):
             found.append(("rule", "'all' or 'any'", self.rule))
         if self.storage not in ("pinned", "device"):
@@ -223,7 +233,7 @@ class GovernorConfig:
         Raises:
             ConfigError: a field is out of range.
         """
-        settings: dict[str, Any] = {"lobotomy_rule": "classic", **overrides}
+        settings: dict[str, Any] = {"lobotomy_rule": "classic", "suspicious_state": "off", **overrides}
         return cls(**settings)
 
     @classmethod
@@ -233,8 +243,8 @@ class GovernorConfig:
         It has no threshold in loss units, so it serves losses of 1e-4 and of 1e4, around zero and negative
         ones. A loss or gradient that is not finite rolls back at once; anything else has to last: losses
         that stay above their own level for about thirty steps (the shift test), or at the loss of guessing.
-        The norm of the gradients is taken at each step: one more pass over them. README has its row of the
-        arena (bench/train/arena.py).
+        A tensor of unheard-of magnitude in a capture rolls back as well. The norm of the gradients is taken
+        at each step: one more pass over them. docs/judge.md has its row of the arena.
 
         Args:
             **overrides: fields that are to differ.
@@ -251,6 +261,7 @@ class GovernorConfig:
             "shift_spike": 100.0,
             "gradient_norm": True,
             "gradient_multiplier": math.inf,
+            "suspicious_state": "rollback",
             "snapshot_interval": 50,
             "probation": 20,
             **overrides,
@@ -285,6 +296,7 @@ class GovernorConfig:
             "warmup_bound": absolute,
             "drift_horizon": 50,
             "gradient_norm": True,
+            "suspicious_state": "rollback",
             **overrides,
         }
         return cls(**settings)
@@ -320,6 +332,7 @@ class GovernorConfig:
             ConfigField.warmup_bound: fallback if warm is None else warm,
             ConfigField.gradient_may_overflow: gradient_may_overflow,
             ConfigField.rule_any: self.rule == "any",
+            ConfigField.suspicious_state: _SUSPICIOUS_STATE.index(self.suspicious_state),
             ConfigField.lobotomy_classic: self.lobotomy_rule == "classic",
             ConfigField.random_guess_loss: math.nan if random_guess_loss is None else random_guess_loss,
             ConfigField.lobotomy_low: self.lobotomy_band[0],

@@ -11,6 +11,7 @@ from tolaria.governor.config import GovernorConfig
 from tolaria.ops import PanicReason
 from tolaria.telemetry.verdict import GovernorReport
 
+_FOUND_IN_A_CAPTURE = (PanicReason.NON_FINITE_STATE, PanicReason.SUSPICIOUS_STATE)
 _OF_STATE = (PanicReason.LOBOTOMY, PanicReason.DRIFT)
 """Reasons that no single batch is."""
 
@@ -78,8 +79,9 @@ def find_fault(reports: Sequence[GovernorReport], healthy: Sequence[int]) -> tup
     if not healthy:
         return "unknown", "too few rollbacks that nobody made by hand to tell data from state"
     last = reports[-1]
-    if all(report.reason is PanicReason.NON_FINITE_STATE for report in reports):
-        return "state", f"the losses were healthy, but the state turned non-finite ({last.tensor_name})"
+    if all(report.reason in _FOUND_IN_A_CAPTURE for report in reports):
+        what = "non-finite" if last.reason is PanicReason.NON_FINITE_STATE else "larger than it had ever been"
+        return "state", f"the losses were healthy, but the state turned {what} ({last.tensor_name})"
     if not any(healthy):
         return "state", "the restored state was judged bad at once each time, no step was healthy"
     climbed = sum(map(_has_climbed, reports)) == len(reports)

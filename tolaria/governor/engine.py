@@ -159,6 +159,7 @@ class Engine(SnapshotBase, ABC):
         bad = self.bad_host_part(host, waits=True)
         if bad is not None:
             raise ValueError(f"{bad}: expected a finite state, got NaN or infinity")
+        self.slots.table.forget_magnitudes()
         prepare()
         self._capture_and_promote(host)
 

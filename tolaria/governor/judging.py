@@ -89,7 +89,7 @@ class Judge:
         if engine.is_recording():
             graphs.outlive(self._scalar, self._norm, self._flag)
         if self._group is not None:
-            loss, nonfinite, gradient = agree(self._group, row.state, loss, nonfinite, gradient)
+            loss, nonfinite, gradient = agree(self._group, row.state, row.config, loss, nonfinite, gradient)
         state_bad = self._state_flag(engine, loss, nonfinite, gradient)
         if without is not None:
             without.begin()

@@ -102,11 +102,12 @@ class RollbackPolicy:
             self._unchecked = True
             self.batches.rolled_back()
             if report.reason is not PanicReason.MANUAL:
-                self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
+                if report.reason is not PanicReason.SUSPICIOUS_STATE:  # at some step since the last capture
+                    self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
                 self._progress.restored(report)
         elif isinstance(event, PromotionEvent):
             self._progress.promoted()
-        elif isinstance(event, VerdictEvent):
+        elif isinstance(event, VerdictEvent) and event.is_of_step:
             self._progress.bad_step(event.step, is_skipped=not event.rollback)
             if not event.rollback:
                 self._let_pass.append(event.step)

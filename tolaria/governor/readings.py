@@ -183,5 +183,9 @@ class Readings:
         at = self._attached
         graphs.refuse_recording(at.row.state.device, "governor.state_dict")
         return statistics.saved_form(
-            self.config, self.random_guess_loss, at.row.state, at.saved_policy(at.rates_now())
+            self.config,
+            self.random_guess_loss,
+            at.row.state,
+            at.saved_policy(at.rates_now()),
+            at.magnitudes(),
         )

@@ -15,13 +15,13 @@ from tolaria.ops import PanicReason
 from tolaria.telemetry.verdict import GovernorReport
 
 VERSION = 5
-"""Of the saved form. Version 4 judged collapses by the classic rule, and lowered rates for good; version 3
-kept the statistics in a tensor, and numbers that JSON does not know as they are; version 2 counted neither
-skipped steps nor restores without progress."""
+"""Of the saved form. Version 4 judged collapses by the classic rule, judged no magnitudes, and lowered rates
+for good; version 3 kept the statistics in a tensor, and numbers that JSON does not know as they are; version
+2 counted neither skipped steps nor restores without progress."""
 
 _SINCE_5 = {
     *("lobotomy_rule", "collapse_patience", "lr_recovery_steps", "skip_batches", "validation_patience"),
-    *("shift_horizon", "shift_slack", "shift_threshold", "shift_spike"),
+    *("shift_horizon", "shift_slack", "shift_threshold", "shift_spike", "suspicious_state"),
 }
 _POLICY_SINCE_5 = {"batches", "rates", "validation"}
 
@@ -61,7 +61,7 @@ def checked_config(saved: object, version: int) -> GovernorConfig:
                 raise ValueError(f"config.{name}: expected a plain value, got {said(value)}")
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     if version < 5:
-        chosen["lobotomy_rule"] = "classic"
+        chosen |= {"lobotomy_rule": "classic", "suspicious_state": "off"}
     return GovernorConfig(**({"skips_before_rollback": 0, **chosen} if version == 2 else chosen))
 
 
@@ -87,6 +87,27 @@ def check_policy(saved: object, fresh: Mapping[str, Any], version: int) -> None:
         policy = _mapping("policy", saved)
         _check_rates(policy["rates"])
         check_saved_validation(policy["validation"])
+
+
+def checked_magnitudes(saved: object) -> dict[str, tuple[float, float]]:
+    """How large each tensor was: its largest magnitude, and in how many promoted captures; by name.
+
+    Raises:
+        ValueError: a name or a number is not as it should be.
+    """
+    found = {}
+    for name, values in _mapping("magnitudes", saved).items():
+        where = f"magnitudes[{said(name)}]"
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: expected the name of a tensor")  # noqa: TRY004 (data, not an argument)
+        if not (isinstance(values, list | tuple) and len(values) == 2 and all(map(is_number, values))):
+            raise ValueError(f"{where}: expected two numbers, got {said(values)}")
+        largest, promoted = values
+        if not 0 <= largest < math.inf:
+            raise ValueError(f"{where}[0]: expected a finite number of at least 0, got {said(largest)}")
+        _check_count(f"{where}[1]", promoted)
+        found[name] = (float(largest), float(promoted))
+    return found
 
 
 def _check_like(where: str, saved: object, fresh: Mapping[str, Any], version: int) -> None:

@@ -72,13 +72,14 @@ def _rules(config: GovernorConfig) -> dict[str, _Rule]:
         **dict.fromkeys(("shift_level", "shift_top", "shift_fast"), _FINITE),
         **dict.fromkeys(("rollback", "restore_order", "last_good", "learnt", "held"), _FLAG),
         **dict.fromkeys(("capture_order_0", "capture_order_1", "candidate"), _SLOT_OR_NONE),
-        **dict.fromkeys(("tensor_index", "candidate_bad"), _COUNT_OR_NONE),
+        **dict.fromkeys(("tensor_index", "candidate_bad", "suspect"), _COUNT_OR_NONE),
         **dict.fromkeys(("restored_capture", "restored_step"), _COUNT_OR_NONE),
     }
 
 
 _OF_STEPS = (
-    *("life_count", "panics", "steps_lost", "restored_step", "anchor_step", "slot_step_0", "slot_step_1"),
+    *("life_count", "panics", "steps_lost", "restored_step", "slot_step_0", "slot_step_1"),
+    *("anchor_step", "due_from", "suspect_since"),
     *("consecutive", "lobotomy_pending", "skips"),
 )
 """Fields that cannot have counted more steps than there were."""
@@ -102,6 +103,7 @@ def checked_state(saved: object, config: GovernorConfig, version: int) -> Tensor
     _check_fields(values, config)
     _check_windows(values, config.window)
     _check_relations(values)
+    values.setdefault("due_from", values["anchor_step"])  # up to version 4 they were one
     fresh = ops.governor_state(1, window=config.window)[:, 0].tolist()
     current = _named(fresh, _names(StateField), _names(MemoryField), config.window)
     return torch.tensor(
@@ -222,6 +224,7 @@ history_size last_healthy consecutive lobotomy_pending gradient_size
 drift_count drift_mean drift_variance drift_sum
 """
 _VERSION_2 = (tuple(_FIELDS_OF_VERSION_2.split()), tuple(_MEMORY_OF_VERSION_2.split()))
-_VERSION_4 = (_names(StateField), (*_VERSION_2[1], "skips"))
+_SINCE_5 = {"suspect", "suspect_since", "suspect_count", "due_from"}
+_VERSION_4 = (tuple(n for n in _names(StateField) if n not in _SINCE_5), (*_VERSION_2[1], "skips"))
 _VERSIONS = {2: _VERSION_2, 3: _VERSION_4, 4: _VERSION_4}
 """Older layouts; what they lack is as in a fresh governor."""

@@ -139,7 +139,7 @@ class StepSkipper:
             for undone in self._undone:
                 if isinstance(event, RollbackEvent):
                     undone.counters.clear()
-                elif isinstance(event, VerdictEvent):
+                elif isinstance(event, VerdictEvent) and event.is_of_step:
                     right = undone.counters.skipped(event.step)
                     self._engine.correct_host_values(undone.optimizer, right)
 

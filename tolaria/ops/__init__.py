@@ -31,6 +31,7 @@ from tolaria.reference.governor_layout import (
     memory_row,
     window_of,
 )
+from tolaria.reference.magnitude import MagnitudeField
 from tolaria.reference.metrics import MetricsField
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ClassificationMetrics",
     "ConfigField",
     "EventKind",
+    "MagnitudeField",
     "MemoryField",
     "MetricsAccumulator",
     "MetricsField",

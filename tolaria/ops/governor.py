@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from tolaria import _backend, _extension
 from tolaria.reference import governor as reference
-from tolaria.reference.governor_layout import Order, PanicReason
+from tolaria.reference.governor_layout import Order, PanicReason, StateField
+from tolaria.reference.governor_state import Governors
 
 
 def governor_step_(
@@ -95,6 +96,18 @@ def judge_(
         return _extension.judge(state, config, loss, nonfinite, mailbox, gradient, told, optimizers, sizes)
     governor_step_(state, config, loss, nonfinite, None, mailbox, gradient, state_bad)
     return True
+
+
+def suspicious_candidates(state: Tensor, *, undoes: bool, interval: int) -> Tensor:
+    """Which governors will refuse their candidate for the magnitude of a tensor: bool ``(n,)``; never waits.
+
+    Args:
+        state: float64 ``(fields, n)``.
+        undoes: whether suspicious captures are rolled back.
+        interval: steps between captures.
+    """
+    captured, suspected = state[StateField.candidate] >= 0, state[StateField.suspect] >= 0
+    return captured & suspected & ~reference.is_settled(Governors(state, None, None), undoes, interval)
 
 
 def governor_order_(

@@ -14,6 +14,7 @@ from tolaria.reference.governor_arithmetic import correctly_rounded_sqrt, welfor
 from tolaria.reference.governor_checks import check_column, check_governors, check_order, check_samples
 from tolaria.reference.governor_layout import (
     ALL_PARTS_DONE,
+    UNDOES,
     ConfigField,
     EventKind,
     MemoryField,
@@ -26,7 +27,7 @@ from tolaria.reference.governor_rules import (
     drift_with,
     gradient_norm,
     gradient_threshold,
-    is_suspicious,
+    is_climbing,
     move_baseline,
     remember,
     remember_shift,
@@ -46,6 +47,7 @@ from tolaria.reference.governor_state import (
     write_status,
     write_verdict_status,
 )
+from tolaria.reference.magnitude import SETTLED_INTERVALS, SUSPECTED_AGAIN, Suspect, later_of
 
 _S, _M = StateField, MemoryField
 
@@ -55,6 +57,12 @@ def _cancel_candidate(g: Governors, rows: Tensor) -> None:
         g.put(field, rows, -1.0)
     for field in (_S.candidate_done, _S.candidate_healthy):
         g.put(field, rows, 0.0)
+    _forget_suspect(g, rows)
+
+
+def _forget_suspect(g: Governors, rows: Tensor) -> None:
+    for field, value in zip((_S.suspect, _S.suspect_since, _S.suspect_count), Suspect(), strict=True):
+        g.put(field, rows, value)
 
 
 def _order_capture(g: Governors, rows: Tensor) -> None:
@@ -76,6 +84,7 @@ def _promote_candidate(g: Governors, rows: Tensor) -> None:
     capture_step = g.by_slot(slot, _S.slot_step_0)
     g.put(_S.last_good, rows, slot)
     g.move(_S.anchor_step, rows, capture_step)
+    g.move(_S.due_from, rows, capture_step)
     g.put(_S.promotion_count, rows, g[_S.promotion_count] + 1.0)
     _cancel_candidate(g, rows)
     write_slot_status(g, rows)
@@ -90,6 +99,7 @@ def commit_rollback(g: Governors, rows: Tensor) -> None:
     g.move(_S.cooldown_left, rows, g.setting(ConfigField.cooldown))
     g.put(_S.steps_lost, rows, g[_S.step] - g[_S.anchor_step])
     g.move(_S.anchor_step, rows, g[_S.step])
+    g.move(_S.due_from, rows, g[_S.step])
     g.move(_S.restored_capture, rows, g.by_slot(slot, _S.slot_capture_0))
     g.move(_S.restored_step, rows, g.by_slot(slot, _S.slot_step_0))
     g.move(_S.restored_ticket, rows, g.by_slot(slot, _S.slot_ticket_0))
@@ -137,17 +147,47 @@ def _accept(
     g.put(_S.life_m2, rows, m2)
 
 
-def _advance_slots(g: Governors, rows: Tensor, healthy: Tensor, paused: Tensor) -> None:
+def is_settled(g: Governors, undoes: Tensor | bool, interval: Tensor | int) -> Tensor:
+    """Whether the level of the candidate's suspect has lasted: then the training makes the state so.
+
+    Args:
+        g: the governors.
+        undoes: whether suspicious captures are rolled back.
+        interval: steps between captures.
+    """
+    if isinstance(undoes, Tensor):
+        return torch.where(undoes, is_settled(g, True, interval), is_settled(g, False, interval))
+    if undoes:
+        return g[_S.suspect_count] >= SUSPECTED_AGAIN
+    captured = g.by_slot(g[_S.candidate], _S.slot_step_0)
+    return captured - g[_S.suspect_since] >= SETTLED_INTERVALS * interval
+
+
+def _tell_of_suspect(g: Governors, rows: Tensor, kind: EventKind) -> None:
+    """Tell of the candidate's suspect, beside the verdict on the loss, which stays what it is."""
+    of_loss = verdict_words(g)
+    capture, step = (g.by_slot(g[_S.candidate], field) for field in (_S.slot_capture_0, _S.slot_step_0))
+    g.put(_S.reason, rows, float(PanicReason.SUSPICIOUS_STATE))
+    g.put(_S.rollback, rows, 0.0)
+    g.move(_S.tensor_index, rows, g[_S.suspect])
+    emit(g, rows, kind, capture, step)
+    for field, value in zip((_S.reason, _S.rollback, _S.tensor_index), of_loss, strict=True):
+        g.move(field, rows, value)
+
+
+def _advance_slots(g: Governors, rows: Tensor, healthy: Tensor, paused: Tensor, suspicious: Tensor) -> None:
+    doubted = rows & suspicious
+    g.move(_S.due_from, doubted, g.by_slot(g[_S.candidate], _S.slot_step_0))
+    _cancel_candidate(g, doubted)
+    write_slot_status(g, doubted)
     pending = rows & (g[_S.candidate] >= 0)
     lost = pending & (~healthy | (g[_S.candidate_done] != ALL_PARTS_DONE))
-    waits = (
-        paused | (g.live(_M.collapse) > 0) | is_suspicious(g, g.live(_M.shift_sum)) | (g.live(_M.held) != 0)
-    )
+    waits = paused | (g.live(_M.collapse) > 0) | is_climbing(g, g.live(_M.shift_sum)) | (g.live(_M.held) != 0)
     counted = pending & ~lost & ~waits
     _cancel_candidate(g, lost)
     g.put(_S.candidate_healthy, counted, g[_S.candidate_healthy] + 1.0)
     _promote_candidate(g, counted & (g[_S.candidate_healthy] >= g.setting(ConfigField.probation)))
-    due = g[_S.step] - g[_S.anchor_step] >= g.setting(ConfigField.snapshot_interval)
+    due = g[_S.step] - g[_S.due_from] >= g.setting(ConfigField.snapshot_interval)
     acts = g.setting(ConfigField.log_only) == 0
     ordered = rows & healthy & ~waits & due & (g[_S.candidate] < 0) & acts
     _order_capture(g, ordered)
@@ -191,8 +231,13 @@ def governor_step_(
     drift, shift = drift_with(g, x), shift_with(g, x, judged, has_norm)
     # The rules in their order of precedence; a row falls to the first that holds.
     poisoned = (g[_S.candidate] >= 0) & (g[_S.candidate_bad] >= 0)
-    nonfinite_loss = ~poisoned & ~finite
-    open_ = ~poisoned & finite
+    looks, undoes = c(ConfigField.suspicious_state) != 0, c(ConfigField.suspicious_state) == UNDOES
+    suspected = ~poisoned & looks & (g[_S.candidate] >= 0) & (g[_S.suspect] >= 0)
+    suspicious = suspected & ~is_settled(g, undoes, c(ConfigField.snapshot_interval))
+    undone = suspicious & undoes
+    state_bad_ = poisoned | undone
+    nonfinite_loss = ~state_bad_ & ~finite
+    open_ = ~state_bad_ & finite
     nonfinite_gradient = open_ & has_norm & ~judged.isfinite()
     open_ = open_ & ~nonfinite_gradient
     paused = open_ & (g[_S.cooldown_left] > 0)
@@ -213,7 +258,7 @@ def governor_step_(
     g.put(pending, rows & at_chance, g[pending] + 1.0)
     g.put(consecutive, rows & anomaly, g[consecutive] + 1.0)
     rollback = (
-        poisoned
+        state_bad_
         | nonfinite_loss
         | nonfinite_gradient
         | drifted
@@ -224,13 +269,14 @@ def governor_step_(
     )
     # So many bad steps in a row are left out instead, while the state is finite; a shift is not one step.
     skips = g.memory(_M.skips)
-    may_skip = ~poisoned & ~drifted & ~shifted & (g[skips] < c(ConfigField.skips_before_rollback))
+    may_skip = ~state_bad_ & ~drifted & ~shifted & (g[skips] < c(ConfigField.skips_before_rollback))
     if state_bad is not None:
         may_skip = may_skip & (state_bad.reshape(-1) == 0)
     rollback = rollback & ~may_skip
     reason = torch.zeros_like(x)
     for held, value in (
         (poisoned, PanicReason.NON_FINITE_STATE),
+        (undone, PanicReason.SUSPICIOUS_STATE),
         (nonfinite_loss, PanicReason.NON_FINITE),
         (lobotomy, PanicReason.LOBOTOMY),
         (anomaly, PanicReason.ANOMALY),
@@ -257,6 +303,7 @@ def governor_step_(
     g.put(_S.gradient_threshold, rows, steepest)
     g.put(_S.drift, rows, torch.where(c(ConfigField.shift_horizon) != 0, shift.total, drift))
     g.put(_S.tensor_index, rows, torch.where(poisoned, g[_S.candidate_bad], -1.0))
+    g.move(_S.tensor_index, rows & undone, g[_S.suspect])
     g.put(_S.reward, rows, 0.0)
     g.put(_S.cooldown_left, rows & (g[_S.cooldown_left] > 0), g[_S.cooldown_left] - 1.0)
     _accept(g, rows & joins, x, norm, has_norm, drift)
@@ -269,7 +316,10 @@ def governor_step_(
     g.put(_S.restore_order, rows, (acts & attached).to(x))
     write_verdict_status(g, rows, before)
     emit(g, rows & ~healthy, EventKind.VERDICT, -1.0, -1.0)
-    _advance_slots(g, rows & attached, healthy, paused)
+    _tell_of_suspect(g, rows & suspicious & ~undone, EventKind.VERDICT)
+    _tell_of_suspect(g, rows & suspected & ~suspicious, EventKind.ACCEPTANCE)
+    _forget_suspect(g, rows & suspected & ~suspicious)
+    _advance_slots(g, rows & attached, healthy, paused, suspicious)
     commit_rollback(g, rows & acts & ~attached)
 
 
@@ -316,9 +366,12 @@ def governor_order_(
 
 
 def finish_capture_part(
-    state: Tensor, column: int, part: int, bad: int, mailbox: Tensor | None, ticket: int
+    state: Tensor, column: int, part: int, bad: int, found: Suspect, mailbox: Tensor | None, ticket: int
 ) -> None:
-    """A capture part has been copied; ``bad`` is the index of the first non-finite tensor, or -1."""
+    """A capture part has been copied.
+
+    ``bad`` is the index of the first non-finite tensor, or -1, ``found`` the one of suspicious magnitude.
+    """
     g = Governors(state, None, mailbox)
     mine = state[:, column]
     mine[_S.capture_order_0 + part] = -1.0
@@ -327,6 +380,10 @@ def finish_capture_part(
     known = float(mine[_S.candidate_bad])
     if bad >= 0 and (known < 0 or bad < known):
         mine[_S.candidate_bad] = float(bad)
+    fields = (_S.suspect, _S.suspect_since, _S.suspect_count)
+    suspect = later_of(Suspect(*(float(mine[field]) for field in fields)), found)
+    for field, value in zip(fields, suspect, strict=True):
+        mine[field] = value
     if done == ALL_PARTS_DONE:
         row = torch.zeros(state.shape[1], dtype=torch.bool, device=state.device)
         row[column] = True

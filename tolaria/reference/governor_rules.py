@@ -135,7 +135,7 @@ def shift_with(g: Governors, x: Tensor, norm: Tensor, has_norm: Tensor) -> Shift
     return Shift(is_ready, found, scale, total, armed, norm, has_norm)
 
 
-def is_suspicious(g: Governors, total: Tensor) -> Tensor:
+def is_climbing(g: Governors, total: Tensor) -> Tensor:
     """Evidence so strong that no loss moves the level and no capture is promoted."""
     return total > _SHIFT_SUSPICION * g.setting(ConfigField.shift_threshold)
 
@@ -162,7 +162,7 @@ def remember_shift(g: Governors, rows: Tensor, shift: Shift, x: Tensor, joins: T
     loudest = _SHIFT_CLIP * usual
     heard = torch.where(shift.is_ready & (usual > 0) & (shift.norm > loudest), loudest, shift.norm)
     tuned = torch.where(usual > 0, usual + (heard - usual) / count, heard)
-    moves = rows & joins & ~is_suspicious(g, shift.total)
+    moves = rows & joins & ~is_climbing(g, shift.total)
     moves = moves & moved.isfinite() & wider.isfinite() & faster.isfinite() & farther.isfinite()
     g.put(g.memory(_M.shift_count), moves, count)
     g.put(g.memory(_M.shift_count), rows & shift.found, 0.0)

@@ -47,7 +47,7 @@ class SnapshotBase:
 
     def __init__(self, covered: CoveredState, storage: str, copies: int = 2) -> None:
         self.covered = covered
-        self.slots = Slots(covered.device, storage, copies)
+        self.slots = Slots(covered.device, storage, copies, is_judged=not covered.by_hand)
         self.structure = covered.structure()
         self._walk = covered.walk()
         """That of the last look."""

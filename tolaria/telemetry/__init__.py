@@ -2,6 +2,7 @@
 
 from tolaria.ops import PanicReason
 from tolaria.telemetry.events import (
+    AcceptanceEvent,
     AttachEvent,
     CaptureEvent,
     DroppedEventsEvent,
@@ -18,6 +19,7 @@ from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoar
 from tolaria.telemetry.verdict import GovernorReport, Pending, Verdict, Verification
 
 __all__ = [
+    "AcceptanceEvent",
     "AttachEvent",
     "CaptureEvent",
     "DroppedEventsEvent",

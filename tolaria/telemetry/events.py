@@ -93,6 +93,11 @@ class VerdictEvent(GovernorEvent):
     gradient_threshold: float = math.nan
     drift: float = 0.0
 
+    @property
+    def is_of_step(self) -> bool:
+        """Whether the step was bad; not where only a capture was refused (SUSPICIOUS_STATE, no rollback)."""
+        return self.rollback or self.reason is not PanicReason.SUSPICIOUS_STATE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureEvent(GovernorEvent):
@@ -109,6 +114,15 @@ class CaptureEvent(GovernorEvent):
 class PromotionEvent(GovernorEvent):
     """A capture passed its probation and is the last known good one."""
 
+    capture_id: int
+    capture_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptanceEvent(GovernorEvent):
+    """A tensor of suspicious magnitude is trusted from here on: it has stayed so, or come back to it."""
+
+    tensor_name: str | None
     capture_id: int
     capture_step: int
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tolaria.ops import EventKind, PanicReason, RecordField, StatusField
 from tolaria.telemetry.events import (
+    AcceptanceEvent,
     CaptureEvent,
     DroppedEventsEvent,
     GovernorEvent,
@@ -96,6 +97,10 @@ class MailboxReader:
             return PromotionEvent(step=step, row=self._row, capture_id=capture_id, capture_step=capture_step)
         index = int(r[RecordField.tensor_index])
         name = None if index < 0 else name_of(index) or "a tensor of another rank"
+        if kind is EventKind.ACCEPTANCE:
+            return AcceptanceEvent(
+                step=step, row=self._row, tensor_name=name, capture_id=capture_id, capture_step=capture_step
+            )
         reason = PanicReason(int(r[RecordField.reason]))
         thresholds = (
             r[RecordField.threshold_absolute],
