@@ -175,7 +175,7 @@ TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, co
 // Returns as order_capture does, or 0 where no capture is ordered.
 C10_HOST_DEVICE inline int advance_slots(const Governor& g, const double* c, bool healthy, bool paused, bool suspicious) {
   if (g[field::attached] == 0.0) return 0;
-  const bool waits = paused || g.live(memory::collapse) > 0.0 || is_climbing(g, c, g.live(memory::shift_sum)) ||
+  const bool waits = paused || g.live(memory::collapse) > 0.0 || is_climbing(c, g.live(memory::shift_sum)) ||
                      g.live(memory::held) != 0.0;
   if (g[field::candidate] >= 0.0) {
     if (suspicious) {

@@ -207,9 +207,9 @@ TOLARIA_LANEWISE Shift<Column> shift_with(const Column& g, const double* c, cons
 }
 
 // Evidence so strong that no loss moves the level and no capture is promoted.
-template <class Column>
-TOLARIA_LANEWISE typename Column::Mask is_climbing(const Column& g, const double* c, const typename Column::Real& sum) {
-  return sum > spread<typename Column::Real>(kShiftSuspicion * c[config::shift_threshold]);
+template <class Real>
+TOLARIA_LANEWISE auto is_climbing(const double* c, const Real& sum) {
+  return sum > spread<Real>(kShiftSuspicion * c[config::shift_threshold]);
 }
 
 // Remembers what was found; a loss that has joined moves level and spread while nothing is suspicious. A shift that was
@@ -236,7 +236,7 @@ TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shi
   const Real heard = select(t.is_ready & (usual > 0.0) & (norm > loudest), loudest, norm);
   const Real tuned = select(usual > 0.0, usual + (heard - usual) / count, heard);
   const auto fits = is_bounded(moved) & is_bounded(wider) & is_bounded(faster) & is_bounded(farther);
-  const auto moves = joins & !is_climbing(g, c, t.sum) & fits;
+  const auto moves = joins & !is_climbing(c, t.sum) & fits;
   g.live(memory::shift_count) = select(t.found, zero, select(moves, count, before));
   g.live(memory::shift_level) = select(moves, moved, level);
   g.live(memory::shift_spread) = select(moves, wider, spread_);
