@@ -33,6 +33,23 @@ def suspicions(rank: int) -> list[str]:
     return told
 
 
+def validations(rank: int) -> str:
+    """What rank 1 validates collapses once: no rank captures, none promotes, until both are well again."""
+    from tolaria.governor import GovernorConfig, TolariaGovernor
+
+    model = nn.BatchNorm1d(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = GovernorConfig(snapshot_interval=4, probation=1)
+    governor = TolariaGovernor(model, optimizer, config=config, process_group=dist.group.WORLD)
+    for metric in (0.9, 0.8, 0.9, 0.1 if rank else 0.9, 0.8):
+        for _ in range(10):
+            governor.step(1.0)
+        governor.step_validation(metric, higher_is_better=True)
+    for _ in range(5):
+        governor.step(1.0)
+    return f"validated {[(e.kind, e.step) for e in governor.poll() if e.kind == 'promotion']}"
+
+
 def worker(rank: int, store: str, out: Queue[tuple[int, list[str]]]) -> None:
     from tolaria.governor import GovernorBank, GovernorConfig, RollbackEvent, TolariaGovernor
 
@@ -79,6 +96,8 @@ def worker(rank: int, store: str, out: Queue[tuple[int, list[str]]]) -> None:
         model.running_var.fill_(float("nan"))
     governor.close()
     story.append(f"closed {governor.rollback_count}, {bool(model.running_var.isfinite().all())}")  # type: ignore[union-attr]
-    out.put((rank, [*story, f"mean {governor.lifetime['mean']}", *refused, *suspicions(rank)]))
+    out.put(
+        (rank, [*story, f"mean {governor.lifetime['mean']}", *refused, *suspicions(rank), validations(rank)])
+    )
     dist.barrier()
     dist.destroy_process_group()

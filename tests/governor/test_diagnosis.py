@@ -132,6 +132,7 @@ def report(step: int, **values: Any) -> GovernorReport:
     [
         ({"reason": PanicReason.NON_FINITE_STATE, "tensor_name": "bn"}, (10, 20, 33), "state"),
         ({"reason": PanicReason.DRIFT}, (10, 20, 33), "state"),
+        ({"reason": PanicReason.VALIDATION}, (10, 20, 30, 40), "state"),
         ({"reason": PanicReason.LOBOTOMY}, (10, 20, 30, 40), "state"),
         ({"std": 5.0}, (10, 20, 30, 40), "state"),  # the loss was on its way, the same way each time
         ({"reason": PanicReason.GRADIENT_NORM}, (10, 20, 30, 40), "data"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tolaria.errors import TrainingDivergedError
 from tolaria.governor import (
     GovernorConfig,
     PromotionEvent,
@@ -84,6 +85,7 @@ def test_a_collapse_that_lasts_is_rolled_back(device: str) -> None:
         ([math.nan, math.nan], True, 1),
         ([0.5, 0.1], True, 0),  # too few to tell
         ([0.0, 0.0, 0.0, 0.0], True, 0),
+        ([0.0, 0.0, 0.0, 1e-9, 1e-9], False, 0),  # nothing says what is far from 0
         ([-3.0, -3.1, -3.2, -3.1], False, 0),
         ([-3.0, -3.1, -3.2, 2.0, 2.0], False, 1),
         ([1e-4, 1.1e-4, 1.2e-4, 1e-2, 1e-2], False, 1),
@@ -149,10 +151,11 @@ def test_a_resumed_run_goes_on_validating() -> None:
     assert other.validate(0.1, steps=0) == [True]
     assert other.live == before
     for place, value, words in (
-        ("values", [math.inf], "expected a finite number"),
+        ("values", [0.9, math.inf, 0.9], "expected a finite number"),
         ("values", ["x"], "expected a number"),
         ("direction", 3, "expected 0 to 2"),
-        ("bad_in_a_row", -1, "expected a whole number"),
+        ("bad_steps", [-1], "expected a whole number"),
+        ("steps", [1], "steps: expected as many as values, 3, got 1"),
     ):
         policy = {**saved["policy"], "validation": {**saved["policy"]["validation"], place: value}}
         with pytest.raises(ValueError, match=words):
@@ -163,7 +166,80 @@ def test_the_bound_lies_on_the_worse_side() -> None:
     window = ValidationWindow(2)
     assert window.bound() is None
     for value in (0.80, 0.82, 0.84, 0.86):
-        window.judge(value, higher_is_better=True)
+        window.judge(value, 1, higher_is_better=True)
     bound = window.bound()
     assert bound is not None
     assert math.isclose(bound, 0.83 - 6 * 0.05 * 0.83)
+
+
+def told(run: Run) -> list[tuple[int, bool]]:
+    return [(e.bad_in_a_row, e.rollback) for e in run.governor.poll() if isinstance(e, ValidationEvent)]
+
+
+def test_a_rollback_takes_the_values_of_later_states_away() -> None:
+    run = Run(snapshot_interval=1000)
+    assert run.validate(10.0, 30.0, *[90.0] * 8, steps=1) == [False] * 10
+    run.governor.step(math.nan)
+    assert run.governor.last_report is not None
+    assert run.governor.last_report.restored_step == 0
+    assert run.validate(10.0, 30.0, 60.0, 80.0) == [False] * 4, "it learns once more"
+    assert told(run) == []
+
+
+def test_values_up_to_the_restored_state_stay() -> None:
+    run = Run(snapshot_interval=5)
+    run.validate(90.0, 91.0, 92.0, 91.0, steps=6)
+    assert run.governor.last_good_step > 18
+    run.governor.step(math.nan)
+    assert run.validate(10.0, 11.0, steps=1) == [False, True]
+
+
+def test_a_bad_value_of_a_state_that_is_gone_does_not_count() -> None:
+    run = Run()
+    run.validate(90.0, 91.0, 92.0, 10.0)
+    run.governor.step(math.nan)
+    assert run.validate(10.0, 90.0) == [False, False]
+    assert told(run) == [(1, False), (1, False)]
+
+
+def test_what_is_saved_of_the_last_known_good_state_is_of_then() -> None:
+    run = Run(snapshot_interval=25)
+    run.validate(90.0, 91.0, 92.0, 91.0, 10.0)
+    form = run.governor.last_good_state_dict()["governor"]
+    other = Run()
+    other.governor.load_state_dict(json.loads(json.dumps(form)))
+    saved = other.governor.state_dict()["policy"]["validation"]
+    assert (saved["values"], saved["steps"], saved["bad_steps"]) == ([90.0, 91.0], [10, 20], [])
+    other.train(30)
+    assert other.governor.last_good_step > run.governor.last_good_step, "nothing is held"
+
+
+def test_a_capture_by_hand_that_was_held_holds_nothing_later() -> None:
+    run = Run(snapshot_interval=1000)
+    run.validate(90.0, 91.0, 92.0, 10.0)
+    run.governor.snapshot()
+    by_hand = run.step
+    run.train(5)
+    assert run.governor.last_good_step == 0
+    run.validate(91.0, steps=0)
+    run.train(2)
+    assert run.governor.last_good_step == by_hand
+    run.governor.step(math.nan)
+    run.governor.snapshot()
+    again = run.governor.step_count
+    run.train(2)
+    assert run.governor.last_good_step == again
+
+
+def test_the_metric_may_need_a_gradient(recwarn: pytest.WarningsRecorder) -> None:
+    metric = torch.tensor(0.5, requires_grad=True) * 1.0
+    assert Run().governor.step_validation(metric, higher_is_better=True) is None
+    assert not recwarn.list
+
+
+def test_no_single_batch_is_to_blame() -> None:
+    run = Run(snapshot_interval=1000, max_rollbacks=3, validation_patience=1)
+    with pytest.raises(TrainingDivergedError, match="what was validated collapsed") as caught:
+        run.validate(*[90.0, 91.0, 92.0, math.nan] * 3)
+    assert caught.value.at_fault == "state"
+    assert run.governor.offending_steps == ()

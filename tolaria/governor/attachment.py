@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from tolaria.governor.saved_rates import loaded_rates, plain_rates
 from tolaria.governor.saved_state import fitted
 from tolaria.governor.saving import Save, Saver, own_memory
 from tolaria.governor.skipping import StepSkipper, remove_hooks
-from tolaria.ops import MemoryField, Order, StateField, StatusField, memory_row, window_of
+from tolaria.ops import Order, StateField, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.host_state import HostState
@@ -147,13 +148,6 @@ class Attachment:
         self._is_plain = self._is_plain and not config.gradient_norm and not config.skips_before_rollback
         self._is_plain = self._is_plain and not config.shift_horizon  # which looks at the rates
         self._expect(added=self.judge.losses.count)
-
-    def hold(self, *, is_held: bool) -> None:
-        """Whether captures and promotions wait for a good validation."""
-        row = self.row
-        held = memory_row(0, window_of(row.state), MemoryField.held)
-        if bool(row.state[held, row.column]) != is_held:  # sync: between two steps, and rarely
-            row.order(Order.HOLD if is_held else Order.RELEASE)
 
     def expect_loss(self) -> None:
         """The next step is given its loss: it may go the shortest way."""
@@ -307,9 +301,9 @@ class Attachment:
         covered = self.engine.covered
         return covered.lowered.now(covered.optimizers, covered.schedulers)
 
-    def saved_policy(self, rates: RatesThen | None) -> dict[str, Any]:
-        """What the policy saves, with the rates of now or of a capture."""
-        return self.policy.saved_form(plain_rates(self.engine.covered, rates))
+    def saved_policy(self, rates: RatesThen | None, *, until: float = math.inf) -> dict[str, Any]:
+        """What the policy saves, with the rates and validations of now or of a capture, made at ``until``."""
+        return self.policy.saved_form(plain_rates(self.engine.covered, rates), until=until)
 
     # -- on disk ---------------------------------------------------------------------------------------------
 
@@ -333,11 +327,12 @@ class Attachment:
         slot, host = self.engine.last_good()
         state = self.row.state[:, self.row.column : self.row.column + 1]
         then = statistics.as_of_capture(state, slot)
-        config, policy = self.row.config, self.saved_policy(host.lowered)
+        step = int(then[StateField.step])
+        config, policy = self.row.config, self.saved_policy(host.lowered, until=step)
         form = statistics.saved_form(
             config, self.random_guess_loss, then, policy, self.magnitudes(as_of_capture=True)
         )
-        return slot, host, {"step": int(then[StateField.step]), "governor": form}
+        return slot, host, {"step": step, "governor": form}
 
     def magnitudes(self, *, as_of_capture: bool = False) -> Magnitudes:
         """How large each tensor was in promoted captures, for whoever goes on from here.

@@ -123,9 +123,11 @@ class CallsByHand(Readings):
 
         Call it after each validation, with one metric. It is bad if it is not finite, or if it lies six
         deviations on the worse side of the median of the last ten healthy ones, once there are three; a
-        deviation is at least 5% of the median. At a bad one nothing is captured and nothing promoted until
-        the next good one; ``config.validation_patience`` (2) bad ones in a row are a rollback with the reason
-        VALIDATION. On CUDA it waits for the device. Where ranks judge together, all must call it.
+        deviation is at least 5% of the median. From a bad one to the next good one no capture falls due and
+        none is promoted; ``config.validation_patience`` (2) bad ones in a row are a rollback with the reason
+        VALIDATION. A rollback, for whatever reason, takes the values of the states that it undoes away. On
+        CUDA it waits for the device. Where ranks judge together, all must call it, each with its own value or
+        with one for all; a bad one on any of them counts for all.
 
         Args:
             metric: one value: a number, or a tensor of any floating dtype.
@@ -149,7 +151,8 @@ class CallsByHand(Readings):
         at.catch_up()  # sync: the answer is wanted now
         window = at.policy.validation
         bound = window.bound()
-        calls = at.judge.is_on_any_rank(window.judge(value, higher_is_better=higher_is_better))
+        is_last_straw = window.judge(value, self.step_count, higher_is_better=higher_is_better)
+        calls = at.judge.is_on_any_rank(is_last_straw)
         if window.bad_in_a_row:
             told = ValidationEvent(
                 step=self.step_count,
@@ -160,8 +163,8 @@ class CallsByHand(Readings):
             )
             self._telemetry.add([told])
         if calls:
-            window.bad_in_a_row = 0
-        at.hold(is_held=window.bad_in_a_row > 0)
+            window.forgive()
+        at.row.hold(is_held=not calls and at.judge.is_on_any_rank(window.bad_in_a_row > 0))
         acts = calls and not at.row.config.log_only
         if acts:
             roll_back(engine, at.follower, PanicReason.VALIDATION)

@@ -11,7 +11,8 @@ from tolaria.governor.config import GovernorConfig
 from tolaria.ops import PanicReason
 from tolaria.telemetry.verdict import GovernorReport
 
-_FOUND_IN_A_CAPTURE = (PanicReason.NON_FINITE_STATE, PanicReason.SUSPICIOUS_STATE)
+_OTHER_THAN_LOSSES = (PanicReason.NON_FINITE_STATE, PanicReason.SUSPICIOUS_STATE, PanicReason.VALIDATION)
+"""Reasons that the losses do not show."""
 _OF_STATE = (PanicReason.LOBOTOMY, PanicReason.DRIFT)
 """Reasons that no single batch is."""
 
@@ -79,13 +80,13 @@ def find_fault(reports: Sequence[GovernorReport], healthy: Sequence[int]) -> tup
     if not healthy:
         return "unknown", "too few rollbacks that nobody made by hand to tell data from state"
     last = reports[-1]
-    if all(report.reason in _FOUND_IN_A_CAPTURE for report in reports):
-        what = "non-finite" if last.reason is PanicReason.NON_FINITE_STATE else "larger than it had ever been"
-        return "state", f"the losses were healthy, but the state turned {what} ({last.tensor_name})"
+    if all(report.reason in _OTHER_THAN_LOSSES for report in reports):
+        return "state", f"the losses were healthy, but {_what_was_not(last)}"
     if not any(healthy):
         return "state", "the restored state was judged bad at once each time, no step was healthy"
     climbed = sum(map(_has_climbed, reports)) == len(reports)
-    if len(healthy) > 1 and len(set(healthy)) == 1 and not climbed:
+    is_by_batch = not climbed and all(r.reason is not PanicReason.VALIDATION for r in reports)
+    if len(healthy) > 1 and len(set(healthy)) == 1 and is_by_batch:
         return "data", f"each time it went wrong after the same {healthy[0]} healthy steps, at the same batch"
     stayed_away = sum(report.consecutive_panics > 1 or _has_climbed(report) for report in reports)
     counts = ", ".join(map(str, healthy))
@@ -98,6 +99,13 @@ def find_fault(reports: Sequence[GovernorReport], healthy: Sequence[int]) -> tup
         f"a single batch each time, after {counts} healthy steps: samples that move from batch to batch, or "
         "a state on the brink"
     )
+
+
+def _what_was_not(last: GovernorReport) -> str:
+    if last.reason is PanicReason.VALIDATION:
+        return "what was validated collapsed"
+    what = "non-finite" if last.reason is PanicReason.NON_FINITE_STATE else "larger than it had ever been"
+    return f"the state turned {what} ({last.tensor_name})"
 
 
 def _has_climbed(report: GovernorReport) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from tolaria.telemetry.events import GovernorEvent, PromotionEvent, RollbackEven
 from tolaria.telemetry.verdict import GovernorReport, plain_report, report_of
 
 _MAX_OFFENDING = 4096
+_AT_NO_STEP = (PanicReason.SUSPICIOUS_STATE, PanicReason.VALIDATION)
+"""Reasons whose cause is some step since the last capture, or the last validation."""
 
 
 def clear_gradients(covered: CoveredState) -> None:
@@ -101,8 +104,9 @@ class RollbackPolicy:
             self._history.append(report)
             self._unchecked = True
             self.batches.rolled_back()
+            self.validation.went_back(report.restored_step)
             if report.reason is not PanicReason.MANUAL:
-                if report.reason is not PanicReason.SUSPICIOUS_STATE:  # at some step since the last capture
+                if report.reason not in _AT_NO_STEP:
                     self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
                 self._progress.restored(report)
         elif isinstance(event, PromotionEvent):
@@ -155,18 +159,21 @@ class RollbackPolicy:
         rates.recovered()
         covered.schedules.refresh(covered.optimizers)
 
-    def saved_form(self, saved_rates: dict[str, Any] | None = None) -> dict[str, Any]:
+    def saved_form(
+        self, saved_rates: dict[str, Any] | None = None, *, until: float = math.inf
+    ) -> dict[str, Any]:
         """Plain values for :meth:`load_saved_form`.
 
         Args:
             saved_rates: what :func:`plain_rates` says; None: the rates are not lowered for a time.
+            until: what was validated up to this step.
         """
         return {
             "reports": [plain_report(report) for report in self._history],
             "offending_steps": list(self.offending_steps),
             "progress": self._progress.saved_form(),
             "batches": self.batches.saved_form(),
-            "validation": self.validation.saved_form(),
+            "validation": self.validation.saved_form(until),
             "rates": saved_rates if saved_rates is not None else plain_rates(None, None),
         }
 

@@ -77,6 +77,16 @@ class Row:
         counted = pending.anomalies or pending.lobotomies or pending.skips or pending.rollback
         return reason == PanicReason.HEALTHY and not counted and not (candidate >= 0 and bad >= 0)
 
+    def hold(self, *, is_held: bool) -> None:
+        """Whether captures and promotions wait for a good validation; waits for the device."""
+        live, *slots = (memory_row(which, self.config.window, MemoryField.held) for which in range(3))
+        if bool(self.state[live, self.column]) == is_held:  # sync: between two steps
+            return
+        self.order(Order.HOLD if is_held else Order.RELEASE)
+        if not is_held:
+            for slot in slots:  # a capture that was made by hand meanwhile need not wait any more either
+                self.state[slot, self.column] = 0.0
+
     def state_with_order(self) -> Tensor:
         """A copy of the judge's state that orders a restore, whose bookkeeping is then thrown away."""
         state = self.state.clone()
