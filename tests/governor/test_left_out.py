@@ -90,6 +90,28 @@ class Sam(Optimizer):
         return loss
 
 
+class Decaying(torch.optim.AdamW):
+    """Does something around the step that it inherits, gradients or not, but behind the closure."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params, lr=0.05)
+        self.calls = 0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        if closure is None:
+            self._shrink(0.99)
+        loss = super().step(closure)  # type: ignore[arg-type]
+        self.calls += 1
+        self._shrink(0.98)
+        return loss
+
+    @torch.no_grad()
+    def _shrink(self, factor: float) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(factor)
+
+
 OPTIMIZERS: dict[str, Callable[[Params], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, foreach=False),
@@ -101,6 +123,7 @@ OPTIMIZERS: dict[str, Callable[[Params], Optimizer]] = {
     "counted": Counted,
     "lookahead": Lookahead,
     "sam": Sam,
+    "decaying": Decaying,
 }
 NEED_CLOSURE = ("lbfgs", "lbfgs wolfe", "sam")
 

@@ -1,11 +1,48 @@
-"""The closure that was given to ``optimizer.step``, as the optimizer's step pre-hooks see it."""
+"""Calls of ``optimizer.step`` as its hooks see them: the closure that came along, and which call it is."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
+
+from torch.optim import Optimizer
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+R = TypeVar("R")
+Hook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], R]
+
+
+def outermost(hook: Hook[R]) -> Hook[R | None]:
+    """``hook``, but not where the step of a class calls the one that it inherits.
+
+    torch calls the hooks around each of the two: what one has begun the other must not end.
+    """
+
+    @wraps(hook)
+    def once(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R | None:
+        if _inherits_a_step(optimizer) and _is_inherited_call(optimizer):
+            return None
+        return hook(optimizer, args, kwargs)
+
+    return once
+
+
+def _inherits_a_step(optimizer: Optimizer) -> bool:
+    of_classes = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    return sum(hasattr(step, "hooked") for step in of_classes) > 1
+
+
+def _is_inherited_call(optimizer: Optimizer) -> bool:
+    """Whether another of torch's wrappers that call the hooks is at work, around the one that calls now."""
+    calling = sys._getframe(2)
+    frame = calling.f_back
+    while frame is not None:
+        if frame.f_code is calling.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from tolaria.errors import UncoveredWarning
-from tolaria.governor.closures import Arguments, closure_of, with_closure
+from tolaria.governor.closures import Arguments, closure_of, outermost, with_closure
 from tolaria.governor.engine import Engine
 from tolaria.snapshot import graphs
 
@@ -43,7 +43,7 @@ class GradientNorms:
 
     def hook(self, optimizer: Optimizer) -> None:
         """Watch one more optimizer."""
-        self.handles.append(optimizer.register_step_pre_hook(self._before_step))
+        self.handles.append(optimizer.register_step_pre_hook(outermost(self._before_step)))
 
     def judged(self, *, was_handed_over: bool, is_ahead: bool) -> None:
         """A judgement was made: what was seen until now has been used.

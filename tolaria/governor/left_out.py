@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from tolaria.governor.closures import Arguments, closure_of, with_closure
+from tolaria.governor.closures import Arguments, closure_of, outermost, with_closure
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.undo import HostUndo
 
@@ -48,8 +48,8 @@ class LeftOutSteps:
 
     def hook(self) -> list[RemovableHandle]:
         """Watch its steps."""
-        before = self._optimizer.register_step_pre_hook(self._before_step)
-        return [before, self._optimizer.register_step_post_hook(lambda *_: self.finish())]
+        before = self._optimizer.register_step_pre_hook(outermost(self._before_step))
+        return [before, self._optimizer.register_step_post_hook(outermost(lambda *_: self.finish()))]
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

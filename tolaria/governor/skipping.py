@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from tolaria.governor.closures import outermost
 from tolaria.governor.engine import Engine
 from tolaria.governor.left_out import LeftOutSteps
 from tolaria.ops import StateField
@@ -67,13 +68,13 @@ class StepSkipper:
             self.handles += left_out.hook()
         elif all(group.get("fused") for group in optimizer.param_groups):
             self._newborns[id(optimizer)] = _Newborns(optimizer)
-            self.handles.append(optimizer.register_step_pre_hook(self._set_found_inf))
-            self.handles.append(optimizer.register_step_post_hook(self._remove_found_inf))
+            self.handles.append(optimizer.register_step_pre_hook(outermost(self._set_found_inf)))
+            self.handles.append(optimizer.register_step_post_hook(outermost(self._remove_found_inf)))
         else:
             undone = _UndoneOptimizer(optimizer, self._covered.device)
             self._undone.append(undone)
-            self.handles.append(optimizer.register_step_pre_hook(self._save(undone)))
-            self.handles.append(optimizer.register_step_post_hook(self._put_back(undone)))
+            self.handles.append(optimizer.register_step_pre_hook(outermost(self._save(undone))))
+            self.handles.append(optimizer.register_step_post_hook(outermost(self._put_back(undone))))
 
     def _set_found_inf(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         lent_to: Any = optimizer  # what fused kernels read is no declared attribute
