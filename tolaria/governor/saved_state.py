@@ -17,8 +17,7 @@ from torch import Tensor
 from tolaria import ops
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.plain_values import is_number, said
-from tolaria.ops import MemoryField, PanicReason, StateField
-from tolaria.reference.governor_rules import SHIFT_ARMED
+from tolaria.ops import SHIFT_ARMED, MemoryField, PanicReason, StateField
 
 MAX_COUNT = 2**52
 """Counts above this are refused: half of where a float64 stops counting."""
