@@ -96,15 +96,16 @@ class Readings:
         """What has been counted towards a rollback, or a promotion. On CUDA it waits for the device."""
         at = self._attached
         graphs.refuse_recording(at.row.state.device, "governor.pending")
-        return at.row.pending()
+        return at.row.pending(at.policy.validation.bad_in_a_row)
 
     @property
     def is_quiet(self) -> bool:
         """Whether this is a moment to change the structure: healthy, nothing pending, the state finite.
 
         The last verdict, if there is one, was healthy and nothing has happened since; no anomaly, no loss of
-        guessing and no skipped step is being counted; no capture was found poisoned; all that a capture would
-        search is finite. On CUDA it waits for the device; it costs one pass over the state.
+        guessing and no skipped step is being counted, nothing holds captures back (evidence of a collapse, a
+        shift that shows, a bad validation); no capture was found poisoned, or suspiciously large; all that a
+        capture would search is finite. On CUDA it waits for the device; it costs one pass over the state.
 
         Raises:
             TolariaError: a CUDA graph is being recorded, or the governor is closed.

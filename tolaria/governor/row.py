@@ -10,6 +10,7 @@ from torch import Tensor
 from tolaria import ops
 from tolaria.governor.config import GovernorConfig
 from tolaria.ops import MemoryField, Order, PanicReason, StateField, StatusField, memory_row
+from tolaria.ops.governor import held_back, suspicious_candidates
 from tolaria.snapshot.memory import allocate
 from tolaria.telemetry.mailbox import MailboxReader
 from tolaria.telemetry.verdict import Pending
@@ -52,30 +53,42 @@ class Row:
         """Whether a rollback was called for and not carried out yet; waits for the device."""
         return bool(self.state[StateField.restore_order, self.column] != 0)  # sync: asked for by name
 
-    def pending(self) -> Pending:
-        """What is being counted; waits for the device."""
+    def pending(self, validations: int) -> Pending:
+        """What is being counted; waits for the device.
+
+        Args:
+            validations: bad ones in a row.
+        """
         values = self.state[:, self.column].tolist()  # sync: asked for by name
         window = self.config.window
 
-        def live(field: MemoryField) -> int:
-            return int(values[memory_row(0, window, field)])
+        def live(field: MemoryField) -> float:
+            return float(values[memory_row(0, window, field)])
 
         on_probation = values[StateField.candidate] >= 0
         return Pending(
-            anomalies=live(MemoryField.consecutive),
-            lobotomies=live(MemoryField.lobotomy_pending),
-            skips=live(MemoryField.skips),
+            anomalies=int(live(MemoryField.consecutive)),
+            lobotomies=int(live(MemoryField.lobotomy_pending)),
+            collapse=live(MemoryField.collapse),
+            shift=live(MemoryField.shift_sum),
+            validations=validations,
+            skips=int(live(MemoryField.skips)),
             probation=int(values[StateField.candidate_healthy]) if on_probation else None,
             rollback=values[StateField.restore_order] != 0,
         )
 
     def is_calm(self) -> bool:
-        """Whether the last verdict was healthy and nothing bad is being counted; waits for the device."""
-        pending = self.pending()
-        fields = [StateField.reason, StateField.candidate, StateField.candidate_bad]
-        reason, candidate, bad = self.state[fields, self.column].tolist()  # sync: asked for by name
+        """Whether the last verdict was healthy and nothing speaks against the state; waits for the device."""
+        pending, state = self.pending(0), self.state[:, self.column : self.column + 1]
         counted = pending.anomalies or pending.lobotomies or pending.skips or pending.rollback
-        return reason == PanicReason.HEALTHY and not counted and not (candidate >= 0 and bad >= 0)
+        if counted or int(state[StateField.reason]) != PanicReason.HEALTHY:  # sync: asked for by name
+            return False
+        against = held_back(state, self.settings)
+        against |= (state[StateField.candidate] >= 0) & (state[StateField.candidate_bad] >= 0)
+        if self.config.suspicious_state != "off":
+            undoes = self.config.suspicious_state == "rollback"
+            against |= suspicious_candidates(state, undoes=undoes, interval=self.config.snapshot_interval)
+        return not bool(against)  # sync: likewise
 
     def hold(self, *, is_held: bool) -> None:
         """Whether captures and promotions wait for a good validation; waits for the device."""

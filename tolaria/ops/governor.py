@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from tolaria import _backend, _extension
 from tolaria.reference import governor as reference
-from tolaria.reference.governor_layout import Order, PanicReason, StateField
+from tolaria.reference.governor_layout import MemoryField, Order, PanicReason, StateField
+from tolaria.reference.governor_rules import is_climbing
 from tolaria.reference.governor_state import Governors
 
 
@@ -108,6 +109,20 @@ def suspicious_candidates(state: Tensor, *, undoes: bool, interval: int) -> Tens
     """
     captured, suspected = state[StateField.candidate] >= 0, state[StateField.suspect] >= 0
     return captured & suspected & ~reference.is_settled(Governors(state, None, None), undoes, interval)
+
+
+def held_back(state: Tensor, config: Tensor) -> Tensor:
+    """Which governors capture and promote nothing for now: bool ``(n,)``; never waits.
+
+    There is evidence of a collapse, or much of a shift, or what was validated is bad.
+
+    Args:
+        state: float64 ``(fields, n)``.
+        config: float64 ``(CONFIG_FIELDS,)``.
+    """
+    g = Governors(state, config, None)
+    climbs = is_climbing(g, g.live(MemoryField.shift_sum))
+    return climbs | (g.live(MemoryField.collapse) > 0) | (g.live(MemoryField.held) != 0)
 
 
 def governor_order_(

@@ -181,6 +181,12 @@ class Pending:
     """Anomalies in a row, of ``min_panics_before_rollback``."""
     lobotomies: int
     """Losses of guessing since the last healthy one, of ``lobotomy_patience``."""
+    collapse: float
+    """Losses of guessing, or worse, that add up to a collapse, of ``collapse_patience``."""
+    shift: float
+    """The shift sum, of ``shift_threshold``; above 15% of that no capture is promoted."""
+    validations: int
+    """Bad validations in a row, of ``validation_patience``."""
     skips: int
     """Bad steps in a row that were let pass, of ``skips_before_rollback``."""
     probation: int | None
