@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,6 +193,20 @@ def test_a_state_that_cannot_go_back_closes_all_the_same() -> None:
     assert run.is_finite(), "everything else is back"
     with pytest.raises(RuntimeError, match="closed"):
         run.governor.verify()
+
+
+def test_a_state_that_cannot_be_looked_at_is_told_and_saved_all_the_same(tmp_path: Path) -> None:
+    run = Run(save_every=1, save_path=str(tmp_path))
+    heard: list[str] = []
+    run.governor.add_sink(lambda event: heard.append(event.kind))
+    run.average.values = None  # type: ignore[assignment]
+    run.average.state_dict = lambda: 1 / 0  # type: ignore[method-assign]
+    run.governor._engine.tell_bad("told")
+    with pytest.raises(SnapshotError, match="average"):
+        run.governor.close()
+    saved = [path for path in tmp_path.iterdir() if path.name.startswith("step_")]
+    assert [path.name for path in saved] == ["step_000000004"]
+    assert heard == ["verdict"]
 
 
 def test_with_closes_and_hands_the_error_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -235,16 +236,14 @@ class CallsByHand(Readings):
         if at.running is None:
             return
         at.refuse_recording("close")
-        covered = at.running.covered
-        try:
+        with ExitStack() as last:  # backwards, whatever is raised on the way
+            last.callback(self._telemetry.deliver)
+            last.callback(at.close)
+            last.callback(uncovered.unwatch, at.running.covered)
+            last.callback(at.saver.finish, at.start_saving)
             at.catch_up()  # sync: nothing is heard of later
             if at.judge.may_ask_ranks:
                 self._verify()
-            at.saver.finish(at.start_saving)
-        finally:
-            uncovered.unwatch(covered)
-            at.close()
-        self._telemetry.deliver()
 
     def __enter__(self: T) -> T:
         return self
