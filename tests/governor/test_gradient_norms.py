@@ -63,7 +63,7 @@ def test_none_is_judged_without_a_word_once() -> None:
         optimizer.step()
         governor.check_vital_signs(1.0)
     assert caught[0].category is UncoveredWarning
-    assert "gradient_norm is asked for, but no parameter" in str(caught[0].message)
+    assert "asked for (gradient_norm=True, or step(None)), but no parameter" in str(caught[0].message)
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert math.isnan(judged(governor))
@@ -85,6 +85,26 @@ def test_a_norm_that_is_handed_over_is_the_one() -> None:
         optimizer.step()
         governor.step(1.0)
     assert judged(governor) == pytest.approx(norm_of(model))
+
+
+@pytest.mark.parametrize(
+    ("norm", "error", "words"),
+    [
+        ("a", TypeError, "gradient_norm: expected a number"),
+        (True, TypeError, "gradient_norm: expected a number"),
+        (torch.ones(2), ValueError, r"gradient_norm: expected one value, got shape \(2,\)"),
+        (torch.ones(1, dtype=torch.long), TypeError, "gradient_norm: expected a floating tensor, got dtype"),
+        (torch.ones((), device="meta"), ValueError, "gradient_norm: expected device cpu, got meta"),
+    ],
+)
+def test_what_is_no_norm_is_named_and_judges_nothing(norm: Any, error: type[Exception], words: str) -> None:
+    model = nn.Linear(3, 2)
+    governor = governed(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = governor.state_dict()
+    for call in (governor.step, governor.check_vital_signs):
+        with pytest.raises(error, match=words):
+            call(1.0, gradient_norm=norm)
+    assert governor.state_dict() == before
 
 
 def test_each_optimizer_is_looked_at_when_it_steps() -> None:

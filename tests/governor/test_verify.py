@@ -124,9 +124,13 @@ def test_a_moment_that_the_very_first_step_brought_is_found() -> None:
     loss = run.model(torch.randn(8, 3)).square().mean() * math.nan
     loss.backward()
     run.optimizer.step()
-    assert not run.governor.verify()
+    found = run.governor.verify()
+    assert not found
     assert run.is_finite()
     assert not run.optimizer.state
+    assert found.report is not None
+    for value in (found.report.loss, found.report.mean, *found.report.thresholds, found.report.gradient_norm):
+        assert math.isnan(value), "nothing was judged yet"
 
 
 def test_only_waiting_rolls_nothing_back() -> None:

@@ -80,7 +80,7 @@ class Judge:
             nonfinite = self._flag.fill_(as_flag("nonfinite", nonfinite))
         gradient: Tensor | None = None
         if isinstance(gradient_norm, Tensor):
-            gradient = gradient_norm
+            gradient = _one_norm(gradient_norm, row.state.device)
         elif gradient_norm is not None:
             gradient = self._norm.fill_(as_number("gradient_norm", gradient_norm))
         elif row.config.gradient_norm or without is not None:
@@ -179,6 +179,21 @@ class Judge:
         return flag if self._group is None else agree_on_flag(self._group, row.state, flag)
 
 
+def _one_norm(norm: Tensor, device: torch.device) -> Tensor:
+    """A norm that was handed over, before the judge, who calls it by another name, sees it.
+
+    Raises:
+        TypeError, ValueError: it is no floating tensor of one value on ``device``.
+    """
+    if not norm.is_floating_point():
+        raise TypeError(f"gradient_norm: expected a floating tensor, got dtype {norm.dtype}")
+    if norm.numel() != 1:
+        raise ValueError(f"gradient_norm: expected one value, got shape {tuple(norm.shape)}")
+    if norm.device != device:
+        raise ValueError(f"gradient_norm: expected device {device}, got {norm.device}")
+    return norm
+
+
 def check_verdict(verdict: Verdict, latest: Verdict | None, **others: object) -> None:
     """A verdict given in place of a loss must be the ``latest``, and say all.
 
@@ -186,7 +201,7 @@ def check_verdict(verdict: Verdict, latest: Verdict | None, **others: object) ->
         ValueError: it is older, or one of the ``others`` comes with it.
     """
     if verdict is not latest:
-        raise ValueError("loss: expected the verdict that was returned last, got an older one")
+        raise ValueError("loss: expected the verdict that check_vital_signs returned last, got another")
     for name, value in others.items():
         if value is not None:
             raise ValueError(f"{name}: expected None with a verdict, which is judged already")

@@ -114,6 +114,9 @@ class MailboxReader:
         gradient_norm, gradient_threshold, drift = (
             judged_norm(r[RecordField.gradient_norm]), r[RecordField.gradient_threshold], r[RecordField.drift]
         )  # fmt: skip
+        if step == 0:  # by hand: nothing has been judged
+            loss = mean = std = gradient_norm = gradient_threshold = math.nan
+            thresholds = (math.nan,) * 3
         if kind is EventKind.VERDICT:
             return VerdictEvent(
                 step=step,
