@@ -200,6 +200,28 @@ def test_the_scale_of_a_fused_step_is_no_part_of_the_norm() -> None:
     assert judged(governor) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("unscaled", [0, 1, 2], ids=["none", "one", "both"])
+def test_before_the_step_the_scale_is_no_part_of_the_norm_either(unscaled: int) -> None:
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(2, 1)])
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=1)
+    governor = governed(model, optimizers, scaler=scaler)
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = model[1](model[0](torch.ones(4, 3))).square().mean()
+        right = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        scaler.scale(loss).backward()
+        for optimizer in optimizers[:unscaled]:
+            scaler.unscale_(optimizer)
+        verdict = governor.check_vital_signs(loss)
+        assert verdict.gradient_norm == pytest.approx(float(torch.cat([g.flatten() for g in right]).norm()))
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        governor.step(verdict)
+
+
 def test_an_optimizer_inside_another_counts_once() -> None:
     class Outer(torch.optim.Optimizer):
         def __init__(self, inner: torch.optim.Optimizer) -> None:

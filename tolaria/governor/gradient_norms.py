@@ -55,18 +55,34 @@ class GradientNorms:
         self._seen.clear()
         self._is_wanted = not (was_handed_over or is_ahead)
 
-    def take(self) -> Tensor | None:
-        """``tensor_stats`` over the gradients of this step; None, with a warning, if there are none."""
+    def take(self, *, is_ahead: bool) -> Tensor | None:
+        """``tensor_stats`` over the gradients of this step; None, with a warning, if there are none.
+
+        Args:
+            is_ahead: the optimizers step after it.
+        """
         now = self._recording()
         seen = [stats for stats, recording in self._seen.values() if recording == now]
-        if len(seen) == 1:
-            return seen[0]
         if seen:
-            return torch.stack(seen).sum(0)  # the judge reads the sum of squares and the count
-        stats = self._engine.gradient_stats()
+            return _added(seen)
+        stats = self._of_now() if is_ahead else self._engine.gradient_stats()
         if stats is None or (stats.is_cpu and not bool(stats[:3].any())):
             self._warn()
         return stats
+
+    def _of_now(self) -> Tensor | None:
+        """Before the optimizers step: some gradients may have a GradScaler's scale still."""
+        scaler, optimizers = self._engine.covered.scaler, self._engine.covered.optimizers
+        scale = getattr(scaler, "_scale", None)
+        if scaler is None or scale is None or not scaler.is_enabled():
+            return self._engine.gradient_stats()
+        stages = {i: state["stage"].name for i, state in scaler._per_optimizer_states.items()}
+        scaled = [o for o in optimizers if stages.get(id(o), "READY") == "READY"]
+        plain = [o for o in optimizers if stages.get(id(o), "READY") != "READY"]
+        with_scale, without = self._engine.gradient_stats(scaled), self._engine.gradient_stats(plain)
+        parts = [] if with_scale is None else [_unscaled(with_scale, scale)]
+        parts += [] if without is None else [without]
+        return _added(parts) if parts else None
 
     def _recording(self) -> int:
         return graphs.recording(self._device)
@@ -100,8 +116,7 @@ class GradientNorms:
         stats = self._engine.gradient_stats([optimizer])
         scale = getattr(optimizer, "grad_scale", None)
         if stats is not None and isinstance(scale, Tensor):  # a fused step takes the scale away by itself
-            away = scale.to(torch.float64).reciprocal().square()
-            stats = torch.cat([stats[:1] * away, stats[1:]])
+            stats = _unscaled(stats, scale)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if stats is not None:  # an optimizer and the one that it wraps train the same
             self._seen[id(trained[0]), len(trained)] = stats, self._recording()
@@ -121,3 +136,14 @@ class GradientNorms:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    """Rows of ``tensor_stats`` as one; the judge reads the sum of squares and the count."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _unscaled(stats: Tensor, scale: Tensor) -> Tensor:
+    """A row of ``tensor_stats`` as if the tensors had been divided by ``scale``."""
+    away = scale.to(torch.float64).reciprocal().square()
+    return torch.cat([stats[:1] * away.reshape(1), stats[1:]])

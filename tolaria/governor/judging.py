@@ -84,7 +84,7 @@ class Judge:
         elif gradient_norm is not None:
             gradient = self._norm.fill_(as_number("gradient_norm", gradient_norm))
         elif row.config.gradient_norm or without is not None:
-            gradient = self._asked_norms(engine).take()
+            gradient = self._asked_norms(engine).take(is_ahead=is_ahead)
         engine.judging()
         if engine.is_recording():
             graphs.outlive(self._scalar, self._norm, self._flag)
