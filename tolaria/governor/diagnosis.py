@@ -126,7 +126,8 @@ def diverged(
         config: the settings.
     """
     last = reports[-1]
-    where = f"the last one at step {last.step}, reason {last.reason.name}, loss {last.loss:g}"
+    found = "" if last.tensor_name is None else f" in {last.tensor_name}"
+    where = f"the last one at step {last.step}, reason {last.reason.name}{found}, loss {last.loss:g}"
     judged = [report for report in reports if report.reason is not PanicReason.MANUAL]
     between = healthy if len(judged) == len(reports) else healthy_between(judged, config.cooldown)
     at_fault, why = find_fault(judged, between)
