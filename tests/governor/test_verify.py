@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,38 @@ def test_a_manual_capture_at_every_step_starves_no_promotion() -> None:
     report = run.governor.last_report
     assert report is not None
     assert report.restored_step >= 24
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_nor_where_steps_between_do_not_count(every: int) -> None:
+    model, source = nn.Linear(2, 1), random.Random(1)
+    governor = TolariaGovernor(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        config=GovernorConfig.balanced(gradient_norm=False),
+        num_classes=2,  # a noisy problem: now and then a loss of guessing, and of more
+    )
+    ages = []
+    for step in range(1, 601):
+        governor.step(source.lognormvariate(math.log(0.45), 0.5))
+        if step % every == 0:
+            governor.snapshot()
+        ages.append(step - governor.last_good_step)
+    assert max(ages) < 100
+    assert governor.rollback_count == 0
+
+
+def test_after_a_bad_step_has_discarded_it_another_one_is_made_at_once() -> None:
+    run = Run(steps=12, snapshot_interval=1000, probation=5)
+    run.governor.snapshot()
+    run.step()
+    run.governor.step(1e4)
+    assert run.governor.pending.probation is None
+    run.governor.snapshot()
+    assert run.governor.pending.probation == 0
+    for _ in range(5):
+        run.step()
+    assert run.governor.last_good_step == 14
 
 
 def test_a_manual_capture_that_has_to_wait_is_of_the_newest_state() -> None:

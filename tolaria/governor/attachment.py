@@ -99,7 +99,7 @@ class Attachment:
             self.policy = RollbackPolicy(config)
             self.follower = Follower(self.row.reader, self.running, self.policy, telemetry)
             self.judge = Judge(self.row, process_group)
-            self.captures = ManualCaptures(self.row, self.running)
+            self.captures = ManualCaptures(self.row, self.running, is_shared=process_group is not None)
             self.begin()
         except BaseException:
             self.let_go()

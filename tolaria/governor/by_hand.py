@@ -179,7 +179,9 @@ class CallsByHand(Readings):
 
         It may be called as often as you like. While a capture that was made by hand is on probation, from the
         next judgement on, another one waits until that is decided, at the end of that step. So one is
-        promoted every ``probation`` healthy steps, even if each of them asks for another.
+        promoted every ``probation`` healthy steps, even if each of them asks for another. On CUDA the host
+        hears late of it, and another one waits no longer than ``snapshot_interval`` steps; where ranks judge
+        together there, just so many.
 
         Raises:
             SnapshotError: the state cannot be captured; the candidate is what it was then.

@@ -12,19 +12,24 @@ class ManualCaptures:
 
     There is one slot for a candidate. If every call took it, a caller who comes more often than ``probation``
     allows would never see anything promoted, and a rollback would go back to the beginning. So from the first
-    judgement after a capture by hand until it has had all of ``probation``, another one waits: the newest
-    state is captured at the end of the step that decides. The host counts the judgements that it enqueued; it
-    asks the device for nothing, so both devices do the same.
+    judgement after a capture by hand until it is promoted or discarded another one waits: the newest state is
+    captured at the end of the step that decides. That may take longer than ``probation`` steps, since those
+    with evidence of a collapse or of a shift do not count.
+
+    A device tells of it late, and of one that was discarded by a bad step not at all: there a capture has at
+    least ``snapshot_interval`` steps to be promoted. Ranks on devices hear at different times; they let all
+    of these pass, so as to capture in the same step.
 
     Args:
         row: the governor.
         engine: makes the captures.
+        is_shared: whether ranks judge together.
     """
 
-    def __init__(self, row: Row, engine: Engine) -> None:
-        self._row, self._engine = row, engine
+    def __init__(self, row: Row, engine: Engine, *, is_shared: bool) -> None:
+        self._row, self._engine, self._is_shared = row, engine, is_shared
         self._made_at: int | None = None
-        self._rollbacks = 0
+        self._rollbacks = self._promotions = 0
         self._waits = False
 
     def ask(self) -> None:
@@ -53,11 +58,20 @@ class ManualCaptures:
             self._waits = False  # what was to be captured has gone
 
     def _is_on_probation(self) -> bool:
-        if self._made_at is None or self._rollbacks != self._row.status(StatusField.rollback_count):
+        row, made_at = self._row, self._made_at
+        if made_at is None or self._rollbacks != row.status(StatusField.rollback_count):
             return False
-        return 0 < self._engine.enqueued_step - self._made_at < self._row.config.probation
+        steps = self._engine.enqueued_step - made_at
+        if steps <= 0:
+            return False
+        if not self._engine.is_late:
+            return row.candidate_step() == made_at
+        if not self._is_shared and self._promotions != row.status(StatusField.promotion_count):
+            return row.status(StatusField.last_good_step) < made_at
+        return steps < row.config.snapshot_interval  # which is more than probation
 
     def _make(self) -> None:
+        self._promotions = self._row.status(StatusField.promotion_count)
         self._engine.snapshot()
         self._made_at, self._waits = self._engine.enqueued_step, False
         self._rollbacks = self._row.status(StatusField.rollback_count)

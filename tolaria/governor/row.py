@@ -53,6 +53,13 @@ class Row:
         """Whether a rollback was called for and not carried out yet; waits for the device."""
         return bool(self.state[StateField.restore_order, self.column] != 0)  # sync: asked for by name
 
+    def candidate_step(self) -> int | None:
+        """Step of the capture that is on probation, or None; waits for a device."""
+        candidate = int(self.state[StateField.candidate, self.column])  # sync: asked for by name
+        if candidate < 0:
+            return None
+        return int(self.state[StateField.slot_step_0 + candidate, self.column])  # sync: likewise
+
     def pending(self, validations: int) -> Pending:
         """What is being counted; waits for the device.
 
