@@ -13,7 +13,7 @@ from lowered_runs import FACTOR, SCHEDULES, Run
 from torch import nn
 
 from tolaria.errors import ConfigError
-from tolaria.governor import GovernorBank, GovernorConfig
+from tolaria.governor import GovernorBank, GovernorConfig, PanicReason
 
 
 @pytest.mark.parametrize("is_tensor", [False, True], ids=["number", "tensor"])
@@ -50,6 +50,22 @@ def test_a_bad_step_that_is_let_pass_and_a_cooldown_begin_the_count_anew() -> No
     losses = [1.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 99.0, 1.0, 1.0, 1.0]
     for loss in losses:
         governor.step(loss)
+    assert run.rates()[0] == 0.3 * FACTOR
+    governor.step(1.0)
+    assert run.rates() == [0.3, 0.07]
+
+
+def test_a_healthy_step_whose_capture_is_only_told_of_counts() -> None:
+    run = Run()
+    governor = run.govern(8, suspicious_state="tell")
+    for _ in range(21):
+        governor.step(1.0)
+    governor.step(math.nan)
+    with torch.no_grad():
+        run.model.weight.fill_(1e6)
+    for _ in range(7):
+        governor.step(1.0)
+    assert "SUSPICIOUS_STATE" in [getattr(e, "reason", PanicReason.HEALTHY).name for e in governor.poll()]
     assert run.rates()[0] == 0.3 * FACTOR
     governor.step(1.0)
     assert run.rates() == [0.3, 0.07]

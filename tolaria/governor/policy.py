@@ -91,7 +91,7 @@ class RollbackPolicy:
         if not hearing.is_noted:
             self._note(event)
             hearing.is_noted = True
-        if isinstance(event, RollbackEvent | VerdictEvent):
+        if isinstance(event, RollbackEvent) or (isinstance(event, VerdictEvent) and event.is_of_step):
             unjudged = self._config.cooldown if isinstance(event, RollbackEvent) else 0
             covered.lowered.healthy_since = max(covered.lowered.healthy_since, event.step + unjudged)
         if isinstance(event, RollbackEvent):

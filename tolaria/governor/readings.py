@@ -105,7 +105,8 @@ class Readings:
         The last verdict, if there is one, was healthy and nothing has happened since; no anomaly, no loss of
         guessing and no skipped step is being counted, nothing holds captures back (evidence of a collapse, a
         shift that shows, a bad validation); no capture was found poisoned, or suspiciously large; all that a
-        capture would search is finite. On CUDA it waits for the device; it costs one pass over the state.
+        capture would search is finite. On CUDA it waits for the device; it costs one pass over the state. A
+        poisoned seed that incubates is culled, alone, as by ``verify()``.
 
         Raises:
             TolariaError: a CUDA graph is being recorded, or the governor is closed.
