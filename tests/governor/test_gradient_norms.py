@@ -243,6 +243,19 @@ def test_an_optimizer_inside_another_counts_once() -> None:
     assert judged(governor) == pytest.approx(norm_of(model))
 
 
+def test_a_removed_optimizer_is_none_of_ours() -> None:
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(2, 1)])
+    ours, other = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
+    governor = governed(model, [ours, other])
+    governor.remove_optimizer(other)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in (ours, other):
+        optimizer.step()
+    governor.step(1.0)
+    assert judged(governor) == pytest.approx(math.sqrt(8.0))
+
+
 def test_an_added_optimizer_is_watched_and_a_closed_governor_watches_none() -> None:
     model = nn.Linear(3, 2)
     governor = governed(model, [])

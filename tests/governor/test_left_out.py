@@ -322,3 +322,16 @@ def test_a_skipped_first_step_is_a_step_to_a_schedule() -> None:
         run.optimizer.step()
         scheduler.step()
     run.governor.step(verdict)
+
+
+def test_the_steps_of_a_removed_optimizer_are_taken() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    governor = TolariaGovernor(model, optimizer, config=GovernorConfig(skip_anomalous_steps=True))
+    governor.remove_optimizer(optimizer)
+    model(torch.ones(1, 2)).sum().backward()
+    before = model.weight.detach().clone()
+    verdict = governor.check_vital_signs(math.nan)
+    optimizer.step()
+    governor.step(verdict)
+    assert not torch.equal(model.weight, before)

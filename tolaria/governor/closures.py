@@ -9,19 +9,27 @@ from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 
+from tolaria.snapshot.covered import CoveredState
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 R = TypeVar("R")
 Hook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], R]
 
 
-def outermost(hook: Hook[R]) -> Hook[R | None]:
-    """``hook``, but not where the step of a class calls the one that it inherits.
+def outermost(hook: Hook[R], covered: CoveredState) -> Hook[R | None]:
+    """``hook``, but not where a class calls the step that it inherits, nor for an optimizer that was removed.
 
-    torch calls the hooks around each of the two: what one has begun the other must not end.
+    torch calls the hooks around each of the two steps: what one has begun the other must not end.
+
+    Args:
+        hook: before or behind a step.
+        covered: knows which optimizers are governed still.
     """
 
     @wraps(hook)
     def once(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R | None:
+        if not any(optimizer is known for known in covered.optimizers):
+            return None
         if _inherits_a_step(optimizer) and _is_inherited_call(optimizer):
             return None
         return hook(optimizer, args, kwargs)

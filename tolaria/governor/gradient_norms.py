@@ -43,7 +43,8 @@ class GradientNorms:
 
     def hook(self, optimizer: Optimizer) -> None:
         """Watch one more optimizer."""
-        self.handles.append(optimizer.register_step_pre_hook(outermost(self._before_step)))
+        hook = outermost(self._before_step, self._engine.covered)
+        self.handles.append(optimizer.register_step_pre_hook(hook))
 
     def judged(self, *, was_handed_over: bool, is_ahead: bool) -> None:
         """A judgement was made: what was seen until now has been used.

@@ -48,8 +48,12 @@ class LeftOutSteps:
 
     def hook(self) -> list[RemovableHandle]:
         """Watch its steps."""
-        before = self._optimizer.register_step_pre_hook(outermost(self._before_step))
-        return [before, self._optimizer.register_step_post_hook(outermost(lambda *_: self.finish()))]
+        before = outermost(self._before_step, self._covered)
+        after = outermost(lambda *_: self.finish(), self._covered)
+        return [
+            self._optimizer.register_step_pre_hook(before),
+            self._optimizer.register_step_post_hook(after),
+        ]
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

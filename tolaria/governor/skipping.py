@@ -68,13 +68,16 @@ class StepSkipper:
             self.handles += left_out.hook()
         elif all(group.get("fused") for group in optimizer.param_groups):
             self._newborns[id(optimizer)] = _Newborns(optimizer)
-            self.handles.append(optimizer.register_step_pre_hook(outermost(self._set_found_inf)))
-            self.handles.append(optimizer.register_step_post_hook(outermost(self._remove_found_inf)))
+            self._watch(optimizer, self._set_found_inf, self._remove_found_inf)
         else:
             undone = _UndoneOptimizer(optimizer, self._covered.device)
             self._undone.append(undone)
-            self.handles.append(optimizer.register_step_pre_hook(outermost(self._save(undone))))
-            self.handles.append(optimizer.register_step_post_hook(outermost(self._put_back(undone))))
+            self._watch(optimizer, self._save(undone), self._put_back(undone))
+
+    def _watch(self, optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> None:
+        covered = self._covered
+        self.handles.append(optimizer.register_step_pre_hook(outermost(before, covered)))
+        self.handles.append(optimizer.register_step_post_hook(outermost(after, covered)))
 
     def _set_found_inf(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         lent_to: Any = optimizer  # what fused kernels read is no declared attribute
