@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -68,12 +68,23 @@ class CallsByHand(Readings):
                 engine.has_restored_again = True  # what is done to the rates then is done to them again
             finally:
                 self._follow()
+            self._restored()
         else:
-            roll_back(engine, at.follower, PanicReason.MANUAL)
-        self._restored()
+            with self._rolling_back():
+                roll_back(engine, at.follower, PanicReason.MANUAL)
         self._tell()
         assert self.last_report is not None
         return self.last_report
+
+    @contextmanager
+    def _rolling_back(self) -> Iterator[None]:
+        """A rollback may happen within; it may have happened even if something is raised, by an extra."""
+        before = self.rollback_count
+        try:
+            yield
+        finally:
+            if self.rollback_count != before:
+                self._restored()
 
     def _restored(self) -> None:
         """What was gathered of a step under way belongs to the state that is gone."""
@@ -113,10 +124,8 @@ class CallsByHand(Readings):
 
     def _verify(self) -> Verification:
         at = self._attached
-        found = verify(at.row, at.engine, at.follower, at.judge.is_on_any_rank)
-        if found.report is not None:
-            self._restored()
-        return found
+        with self._rolling_back():
+            return verify(at.row, at.engine, at.follower, at.judge.is_on_any_rank)
 
     @one_thread
     def step_validation(self, metric: Tensor | float, *, higher_is_better: bool) -> GovernorReport | None:
@@ -168,8 +177,8 @@ class CallsByHand(Readings):
         at.row.hold(is_held=not calls and at.judge.is_on_any_rank(window.bad_in_a_row > 0))
         acts = calls and not at.row.config.log_only
         if acts:
-            roll_back(engine, at.follower, PanicReason.VALIDATION)
-            self._restored()
+            with self._rolling_back():
+                roll_back(engine, at.follower, PanicReason.VALIDATION)
         self._tell()
         return self.last_report if acts else None
 
