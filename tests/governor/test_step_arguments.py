@@ -25,6 +25,7 @@ from tolaria.governor import (
     VerdictEvent,
 )
 from tolaria.ops import MemoryField, StateField, memory_row
+from tolaria.telemetry.verdict import NO_LOSS, judged_loss
 
 
 @pytest.fixture(params=["fused", "reference"], autouse=True)
@@ -187,6 +188,12 @@ def test_without_a_loss_the_gradients_are_judged_and_the_window_stays(config: Go
     fill(governor, math.nan)
     governor.step(None)
     assert governor.rollback_count == 2
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7, 10, 96, 1000])
+def test_no_loss_is_none_on_any_number_of_ranks(ranks: int) -> None:
+    assert sum([NO_LOSS] * ranks) / ranks == NO_LOSS
+    assert math.isnan(judged_loss(NO_LOSS))
 
 
 def test_without_a_loss_the_state_is_judged() -> None:

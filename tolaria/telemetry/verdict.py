@@ -17,8 +17,9 @@ def judged_norm(stored: float) -> float:
     return math.nan if stored == -1.0 else stored
 
 
-NO_LOSS = -1e300
-"""What the judge is given where there is no loss: below every threshold, and no loss of guessing."""
+NO_LOSS = -(2.0**996)
+"""What the judge is given where there is no loss: below every threshold, and no loss of guessing. A power of
+two, so that the mean over any number of ranks is the same once more."""
 
 
 def judged_loss(stored: float) -> float:
