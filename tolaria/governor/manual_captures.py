@@ -66,8 +66,10 @@ class ManualCaptures:
             return False
         if not self._engine.is_late:
             return row.candidate_step() == made_at
-        if not self._is_shared and self._promotions != row.status(StatusField.promotion_count):
-            return row.status(StatusField.last_good_step) < made_at
+        has_news = self._promotions != row.status(StatusField.promotion_count)
+        is_promoted = has_news and row.status(StatusField.last_good_step) >= made_at
+        if is_promoted and not self._is_shared:
+            return False
         return steps < row.config.snapshot_interval  # which is more than probation
 
     def _make(self) -> None:
