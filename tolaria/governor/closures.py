@@ -37,6 +37,11 @@ def outermost(hook: Hook[R], covered: CoveredState) -> Hook[R | None]:
     return once
 
 
+def is_of_torch(optimizer: Optimizer) -> bool:
+    """Whether its step is one of torch's own, of which is known when it does nothing; no subclass's is."""
+    return type(optimizer).__module__.startswith("torch.optim")
+
+
 def _inherits_a_step(optimizer: Optimizer) -> bool:
     of_classes = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
     return sum(hasattr(step, "hooked") for step in of_classes) > 1

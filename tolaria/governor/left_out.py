@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from tolaria.governor.closures import Arguments, closure_of, outermost, with_closure
+from tolaria.governor.closures import Arguments, closure_of, is_of_torch, outermost, with_closure
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.undo import HostUndo
 
@@ -42,7 +42,7 @@ class LeftOutSteps:
     ) -> None:
         self._covered, self._optimizer = covered, optimizer
         self._is_bad, self._loss = is_bad, loss
-        self._is_idle_without_gradients = type(optimizer).__module__.startswith("torch.optim")
+        self._is_idle_without_gradients = is_of_torch(optimizer)
         self._evaluates_often = isinstance(optimizer, LBFGS)
         self._undo: HostUndo | None = None
 

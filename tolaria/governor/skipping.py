@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from tolaria.governor.closures import outermost
+from tolaria.governor.closures import is_of_torch, outermost
 from tolaria.governor.engine import Engine
 from tolaria.governor.left_out import LeftOutSteps
 from tolaria.ops import StateField
@@ -30,7 +30,8 @@ class StepSkipper:
     On the CPU the step is not taken, with a closure, too (:class:`LeftOutSteps`): parameters, moments and
     counters stay as they are. On CUDA the host does not know the verdict, so two ways lead there:
 
-    * a fused optimizer skips by itself when its ``found_inf`` is set, which is merged with GradScaler's;
+    * a fused optimizer of torch skips by itself when its ``found_inf`` is set, which is merged with
+      GradScaler's;
     * any other takes the step, which is then undone from a copy made just before: it costs the memory of its
       parameters and state once more, and copying them at every step. Counters that it keeps on the host
       follow when the host hears of the verdict.
@@ -66,7 +67,7 @@ class StepSkipper:
             left_out = LeftOutSteps(self._covered, optimizer, lambda: self._skip, lambda: self._loss.clone())
             self._left_out.append(left_out)
             self.handles += left_out.hook()
-        elif all(group.get("fused") for group in optimizer.param_groups):
+        elif is_of_torch(optimizer) and all(group.get("fused") for group in optimizer.param_groups):
             self._newborns[id(optimizer)] = _Newborns(optimizer)
             self._watch(optimizer, self._set_found_inf, self._remove_found_inf)
         else:
