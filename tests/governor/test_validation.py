@@ -38,6 +38,7 @@ class Run:
     def train(self, steps: int) -> None:
         for _ in range(steps):
             self.step += 1
+            self.governor.wait()  # no optimizer does, which would wait for a capture in flight
             with torch.no_grad():
                 self.model.weight.fill_(float(self.step))
             self.governor.step(torch.tensor(1.0, device=self.model.weight.device))
