@@ -50,7 +50,7 @@ class Judge:
         """Those of the micro-batches of this step."""
         self.norms: GradientNorms | None = None
         """What looks at the gradients, once it is asked for."""
-        self._without: WithoutLoss | None = None
+        self._without = WithoutLoss(row)  # here: later a device would have to be waited for
         self._rates = RateWatch()
         self._scalar, self._norm = torch.zeros(2, 1, dtype=torch.float64, device=device).unbind()
         self._flag = torch.zeros(1, dtype=torch.bool, device=device)
@@ -70,10 +70,9 @@ class Judge:
         the optimizers have not stepped yet.
         """
         row = self._row
-        without = self._no_loss() if loss is None else None
+        without = self._without if loss is None else None
         if loss is None:
-            assert without is not None
-            loss, nonfinite = without.loss, self._bad_state(engine, nonfinite)
+            loss, nonfinite = self._without.loss, self._bad_state(engine, nonfinite)
         elif not isinstance(loss, Tensor):
             loss = self._scalar.fill_(as_number("loss", loss))
         if nonfinite is not None and not isinstance(nonfinite, Tensor):
@@ -131,10 +130,6 @@ class Judge:
         """Take norms from the next step of an optimizer on, if the settings ask for them."""
         if self._row.config.gradient_norm:
             self._asked_norms(engine)
-
-    def _no_loss(self) -> WithoutLoss:
-        self._without = self._without or WithoutLoss(self._row)
-        return self._without
 
     def _bad_state(self, engine: Engine, nonfinite: Tensor | bool | None) -> Tensor | bool | None:
         """``nonfinite``, raised too where the state is not finite, on the device."""
