@@ -43,7 +43,8 @@ class SkipBatches(Generic[T]):
 
     Batches are drawn from the loader and dropped, so that workers, prefetching, samplers and shuffling go on
     as they would. A rollback by hand leaves batches out as well; with ``log_only`` there is none. On CUDA the
-    host hears of a rollback at one of the next calls of ``step()``, and leaves out from there. If the loader
+    host hears of a rollback at one of the next calls of ``step()``, and leaves out from there; of several
+    ranks there one may do so a step later than another, and so end an epoch a batch later. If the loader
     ends meanwhile, the iteration ends, and the next one leaves the rest out, be it over this object or over
     another for the same governor. Of two loaders that are iterated side by side each leaves out its own; one
     around the other leaves out once.

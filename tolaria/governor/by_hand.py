@@ -100,11 +100,12 @@ class CallsByHand(Readings):
             if governor.verify():
                 torch.save(model.state_dict(), path)
 
-        It looks at all that a capture would search: parameters, buffers, optimizer state, extras. What was
-        not finite at attach (masks) is exempt; a poisoned seed that incubates is culled, alone. A rollback
-        that was called for and not carried out yet is carried out. Where all is fine, the candidate on
-        probation is left alone. With ``log_only`` it tells and does not act. Where ranks judge together, all
-        must call it. It costs one pass over the state; on CUDA it waits for the device.
+        It looks at all that a capture would search: parameters, buffers, optimizer state, extras. Finite is
+        all that they must be; whether the run is well says :attr:`is_quiet`. What was not finite at attach
+        (masks) is exempt; a poisoned seed that incubates is culled, alone. A rollback that was called for and
+        not carried out yet is carried out. Where all is fine, the candidate on probation is left alone. With
+        ``log_only`` it tells and does not act. Where ranks judge together, all must call it. It costs one
+        pass over the state; on CUDA it waits for the device.
 
         Returns:
             True if the state was fine. Else it is the last known good one again; :attr:`Verification.report`

@@ -106,7 +106,8 @@ class Readings:
         guessing and no skipped step is being counted, nothing holds captures back (evidence of a collapse, a
         shift that shows, a bad validation); no capture was found poisoned, or suspiciously large; all that a
         capture would search is finite. On CUDA it waits for the device; it costs one pass over the state. A
-        poisoned seed that incubates is culled, alone, as by ``verify()``.
+        poisoned seed that incubates is culled, alone, as by ``verify()``. Where ranks judge together each
+        answers for itself.
 
         Raises:
             TolariaError: a CUDA graph is being recorded, or the governor is closed.
