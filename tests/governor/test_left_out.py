@@ -35,9 +35,10 @@ class Counted(Optimizer):
         self.seen["sum"] += 1.0
         for group in self.param_groups:
             group["k"] += 1
+            group["norm"] = torch.ones(1) * self.calls  # a new tensor each time
             for p in group["params"]:
                 p.mul_(0.99)
-                self.state[p]["seen"] = torch.ones(2) * self.calls  # a new tensor each time
+                self.state[p]["seen"] = torch.ones(2) * self.calls  # likewise
                 if p.grad is not None:
                     p.add_(p.grad, alpha=-group["lr"] / group["k"] ** 0.5)
         return loss

@@ -98,6 +98,7 @@ class HostUndo:
         self._optimizer = optimizer
         self._host = OptimizerHost.of(covered, optimizer)
         self._state = [(parameter, dict(state)) for parameter, state in parameter_states(optimizer)]
+        self._settings = [(group, _tensors_of(group)) for group in optimizer.param_groups]
         held = [value for group in optimizer.param_groups for value in (*group["params"], *group.values())]
         held += [value for _, state in self._state for value in state.values()]
         tensors = [value for value in held if isinstance(value, Tensor) and covered.is_captured(value)]
@@ -109,10 +110,16 @@ class HostUndo:
         self._host.bring_back_wrappers()
         for parameter, former in self._state:
             state = optimizer.state.setdefault(parameter, {})
-            state.update({key: value for key, value in former.items() if isinstance(value, Tensor)})
+            state.update(_tensors_of(former))
+        for group, settings in self._settings:
+            group.update(settings)
         for tensor, copied in self._copies:
             tensor.copy_(copied)
         self._host.load(keep_fresh=False, dropped=(), keep_settings=False)
+
+
+def _tensors_of(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, Tensor)}
 
 
 def _unwrapped(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
