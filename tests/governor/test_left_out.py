@@ -91,6 +91,28 @@ class Sam(Optimizer):
         return loss
 
 
+class Moving(Optimizer):
+    """Evaluates its closure elsewhere than where it is between two steps, as schedule-free ones do."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params, {"lr": 0.05})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        assert closure is not None
+        self._scale(0.9)
+        with torch.enable_grad():
+            loss = closure()
+        self._scale(1.1)
+        return loss
+
+    @torch.no_grad()
+    def _scale(self, factor: float) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.mul_(factor)
+            if factor > 1.0 and p.grad is not None:
+                p.add_(p.grad, alpha=-self.param_groups[0]["lr"])
+
+
 class Decaying(torch.optim.AdamW):
     """Does something around the step that it inherits, gradients or not, but behind the closure."""
 
@@ -125,8 +147,9 @@ OPTIMIZERS: dict[str, Callable[[Params], Optimizer]] = {
     "lookahead": Lookahead,
     "sam": Sam,
     "decaying": Decaying,
+    "moving": Moving,
 }
-NEED_CLOSURE = ("lbfgs", "lbfgs wolfe", "sam")
+NEED_CLOSURE = ("lbfgs", "lbfgs wolfe", "sam", "moving")
 
 
 class Run:

@@ -24,7 +24,8 @@ class LeftOutSteps:
     closure is not evaluated then. Where the verdict comes from within it, what follows is left out.
 
     An optimizer that evaluates its closure several times has changed its parameters by the second time. LBFGS
-    and those that were seen to do so are copied after the first evaluation of every step.
+    and those that were seen to do so are copied after the first evaluation of every step, and before it those
+    that were seen to change them by then (schedule-free ones).
 
     Args:
         covered: what is governed.
@@ -44,6 +45,7 @@ class LeftOutSteps:
         self._is_bad, self._loss = is_bad, loss
         self._is_idle_without_gradients = is_of_torch(optimizer)
         self._evaluates_often = isinstance(optimizer, LBFGS)
+        self._moves_first = False
         self._undo: HostUndo | None = None
 
     def hook(self) -> list[RemovableHandle]:
@@ -63,22 +65,27 @@ class LeftOutSteps:
         if self._is_bad():
             self._leave_out()
             return None if closure is None else with_closure(args, kwargs, lambda *_, **__: self._loss())
-        return None if closure is None else with_closure(args, kwargs, self._watched(closure))
+        if closure is None:
+            return None
+        if self._moves_first:
+            self._undo = HostUndo(self._covered, self._optimizer)
+        return with_closure(args, kwargs, self._watched(closure))
 
     def _watched(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        evaluations = 0
+        evaluations, changes = 0, self._changes()
 
         @functools.wraps(closure, updated=())
         def evaluate(*args: object, **kwargs: object) -> object:
             nonlocal evaluations
             if evaluations and self._is_bad():
                 return self._loss()
+            self._moves_first = self._moves_first or (not evaluations and self._changes() != changes)
             loss = closure(*args, **kwargs)
             evaluations += 1
             self._evaluates_often = self._evaluates_often or evaluations > 1
             if self._is_bad():
                 self._leave_out(may_copy=evaluations == 1)
-            elif evaluations == 1 and self._evaluates_often:
+            elif evaluations == 1 and self._evaluates_often and self._undo is None:
                 self._undo = HostUndo(self._covered, self._optimizer)
             return loss
 
@@ -104,6 +111,10 @@ class LeftOutSteps:
         undo, self._undo = self._undo, None
         if undo is not None and self._is_bad():
             undo.put_back()
+
+    def _changes(self) -> int:
+        """Changes of the parameters in place so far."""
+        return sum(parameter._version for parameter in self._parameters())
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
