@@ -63,7 +63,7 @@ def test_none_is_judged_without_a_word_once() -> None:
         optimizer.step()
         governor.check_vital_signs(1.0)
     assert caught[0].category is UncoveredWarning
-    assert "asked for (gradient_norm=True, or step(None)), but no parameter" in str(caught[0].message)
+    assert "gradient_norm is asked for (by the settings, or by step(None))" in str(caught[0].message)
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert math.isnan(judged(governor))

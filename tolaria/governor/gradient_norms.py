@@ -126,8 +126,8 @@ class GradientNorms:
         if self._engine.covered.optimizers and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                "governor: the gradients' norm is asked for (gradient_norm=True, or step(None)), but no "
-                "parameter of a covered optimizer has one that is not zero, so none is judged; call "
+                "governor: gradient_norm is asked for (by the settings, or by step(None)), but no parameter "
+                "of a covered optimizer has a gradient that is not zero, so none is judged; call "
                 "governor.step before they are cleared, or hand gradient_norm= over",
                 UncoveredWarning,
                 stacklevel=6,
