@@ -196,7 +196,7 @@ def check_verdict(verdict: Verdict, latest: Verdict | None, **others: object) ->
         ValueError: it is older, or one of the ``others`` comes with it.
     """
     if verdict is not latest:
-        raise ValueError("loss: expected the verdict that check_vital_signs returned last, got another")
+        raise ValueError("loss: expected the verdict that was returned last, got another")
     for name, value in others.items():
         if value is not None:
             raise ValueError(f"{name}: expected None with a verdict, which is judged already")
