@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from tolaria.errors import TolariaError
 from tolaria.governor import statistics
 from tolaria.governor.attachment import Attachment
 from tolaria.governor.batches import BatchLedger
@@ -37,7 +38,10 @@ class Readings:
 
     @config.setter
     def config(self, config: GovernorConfig) -> None:
-        self._attached.row.config = config
+        raise TolariaError(
+            "governor.config: expected no assignment, since slots and policy are made for the settings; make "
+            "a new governor, or load_state_dict(state, keep_config=False)"
+        )
 
     @property
     def random_guess_loss(self) -> float | None:
