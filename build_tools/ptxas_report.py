@@ -2,7 +2,8 @@
 
     python build_tools/ptxas_report.py [--archs 8.0 9.0] [--out docs/kernels.md]
 
-Needs nvcc and torch's headers, no GPU. Ends with status 1 if a kernel spills registers or has a stack frame.
+Needs nvcc and a CUDA build of torch, for its headers; no GPU. Ends with status 1 if a kernel spills registers
+or has a stack frame.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cuda_home
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -160,6 +162,10 @@ def main() -> None:
     toolkit = cuda_home.find_toolkit().toolkit
     if toolkit is None:
         sys.exit("no CUDA toolkit was found; put nvcc on PATH or set CUDA_HOME")
+    if torch.version.cuda is None:
+        sys.exit(
+            f"expected a CUDA build of torch, whose headers the kernels include, got {torch.__version__}"
+        )
     rows: dict[Family, list[str]] = {}
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
