@@ -159,13 +159,13 @@ def main() -> None:
     parser.add_argument("--archs", nargs="+", default=list(ARCHS), help="compute capabilities")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "kernels.md")
     arguments = parser.parse_args()
-    toolkit = cuda_home.find_toolkit().toolkit
-    if toolkit is None:
-        sys.exit("no CUDA toolkit was found; put nvcc on PATH or set CUDA_HOME")
     if torch.version.cuda is None:
         sys.exit(
             f"expected a CUDA build of torch, whose headers the kernels include, got {torch.__version__}"
         )
+    toolkit = cuda_home.find_toolkit().toolkit
+    if toolkit is None:
+        sys.exit("no CUDA toolkit was found; put nvcc on PATH or set CUDA_HOME")
     rows: dict[Family, list[str]] = {}
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
