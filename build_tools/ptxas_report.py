@@ -2,7 +2,8 @@
 
     python build_tools/ptxas_report.py [--archs 8.0 9.0] [--out docs/kernels.md]
 
-Needs nvcc and torch's headers, no GPU. Ends with status 1 if a kernel spills registers or has a stack frame.
+Needs nvcc and a CUDA build of torch, for its headers; no GPU. Ends with status 1 if a kernel spills registers
+or has a stack frame.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cuda_home
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -157,6 +159,10 @@ def main() -> None:
     parser.add_argument("--archs", nargs="+", default=list(ARCHS), help="compute capabilities")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "kernels.md")
     arguments = parser.parse_args()
+    if torch.version.cuda is None:
+        sys.exit(
+            f"expected a CUDA build of torch, whose headers the kernels include, got {torch.__version__}"
+        )
     toolkit = cuda_home.find_toolkit().toolkit
     if toolkit is None:
         sys.exit("no CUDA toolkit was found; put nvcc on PATH or set CUDA_HOME")

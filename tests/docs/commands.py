@@ -107,7 +107,7 @@ class Known:
     long: bool = False
     """It takes minutes: ``--quick`` leaves it out."""
     needs: tuple[str, ...] = ()
-    """Programs, or ``"gpu"``, without which it is left out."""
+    """Programs, ``"gpu"`` or ``"a CUDA build of torch"``, without which it is left out."""
     skip: str = ""
     """Why it is never run by the script."""
     installs: bool = False
@@ -165,7 +165,7 @@ KNOWN: dict[str, Known] = {
     "python build_tools/mutants.py --file csrc/cpu/stats.cpp": _HOURS,
     "python build_tools/mutants.py --list": Known(),
     "python build_tools/sanitize.py": _HOURS,
-    "python build_tools/ptxas_report.py": Known(long=True, needs=("nvcc",)),
+    "python build_tools/ptxas_report.py": Known(long=True, needs=("nvcc", "a CUDA build of torch")),
     "python examples/drop_in.py": Known(),
     "python examples/ops_alone.py": Known(),
     "python examples/ppo_agent.py": Known(),

@@ -149,11 +149,11 @@ class Runner:
 
 
 def is_here(name: str) -> bool:
-    """Whether a program, or a GPU, is there."""
-    if name == "gpu":
+    """Whether a program is there, or what torch has to bring."""
+    if name in ("gpu", "a CUDA build of torch"):
         import torch
 
-        return torch.cuda.is_available()
+        return torch.cuda.is_available() if name == "gpu" else torch.version.cuda is not None
     return shutil.which(name, path=environment()["PATH"]) is not None
 
 
