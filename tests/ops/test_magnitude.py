@@ -239,7 +239,7 @@ def test_a_tensor_in_many_rows_is_one_tensor_on_the_device() -> None:
     pieces = torch.randn(64, 64, generator=source)[:, ::2]
     found = []
     for device in ("cpu", "cuda"):
-        judged = Judged([long.to(device), pieces.to(device), long.half().to(device)])
+        judged = Judged([long.to(device, copy=True), pieces.to(device), long.half().to(device)])
         for factor in (1.0, 2.0, 0.5, 1e4):
             judged.live[0].mul_(factor)
             judged.order(Order.CAPTURE)
