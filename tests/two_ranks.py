@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from multiprocessing.queues import Queue
 
 import torch
@@ -48,6 +49,27 @@ def validations(rank: int) -> str:
     for _ in range(5):
         governor.step(1.0)
     return f"validated {[(e.kind, e.step) for e in governor.poll() if e.kind == 'promotion']}"
+
+
+def norms(rank: int) -> str:
+    """Rank 1 has no gradients at all: it reduces a norm nevertheless, and both see the other's explode."""
+    from tolaria.governor import GovernorConfig, RollbackEvent, TolariaGovernor
+
+    model = nn.BatchNorm1d(2)
+    governor = TolariaGovernor(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        config=GovernorConfig(gradient_norm=True),
+        process_group=dist.group.WORLD,
+    )
+    for step in range(1, 21):
+        if rank == 0:
+            model.weight.grad = torch.full((2,), 1e6 if step > 15 else 1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rank 1's: no gradient is there
+            governor.step(1.0)
+    reasons = [(e.report.reason.name, e.step) for e in governor.poll() if isinstance(e, RollbackEvent)]
+    return f"norms {reasons}"
 
 
 def worker(rank: int, store: str, out: Queue[tuple[int, list[str]]]) -> None:
@@ -97,7 +119,17 @@ def worker(rank: int, store: str, out: Queue[tuple[int, list[str]]]) -> None:
     governor.close()
     story.append(f"closed {governor.rollback_count}, {bool(model.running_var.isfinite().all())}")  # type: ignore[union-attr]
     out.put(
-        (rank, [*story, f"mean {governor.lifetime['mean']}", *refused, *suspicions(rank), validations(rank)])
+        (
+            rank,
+            [
+                *story,
+                f"mean {governor.lifetime['mean']}",
+                *refused,
+                *suspicions(rank),
+                validations(rank),
+                norms(rank),
+            ],
+        )
     )
     dist.barrier()
     dist.destroy_process_group()

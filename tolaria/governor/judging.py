@@ -84,6 +84,8 @@ class Judge:
             gradient = self._norm.fill_(as_number("gradient_norm", gradient_norm))
         elif row.config.gradient_norm or without is not None:
             gradient = self._asked_norms(engine).take(is_ahead=is_ahead)
+            if gradient is None and self._group is not None:  # those with gradients reduce theirs
+                gradient = self._norm.zero_()
         engine.judging()
         if engine.is_recording():
             graphs.outlive(self._scalar, self._norm, self._flag)
