@@ -42,14 +42,12 @@ class Result:
 
     @property
     def false_alarms(self) -> int:
-        """Alarms in a healthy run, or before anything befell it."""
-        return len(self.alarms) if self.truth.fate is Fate.HEALTHY else len(self.alarms) - len(self.late)
+        """Alarms in a healthy run. Before anything befell one that is harmed they are those of the former."""
+        return len(self.alarms) if self.truth.fate is Fate.HEALTHY else 0
 
     @property
     def healthy_steps(self) -> int:
         """Steps at which an alarm is a false one."""
-        if self.run.harm is not None:
-            return BEGIN
         return self.run.steps if self.truth.fate is Fate.HEALTHY else 0
 
 

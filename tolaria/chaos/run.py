@@ -197,6 +197,7 @@ class _Watch:
     def outcome(self, fault: ChaosFault | None) -> Outcome:
         """What came of it."""
         tensors = [*self.run.model.parameters(), *self.run.model.buffers()]
+        waits = self.run.config.shift_horizon > 0
         return Outcome(
             fault="nothing" if fault is None else fault.name,
             start=self.start,
@@ -207,7 +208,7 @@ class _Watch:
             bit_exact=self.exact,
             is_finite=all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point()),
             score=self.run.evaluate(self.run.model),
-            detectable=fault is not None and fault.detectable,
+            detectable=fault is not None and fault.detectable and not (waits and fault.heals),
         )
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from tolaria import _moved
 from tolaria.governor.bank import GovernorBank
-from tolaria.governor.config import GovernorConfig
+from tolaria.governor.config import GovernorConfig, Preset
 from tolaria.governor.governor import TolariaGovernor
 from tolaria.governor.resume import load_snapshot
 from tolaria.ops import PanicReason
@@ -38,6 +38,7 @@ __all__ = [
     "LoggingSink",
     "PanicReason",
     "Pending",
+    "Preset",
     "PromotionEvent",
     "ResumeEvent",
     "RollbackEvent",

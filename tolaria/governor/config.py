@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from tolaria.errors import ConfigError
 from tolaria.ops import ConfigField
+
+Preset = Literal["default", "balanced", "strict", "classic"]
+"""A set of settings by its name."""
 
 _SUSPICIOUS_STATE = ("off", "tell", "rollback")
 """In the order in which the judge counts them."""
@@ -300,6 +304,24 @@ class GovernorConfig:
             **overrides,
         }
         return cls(**settings)
+
+    @classmethod
+    def preset(cls, name: Preset, **overrides: object) -> GovernorConfig:
+        """The settings of that name: ``"default"``, ``"balanced"``, ``"strict"`` or ``"classic"``.
+
+        Args:
+            name: which.
+            **overrides: fields that are to differ.
+
+        Raises:
+            ConfigError: there is no such preset, or a field is out of range.
+        """
+        made: dict[str, Callable[..., GovernorConfig]] = {
+            "default": cls, "balanced": cls.balanced, "strict": cls.strict, "classic": cls.classic
+        }  # fmt: skip
+        if name not in made:
+            raise ConfigError(f"preset: expected one of {', '.join(made)}, got {name!r}")
+        return made[name](**overrides)
 
     def replace(self, **changes: object) -> GovernorConfig:
         """A copy with some fields changed, checked anew.
