@@ -53,6 +53,10 @@ class Contestant(ABC):
         """The run is over."""
         return
 
+    def clean_up(self) -> None:
+        """Remove files and the like: once, also where the run has gone on in several processes."""
+        return
+
 
 class Ours(Contestant):
     """A governor."""
@@ -212,7 +216,7 @@ class StabilityGuard(Contestant):
     def saw(self, step: int, loss: Tensor) -> None:
         return
 
-    def close(self) -> None:
+    def clean_up(self) -> None:
         self._guard.close()
         self._folder.cleanup()
 

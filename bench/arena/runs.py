@@ -5,7 +5,7 @@ Half of the seeds are held out: rules are made on the others (``--tuning``) and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, partial
@@ -13,6 +13,7 @@ from functools import cache, partial
 import torch
 
 from arena import harms
+from arena.branches import branch, can_branch
 from arena.harms import Harm, Nobody, Watch, take_step
 from arena.learners import (
     Digits,
@@ -114,6 +115,11 @@ class Run:
         length = HARMS[self.harm].length if self.harm is not None else 0
         return length if length < 10**6 else 0
 
+    @property
+    def training(self) -> tuple[Problem, int, float, int]:
+        """What it has in common with runs that something else befalls."""
+        return self.problem, self.batch, self.rate, self.seed
+
     def learner(self) -> Learner:
         """A new one, at its first step."""
         return self.problem.make(self.seed, self.batch, self.rate)
@@ -154,12 +160,29 @@ class Truth:
     """At the same step of the run that nothing befell."""
 
 
+def truths(training: Sequence[Run]) -> list[Truth]:
+    """What becomes of runs of one training without a governor."""
+    harmed = [run for run in training if run.harm is not None]
+    if not (can_branch() and len(harmed) > 1):
+        return [truth(run) for run in training]
+    learner = harmed[0].learner()
+    for step in range(BEGIN):
+        harmed[0].step(learner, step, Nobody())
+    _calm(*harmed[0].training)
+    tails = [partial(_fate, run, learner, BEGIN) for run in harmed]
+    known = dict(zip(harmed, branch(tails), strict=True))
+    return [known[run] if run in known else truth(run) for run in training]
+
+
 def truth(run: Run) -> Truth:
     """Run it without a governor; what nobody harmed is run once for all harms."""
-    if run.harm is None:
-        return _left_alone(run)
+    return _left_alone(run) if run.harm is None else _fate(run, run.learner(), 0)
+
+
+def _fate(run: Run, learner: Learner, first: int) -> Truth:
+    """From its step ``first`` on."""
     probes = _probes(run.steps)
-    found, calm = _scores(run, probes), _calm(run.problem, run.batch, run.rate, run.seed)
+    found, calm = _scores(run, probes, learner, first), _calm(*run.training)
     # Of several probes, since a single score of a run that swings may be good or bad by chance.
     lag = sum(calm[step] - found[step] for step in probes) / len(probes)
     fate = Fate.RECOVERS if lag <= TOLERANCE else Fate.BROKEN
@@ -190,10 +213,12 @@ def _calm(problem: Problem, batch: int, rate: float, seed: int) -> dict[int, flo
     return _scores(Run(problem, batch, rate, seed), tuple(sorted(probes)))
 
 
-def _scores(run: Run, after: tuple[int, ...]) -> dict[int, float]:
-    """The scores after so many steps."""
-    learner, found = run.learner(), {}
-    for step in range(max(after)):
+def _scores(
+    run: Run, after: tuple[int, ...], learner: Learner | None = None, first: int = 0
+) -> dict[int, float]:
+    """The scores after so many steps, of a learner that has taken ``first`` of them."""
+    learner, found = run.learner() if learner is None else learner, {}
+    for step in range(first, max(after)):
         run.step(learner, step, Nobody())
         if step + 1 in after:
             found[step + 1] = learner.score()

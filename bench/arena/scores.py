@@ -6,8 +6,11 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from arena.contestants import CONTESTANTS
+from arena.branches import branch, can_branch
+from arena.contestants import CONTESTANTS, Contestant
+from arena.learners import Learner
 from arena.runs import BEGIN, Fate, Run, Truth
 
 
@@ -51,18 +54,49 @@ class Result:
         return self.run.steps if self.truth.fate is Fate.HEALTHY else 0
 
 
+def watched_training(name: str, training: Sequence[Run], truths: Sequence[Truth]) -> list[Result]:
+    """Let a contestant watch runs of one training."""
+    harmed = {run: truth for run, truth in zip(training, truths, strict=True) if run.harm is not None}
+    if not (can_branch() and len(harmed) > 1):
+        return [watched(name, run, truth) for run, truth in zip(training, truths, strict=True)]
+    first = next(iter(harmed))
+    learner = first.learner()
+    contestant = CONTESTANTS[name](learner, True)
+    seconds = _watch(contestant, first, learner, range(BEGIN))
+    tails = [partial(_rest, name, run, fate, learner, contestant, seconds) for run, fate in harmed.items()]
+    results = branch(tails)
+    contestant.clean_up()
+    alone = ((run, truth) for run, truth in zip(training, truths, strict=True) if run.harm is None)
+    return results + [watched(name, run, truth) for run, truth in alone]
+
+
 def watched(name: str, run: Run, truth: Truth) -> Result:
     """Let a contestant watch a run; of a healthy one it tells alone, so that its alarms can be counted."""
     learner = run.learner()
     contestant = CONTESTANTS[name](learner, truth.fate is not Fate.HEALTHY)
-    began = time.perf_counter()
-    for step in range(run.steps):
-        run.step(learner, step, contestant)
-        if contestant.gave_up:
-            break
-    seconds = time.perf_counter() - began
+    seconds = _watch(contestant, run, learner, range(run.steps))
+    contestant.close()
+    contestant.clean_up()
+    return Result(name, run, truth, tuple(contestant.alarms), learner.score(), seconds)
+
+
+def _rest(
+    name: str, run: Run, truth: Truth, learner: Learner, contestant: Contestant, seconds: float
+) -> Result:
+    """From where the harm begins; in a child process, so nothing is cleaned up."""
+    seconds += _watch(contestant, run, learner, range(BEGIN, run.steps))
     contestant.close()
     return Result(name, run, truth, tuple(contestant.alarms), learner.score(), seconds)
+
+
+def _watch(contestant: Contestant, run: Run, learner: Learner, steps: range) -> float:
+    """Seconds that these steps took."""
+    began = time.perf_counter()
+    for step in steps:
+        if contestant.gave_up:
+            break
+        run.step(learner, step, contestant)
+    return time.perf_counter() - began
 
 
 @dataclass(frozen=True)

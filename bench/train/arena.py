@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import truths
 from arena.contestants import CONTESTANTS, PACKAGES
-from arena.runs import Fate, Run, runs, truth
-from arena.scores import Result, row, table, watched
+from arena.runs import Fate, Run, runs
+from arena.runs import truths as find_truths
+from arena.scores import Result, row, table, watched_training
 
 
 def compete(work: tuple[list[Run], tuple[str, ...]]) -> list[Result]:
@@ -36,13 +37,14 @@ def compete(work: tuple[list[Run], tuple[str, ...]]) -> list[Result]:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return [watched(name, run, fate) for run in chosen for fate in (truth(run),) for name in names]
+        fates = find_truths(chosen)
+        return [result for name in names for result in watched_training(name, chosen, fates)]
 
 
 def find_truth(chosen: list[Run]) -> list[tuple[Run, Fate]]:
     """What becomes of runs of one training."""
     torch.set_num_threads(1)
-    return [(run, truth(run).fate) for run in chosen]
+    return [(run, found.fate) for run, found in zip(chosen, find_truths(chosen), strict=True)]
 
 
 def available(only: list[str] | None) -> tuple[str, ...]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
 from arena import truths
+from arena.branches import branch
 from arena.contestants import CONTESTANTS, PACKAGES, Contestant
 from arena.harms import Nobody
 from arena.runs import BEGIN, HARMS, PROBLEMS, Fate, Run, Truth, runs, truth
-from arena.scores import Result, row, table, watched
+from arena.runs import truths as truths_of
+from arena.scores import Result, row, table, watched, watched_training
 
 SHORT = {problem.name: dataclasses.replace(problem, steps=BEGIN + 5) for problem in PROBLEMS}
 
@@ -103,10 +106,43 @@ def test_a_row_counts_what_was_caught_and_what_was_disturbed():
     ]
     found = row("x", results)
     assert (found.broken, found.caught, found.recovering, found.wrongly) == (2, 1, 1, 1)
-    assert found.false_alarms == 3  # one before the harm, two in the healthy run
-    assert found.healthy_steps == 3 * BEGIN + healthy.steps
+    assert found.false_alarms == 2  # those of the healthy run, which begins like the harmed ones
+    assert found.healthy_steps == healthy.steps
     assert (found.median_steps, found.within_a_point, found.points_lost) == (4, 1, 0.5)
     assert "| 1 of 2 (50%) | 4 | 1 of 1 (100%) |" in table([found], {Fate.BROKEN: 2, Fate.RECOVERS: 1})
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["GovernorConfig.balanced()", "z-score"])
+def test_runs_that_begin_alike_are_run_once_up_to_where_they_part(name, one_thread, monkeypatch):
+    forked = []
+    monkeypatch.setattr(os, "fork", lambda fork=os.fork: forked.append(1) or fork())
+    pytest.importorskip("sklearn")
+    problem = next(p for p in PROBLEMS if p.name == "two classes")
+    harms = ("NaN in a weight", "half of the labels wrong from here on", "rate x 30 for 3")
+    training = [Run(problem, 64, 1e-3, 0, harm) for harm in harms]
+    together = truths_of(training)
+    assert together == [truth(run) for run in training]
+    found = watched_training(name, training, together)
+    alone = [watched(name, run, fate) for run, fate in zip(training, together, strict=True)]
+    assert [dataclasses.replace(r, seconds=0.0) for r in found] == [
+        dataclasses.replace(r, seconds=0.0) for r in alone
+    ]
+    assert any(r.alarms for r in found)
+    assert len(forked) == 6
+
+
+def test_a_branch_that_fails_is_an_error(one_thread):
+    assert branch([lambda: 1, lambda: 2]) == [1, 2]
+    with pytest.raises(RuntimeError, match="a branch of the run failed"):
+        branch([lambda: 1 / 0])
 
 
 def test_a_training_that_breaks_by_itself_is_no_healthy_one(monkeypatch):
