@@ -44,7 +44,12 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print every group")
     parser.add_argument("--docs", type=Path, help="where the page goes (default: docs/)")
     arguments = parser.parse_args()
-    session: Session = read(arguments.json)
+    try:
+        session: Session = read(arguments.json)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(
+            f"JSON: expected files that pytest --benchmark-json wrote, got {arguments.json}: {error}"
+        )
     if arguments.list:
         for group in session.groups.values():
             print("\n".join(listing(group)))

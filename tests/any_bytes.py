@@ -18,6 +18,7 @@ from tolaria.ops import (
     StateField,
     StatusField,
 )
+from tolaria.reference.magnitude import MagnitudeField
 
 _ODD = [math.nan, math.inf, -math.inf, -0.0, 0.0, 5e-324, 0.5, 1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 12.5, 20.0, 21.0]
 _ODD += [-1.0, -1.5, -5000.0, 2.0**31, 2.0**53, 2.0**53 + 2, 2.0**63, -(2.0**63), 5e7, 1e300, -1e300, 1e19]
@@ -103,6 +104,15 @@ class Scene:
         self._flags = torch.rand(4, self.n, generator=source) < 0.8
         self._kinds = [self._draw([0, 1, 2]) for _ in range(5)]
         self._memory = torch.randint(256, (6, 512), generator=source, dtype=torch.uint8)
+        if self._draw([True, False]):  # values of ordinary size
+            self._memory = torch.randn(6, 128, generator=source).view(torch.uint8)
+        self._magnitudes = any_values((4, len(MagnitudeField)), source)
+        self._magnitudes[:, MagnitudeField.now] = 0.0
+        if self._draw([True, True, False]):  # known, and with enough of a history
+            known = torch.tensor([0.5, 0.5, self._draw([1e-9, 1.0, 1e-4]), 3.0, 7.0, 1.0, 3.0, 3.0, 2.0, 1.0])
+            known[5] = self._draw([0.0, 1.0, 2.0])
+            self._magnitudes[:, : len(known)] = known
+            self._magnitudes[:, MagnitudeField.birth] = torch.tensor([3.0, 4.0, 0.0, 0.0])
 
     def _draw(self, values: list[int] | list[float] | list[bool]) -> int:  # numbers of any kind
         return values[int(torch.randint(len(values), (), generator=self._source))]  # type: ignore[return-value]
@@ -119,6 +129,7 @@ class Scene:
             probation=1,
             log_only=bool(self._draw([0, 0, 1])),
             skips_before_rollback=self._draw([0, 2]),
+            suspicious_state=["off", "tell", "rollback"][self._draw([0, 1, 2])],  # type: ignore[arg-type]
         )
         return settings.to_tensor(2.3, "cpu", gradient_may_overflow=bool(self._draw([0, 1])))
 
@@ -153,16 +164,22 @@ class Scene:
         ]
         views = [f.tensor.view(torch.float32) for f in fenced]
         entries = [
-            SnapshotEntry(views[3 * part], (views[3 * part + 1], views[3 * part + 2]), part, part)
+            SnapshotEntry(
+                views[3 * part], (views[3 * part + 1], views[3 * part + 2]), part, part, birth=3 + part
+            )
             for part in (0, 1)
         ]
-        return SnapshotTable(entries, device=self.device), fenced
+        table = SnapshotTable(entries, device=self.device)
+        assert table.magnitudes is not None
+        table.magnitudes.copy_(self._magnitudes.to(self.device))
+        return table, fenced
 
     def capture(self, part: int) -> list[Fenced]:
         """Copy a part to the slot that the state orders, if any."""
         table, fenced = self.snapshot()
         ops.snapshot_capture_(self.state.tensor, self.column, table, part, self.letters)
-        return fenced
+        assert table.magnitudes is not None
+        return [*fenced, Fenced(table.magnitudes.cpu())]
 
     def restore(self) -> list[Fenced]:
         """Restore from the slot that the state says, if it orders that."""
@@ -182,6 +199,8 @@ CALLS: dict[str, Callable[[Scene], list[Fenced] | None]] = {
     "capture": lambda scene: scene.order(Order.CAPTURE),
     "promote": lambda scene: scene.order(Order.PROMOTE),
     "forget": lambda scene: scene.order(Order.FORGET),
+    "hold": lambda scene: scene.order(Order.HOLD),
+    "relearn": lambda scene: scene.order(Order.RELEARN),
     "snapshot_capture_0": lambda scene: scene.capture(0),
     "snapshot_capture_1": lambda scene: scene.capture(1),
     "snapshot_restore": Scene.restore,

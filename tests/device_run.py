@@ -61,14 +61,13 @@ class Net(nn.Module):
 class Run:
     """A guarded run whose losses and states can be compared with what was captured."""
 
-    def __init__(self, *, interval: int = 5, **optimizer: Any) -> None:
+    def __init__(self, config: GovernorConfig | None = None, *, interval: int = 5, **optimizer: Any) -> None:
         torch.manual_seed(0)
         self.model = Net().cuda()
         options = {"lr": 1e-2, "fused": True, **optimizer}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **options)
-        self.governor = TolariaGovernor(
-            self.model, self.optimizer, config=GovernorConfig(snapshot_interval=interval, probation=1)
-        )
+        config = config or GovernorConfig(snapshot_interval=interval, probation=1)
+        self.governor = TolariaGovernor(self.model, self.optimizer, config=config)
         self.x = torch.randn(8, 1, 6, 6, device="cuda")
         self.y = torch.randint(0, 3, (8,), device="cuda")
         self.bad = torch.full((), float("nan"), device="cuda")

@@ -106,12 +106,29 @@ def _save(governor: TolariaGovernor) -> Callable[[], Any]:
     return lambda: governor.save(folder).result()
 
 
+def _condemned(governor: TolariaGovernor) -> TolariaGovernor:
+    """A rollback is called for, and not carried out yet."""
+    governor.check_vital_signs(math.nan)
+    return governor
+
+
+def _waiting(governor: TolariaGovernor) -> Callable[[], Any]:
+    """A capture by hand waits for the end of the next step."""
+    governor.snapshot()
+    governor.step(1.0)
+    governor.snapshot()
+    return lambda: governor.step(1.0)
+
+
 _FOLDER = tempfile.TemporaryDirectory(prefix="tolaria-")
 
 CALLS: dict[str, Callable[[TolariaGovernor], Callable[[], Any]]] = {
     "snapshot": lambda governor: governor.snapshot,
     "step_that_rolls_back": lambda governor: lambda: governor.step(math.nan),
     "execute_rollback": lambda governor: governor.execute_rollback,
+    "verify_that_rolls_back": lambda governor: _condemned(governor).verify,
+    "step_with_a_waiting_snapshot": lambda governor: _waiting(governor),
+    "step_without_a_loss": lambda governor: lambda: governor.step(None, gradient_norm=1.0),
     "reset": lambda governor: governor.reset,
     "save": _save,
     "load_state_dict": _load,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tolaria.governor import GovernorConfig
 from tolaria.ops import StateField
+
+_BALANCED = {
+    f.name: getattr(GovernorConfig.balanced(), f.name)
+    for f in dataclasses.fields(GovernorConfig)
+    if getattr(GovernorConfig.balanced(), f.name) != getattr(GovernorConfig(), f.name)
+    and f.name not in ("snapshot_interval", "probation")
+}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -17,12 +26,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bounded": {"warmup_bound": 50.0, "lobotomy_band": (0.95, math.inf), "window": 12},
     "drift": {"drift_horizon": 12, "drift_threshold": 0.4, "min_std": 0.05, "gradient_multiplier": 3.0},
     "skipping": {"skips_before_rollback": 3, "cooldown": 1},
+    "classic": {"lobotomy_rule": "classic"},
+    "hasty": {"collapse_patience": 2.5, "sensitivity": 1.0},
+    "shift": {"shift_horizon": 12, "shift_threshold": 8.0, "shift_spike": 20.0, "min_std": 0.05},
+    "shift and drift": {"shift_horizon": 9, "shift_threshold": 30.0, "shift_slack": 0.0, "drift_horizon": 12},
+    "balanced": dict(_BALANCED),
     "log-only": {"log_only": True},
 }
 
 
 def losses_like_a_run(n: int, steps: int, seed: int) -> Tensor:
-    """(steps, n) losses with NaN, Inf, spikes, plateaus, chance level, negatives and denormals among them."""
+    """(steps, n) losses with NaN, Inf, spikes, plateaus, chance level, negatives and denormals among them.
+
+    A fifth of the runs comes down to small losses, and falls back to chance level for good later on.
+    """
     source = torch.Generator().manual_seed(seed)
     x = torch.rand(steps, n, generator=source, dtype=torch.float64) * 1.2
     kind = torch.rand(steps, n, generator=source)
@@ -40,7 +57,10 @@ def losses_like_a_run(n: int, steps: int, seed: int) -> Tensor:
         (0.15, 0.152, torch.full_like(x, 1.7e308)),
     ):
         x = torch.where((kind >= low) & (kind < high), value, x)
-    return x
+    collapses, time = torch.rand(n, generator=source) < 0.2, torch.arange(steps).unsqueeze(1)
+    x = torch.where(collapses & (kind >= 0.1), x * torch.where(x.abs() < 2.0, 0.3, 1.0), x)
+    chance = math.log(10) * (0.9 + 0.3 * torch.rand(steps, n, generator=source, dtype=torch.float64))
+    return torch.where(collapses & (time > steps // 2) & (kind > 0.3), chance, x)
 
 
 def norms_like_a_run(n: int, steps: int, seed: int) -> Tensor:

@@ -28,6 +28,12 @@ class PlainRule:
     drift_threshold: float = 2.0
     gradient_multiple: float = 10.0
     skips_allowed: int = 0
+    classic: bool = False
+    collapse_patience: float = 12.0
+    shift_horizon: int = 0
+    shift_slack: float = 0.6
+    shift_threshold: float = 60.0
+    shift_spike: float = math.inf
     history: list[float] = field(default_factory=list)
     last_healthy: float = 0.0
     consecutive: int = 0
@@ -40,12 +46,24 @@ class PlainRule:
     baseline: tuple[float, float, float] = (0.0, 0.0, 0.0)
     drift: float = 0.0
     left_out: int = 0
+    learnt: bool = False
+    level: float = 0.0
+    evidence: float = 0.0
+    seen: int = 0
+    typical: float = 0.0
+    deviation: float = 0.0
+    start: float = 0.0
+    lately: float = 0.0
+    wandering: float = 0.0
+    loudness: float = 0.0
+    shift: float = 0.0
+    armed: int = 0
 
     def judge(
         self, x: float, nonfinite: bool = False, norm: float | None = None, state_bad: bool = False
     ) -> tuple[str, bool]:
         reason, rollback = self.judge_at_once(x, nonfinite, norm)
-        if rollback and not state_bad and self.left_out < self.skips_allowed:
+        if rollback and not state_bad and reason != "DRIFT" and self.left_out < self.skips_allowed:
             rollback = False
         if reason != "HEALTHY" and not rollback:
             self.left_out += 1
@@ -60,14 +78,13 @@ class PlainRule:
         if resting:
             return "HEALTHY", False
         warm = len(self.history) < self.min_history
-        if (
-            not warm
-            and self.guess is not None
-            and self.last_healthy < 0.6 * self.guess
-            and self.band[0] * self.guess <= x <= self.band[1] * self.guess
-        ):
-            self.pending += 1
-            return "LOBOTOMY", self.pending >= self.patience
+        at_once, collapsed = self.look_for_collapse(x, warm)
+        scale, shifted = self.look_for_shift(x, norm)
+        if at_once or collapsed:
+            self.pending += at_once
+            return "LOBOTOMY", collapsed or self.pending >= self.patience
+        if shifted:
+            return "DRIFT", True
         if x > self.warmup_bound if warm else self.explodes(x):
             self.consecutive += 1
             return "ANOMALY", self.consecutive >= self.min_panics
@@ -79,6 +96,9 @@ class PlainRule:
             return "DRIFT", True
         self.drift = drift
         self.move_baseline(x)
+        self.move_level(x, scale, norm)
+        if self.learnt and self.guess is not None:
+            self.level += (min(x, self.band[0] * self.guess) - self.level) / 64.0
         if norm is not None:
             self.norms = [*self.norms, norm][-self.window :]
         self.history = [*self.history, x][-self.window :]
@@ -88,6 +108,78 @@ class PlainRule:
         self.mean += delta / self.count
         self.m2 += delta * (x - self.mean)
         return "HEALTHY", False
+
+    def look_for_collapse(self, x: float, warm: bool) -> tuple[bool, bool]:
+        """Whether x is a collapse at once, and whether the losses have added up to one."""
+        if self.guess is None:
+            return False, False
+        low, high = (edge * self.guess for edge in self.band)
+        fell = not warm and self.last_healthy < 0.6 * self.guess and low <= x <= high
+        mean, std = self.statistics(self.history) if self.history else (0.0, math.nan)
+        if not self.learnt and not warm and mean < 0.6 * self.guess:
+            self.learnt, self.level = True, mean
+        if self.classic:
+            return fell, False
+        if not self.learnt:
+            return False, False
+        if low <= x <= high:
+            self.evidence += 1.0
+        elif x > high:
+            self.evidence += 0.25
+        elif x < 0.5 * (self.level + low):
+            self.evidence -= 1.0
+        self.evidence = min(max(self.evidence, 0.0), 2.0 * self.collapse_patience)
+        return fell and low > mean + self.sigmas * std, self.evidence >= self.collapse_patience
+
+    def look_for_shift(self, x: float, norm: float | None) -> tuple[float, bool]:
+        """The scale of the losses, and whether they have stayed above their level for long enough."""
+        if not self.shift_horizon:
+            return 0.0, False
+        self.armed = max(0, self.armed - 1)
+        knows = self.seen >= self.shift_horizon / 2
+        knows_norm = norm is not None and knows and self.loudness > 0
+        if knows_norm and norm > self.shift_spike * self.loudness:
+            self.armed = 80
+        scale = max(self.deviation, 8.0 * self.wandering, 0.02 * (self.start - self.typical))
+        scale = max(scale, self.min_std * self.typical)
+        if not knows:
+            return scale, False
+        distance = x - self.typical
+        if scale > 0 and math.isfinite(distance / scale):
+            z = distance / scale
+        else:
+            z = math.copysign(math.inf, distance) if distance != 0 else 0.0
+        if knows_norm and norm < 0.25 * self.loudness and z > 0:
+            z += 1.0
+        z = min(2.0, max(-1.0, z - (0.0 if self.armed else self.shift_slack)))
+        self.shift = min(max(self.shift + z, 0.0), 2.0 * self.shift_threshold)
+        shifted = self.shift >= self.shift_threshold / (3.0 if self.armed else 1.0)
+        if shifted:
+            self.seen, self.shift, self.armed = 0, 0.0, 0
+        return scale, shifted
+
+    def move_level(self, x: float, scale: float, norm: float | None) -> None:
+        if not self.shift_horizon or self.shift > 0.15 * self.shift_threshold:
+            return
+        knows = self.seen >= self.shift_horizon / 2
+        seen = min(self.seen + 1, self.shift_horizon)
+        distance = x - self.typical
+        if knows:
+            distance = min(max(distance, -4.0 * scale), 4.0 * scale)
+        moved = self.typical + distance / seen
+        away = abs(distance) if knows else abs(x - moved)
+        wider = self.deviation + (away - self.deviation) / seen
+        lately = self.lately + (self.typical + distance - self.lately) / min(seen, 10)
+        wandering = self.wandering + (max(0.0, lately - moved) - self.wandering) / (4.0 * self.shift_horizon)
+        if all(map(math.isfinite, (moved, wider, lately, wandering))):
+            self.seen, self.typical, self.deviation, self.lately = seen, moved, wider, lately
+            if norm is not None:
+                heard = min(norm, 4.0 * self.loudness) if knows and self.loudness > 0 else norm
+                self.loudness = self.loudness + (heard - self.loudness) / seen if self.loudness > 0 else heard
+            if knows:
+                self.wandering = wandering
+            else:
+                self.start = max(self.start, moved)
 
     @staticmethod
     def statistics(values: list[float]) -> tuple[float, float]:
@@ -136,3 +228,7 @@ class PlainRule:
         self.history, self.last_healthy, self.consecutive, self.pending, self.left_out = [], 0.0, 0, 0, 0
         self.resting = self.cooldown
         self.norms, self.baseline, self.drift = [], (0.0, 0.0, 0.0), 0.0
+        self.learnt, self.level, self.evidence = False, 0.0, 0.0
+        self.seen = self.armed = 0
+        self.typical = self.deviation = self.start = self.lately = 0.0
+        self.wandering = self.loudness = self.shift = 0.0

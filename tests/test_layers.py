@@ -24,9 +24,10 @@ ALLOWED = {
     "telemetry": {"ops", *BASE},
     "governor": {"snapshot", "telemetry", "ops", "_extension", "_moved", *BASE},
     "tasks": {"nn", *BASE},
-    "train": {"tasks", "nn", "governor", "snapshot", "ops", *BASE},
+    "data": {"governor", *BASE},
+    "train": {"data", "tasks", "nn", "governor", "snapshot", "ops", *BASE},
     "runs": {"snapshot", "train", "tasks", "nn", "governor", "_backend", *BASE},
-    "chaos": {"train", "tasks", "nn", "governor", "ops", *BASE},
+    "chaos": {"train", "data", "tasks", "nn", "governor", "ops", *BASE},
 }
 CSRC = {
     "math": {"math"},

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+AtFault = Literal["data", "state", "unknown"]
+"""What a run that diverged is put down to."""
+
 
 class TolariaError(RuntimeError):
     """Root of the errors that tolaria raises for the state of the world (not for a bad argument)."""
@@ -36,15 +41,20 @@ class SnapshotError(TolariaError):
 
 
 class TrainingDivergedError(TolariaError):
-    """Too many rollbacks inside the rollback window: restoring again would not help.
+    """Too many rollbacks inside the rollback window, or of one capture: restoring again would not help.
+
+    The message says in a few lines what happened, what was tried, what is at fault, and what to do next.
 
     Attributes:
         history: the reports of those rollbacks, oldest first.
+        at_fault: ``"data"``: it went wrong at the same batch after every restore; ``"state"``: at any batch,
+            which is put down to the restored state or the learning rate; ``"unknown"``: neither is plain.
     """
 
-    def __init__(self, message: str, history: tuple[object, ...] = ()) -> None:
+    def __init__(self, message: str, history: tuple[object, ...] = (), at_fault: AtFault = "unknown") -> None:
         super().__init__(message)
         self.history = history
+        self.at_fault = at_fault
 
 
 class ConfigError(ValueError):

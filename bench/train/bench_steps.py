@@ -50,7 +50,7 @@ class Guarded(Trainee):
                 start = time.perf_counter()
                 self.governor.step(loss)
         self.stalls.append(time.perf_counter() - start)
-        captures = self.governor._attached.row.reader.status(StatusField.anchor_step)
+        captures = self.governor._attached.row.reader.status(StatusField.due_from)
         self.captured.append(captures != self.captures)
         self.captures = captures
         return loss

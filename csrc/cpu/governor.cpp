@@ -65,7 +65,7 @@ void finish_block(const GovernorBatch& batch, const double* c, const GovernorLos
       math::append(g, math::memory::history_size, g.losses(), block.loss[l]);
       if (block.has_gradient) math::append(g, math::memory::gradient_size, g.gradients(), block.gradient_norm[l]);
       math::write_verdict_status(g, {block.reason[l], block.rollback[l], block.tensor_index[l]});
-      captured[l] = math::advance_slots(g, c, true, false);
+      captured[l] = math::advance_slots(g, c, true, false, false);
     } else if (block.is_active[l] != 0.0) {
       math::judge(g, c, losses[begin + l], {block.mean[l], block.m2[l]},
                   {block.gradient_mean[l], block.gradient_m2[l]});

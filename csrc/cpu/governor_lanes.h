@@ -113,7 +113,7 @@ struct JudgeLanes {
     const math::Sample<Column> s{lanes(block.loss, at), flagged != 0.0, block.has_gradient,
                                  lanes(block.gradient_norm, at), typename Column::Mask{}};
     const math::Findings<Column> f = math::find(g, c, s, m, of_gradients);
-    typename Column::Mask is_clean = (active != 0.0) & f.joins();
+    typename Column::Mask is_clean = (active != 0.0) & f.joins() & !f.suspected;
     if (s.has_gradient) is_clean &= f.judges_gradient;
     if (math::any(!is_clean)) return false;
     lanes(block.reason, at) = static_cast<Real>(g[math::field::reason]);
@@ -122,7 +122,8 @@ struct JudgeLanes {
     math::write_verdict(g, s, m, f, math::kHealthy, false);
     math::shift_full(g, math::memory::history_size, g.losses());
     if (s.has_gradient) math::shift_full(g, math::memory::gradient_size, g.gradients());
-    math::accept(g, c, s.loss, f.drift);
+    math::accept(g, c, s.loss, f);
+    math::remember(g, c, f, s.loss);
     g[math::field::panics] = Real{};
     g[math::field::restore_order] = Real{};
     return true;

@@ -6,11 +6,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "common/governor_batch.h"
 #include "common/snapshot_table.h"
 #include "cuda/last_block.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
 #include "ops.h"
 
 namespace tolaria {
@@ -25,41 +27,60 @@ constexpr int kAsideThreads = 128;
 constexpr int kAsideBlocks = 16;
 constexpr int kBatch = 4;  // loads in flight per thread
 
-template <typename word_t>
-__device__ bool has_nonfinite(word_t word, int64_t check) {
-  // Non-finite: every exponent bit set. 16-bit types lie two to a 32-bit word.
-  if constexpr (sizeof(word_t) == 2) {
-    const unsigned mask = check == kCheckHalf ? 0x7c00u : 0x7f80u;
-    return (word & mask) == mask;
-  } else if constexpr (sizeof(word_t) == 4) {
-    if (check == kCheckFloat) return (word & 0x7f800000u) == 0x7f800000u;
-    const unsigned mask = check == kCheckHalf ? 0x7c00u : 0x7f80u;
-    return (word & mask) == mask || ((word >> 16) & mask) == mask;
+// The largest values that a thread has seen, without their signs: of doubles, or of narrower ones, several to a word.
+struct Largest {
+  unsigned long long wide;
+  unsigned narrow;
+};
+
+__device__ void raise(Largest& largest, unsigned char word, int64_t check) {
+  if (check != kCheckNone) largest.narrow = max(largest.narrow, word & 0x7fu);
+}
+
+__device__ void raise(Largest& largest, unsigned short word, int64_t check) {
+  if (check == kCheckHalf || check == kCheckBFloat16) {
+    largest.narrow = max(largest.narrow, word & 0x7fffu);
   } else {
-    return (word & 0x7ff0000000000000ull) == 0x7ff0000000000000ull;
+    raise(largest, static_cast<unsigned char>(word), check);
+    raise(largest, static_cast<unsigned char>(word >> 8), check);
   }
 }
 
-__device__ bool has_nonfinite(uint4 v, int64_t check) {
-  if (check == kCheckDouble) {  // the exponent is in the high word of each pair
-    return (v.y & 0x7ff00000u) == 0x7ff00000u || (v.w & 0x7ff00000u) == 0x7ff00000u;
+__device__ void raise(Largest& largest, unsigned word, int64_t check) {
+  if (check == kCheckFloat) {
+    largest.narrow = max(largest.narrow, word & 0x7fffffffu);
+  } else {
+    raise(largest, static_cast<unsigned short>(word), check);
+    raise(largest, static_cast<unsigned short>(word >> 16), check);
   }
-  return has_nonfinite(v.x, check) || has_nonfinite(v.y, check) || has_nonfinite(v.z, check) ||
-         has_nonfinite(v.w, check);
 }
 
-// One row by one block, word by word; true if a thread met a non-finite value. `words` counts word_t. A batch is loaded
-// whole before any of it is stored: the compiler may not move a load over a store that could go to the same place.
+__device__ void raise(Largest& largest, unsigned long long word, int64_t) {
+  largest.wide = max(largest.wide, word & 0x7fffffffffffffffull);
+}
+
+__device__ void raise(Largest& largest, uint4 v, int64_t check) {
+  if (check == kCheckDouble) {
+    raise(largest, static_cast<unsigned long long>(v.y) << 32 | v.x, check);
+    raise(largest, static_cast<unsigned long long>(v.w) << 32 | v.z, check);
+    return;
+  }
+  raise(largest, v.x, check);
+  raise(largest, v.y, check);
+  raise(largest, v.z, check);
+  raise(largest, v.w, check);
+}
+
+// One row by one block, word by word. `words` counts word_t. A batch is loaded whole before any of it is stored: the compiler
+// may not move a load over a store that could go to the same place.
 template <int kBlockThreads, typename word_t>
-__device__ bool copy_words(char* __restrict__ target, const char* __restrict__ source, int64_t words, int64_t check) {
-  bool bad = false;
+__device__ void copy_words(char* __restrict__ target, const char* __restrict__ source, int64_t words, int64_t check,
+                           Largest& largest) {
   auto* __restrict__ to = reinterpret_cast<word_t*>(target);
   const auto* __restrict__ from = reinterpret_cast<const word_t*>(source);
   const auto store = [&](int64_t i, word_t word) {
     to[i] = word;
-    if constexpr (sizeof(word_t) >= 2) {
-      if (check != kCheckNone) bad |= has_nonfinite(word, check);
-    }
+    if (check != kCheckNone) raise(largest, word, check);
   };
   int64_t i = threadIdx.x;
   for (; i + (kBatch - 1) * kBlockThreads < words; i += kBatch * kBlockThreads) {
@@ -70,7 +91,6 @@ __device__ bool copy_words(char* __restrict__ target, const char* __restrict__ s
     for (int k = 0; k < kBatch; ++k) store(i + k * kBlockThreads, batch[k]);
   }
   for (; i < words; i += kBlockThreads) store(i, from[i]);
-  return bad;
 }
 
 // Width of the widest access that both addresses allow.
@@ -80,28 +100,63 @@ __device__ int alignment(const void* a, const void* b) {
 }
 
 // The widest words first, then narrower ones for what is left. A searched row is whole elements at addresses aligned to
-// them, so no word is narrower than an element; bytes only occur where nothing is searched.
+// them, so no word is narrower than an element. Returns the largest values that this thread has copied.
 template <int kBlockThreads>
-__device__ bool copy_bytes(char* target, const char* source, int64_t bytes, int64_t check) {
+__device__ Largest copy_bytes(char* target, const char* source, int64_t bytes, int64_t check) {
   const int width = alignment(target, source);
   int64_t done = 0;
-  bool bad = false;
+  Largest largest{0, 0};
   const auto advance = [&](auto word, bool fits) {
     using word_t = decltype(word);
     if (!fits) return;
     const int64_t words = (bytes - done) / static_cast<int64_t>(sizeof(word_t));
-    bad |= copy_words<kBlockThreads, word_t>(target + done, source + done, words, check);
+    copy_words<kBlockThreads, word_t>(target + done, source + done, words, check, largest);
     done += words * static_cast<int64_t>(sizeof(word_t));
   };
   advance(uint4{}, width >= 16);
   if (check == kCheckDouble) {
     advance(0ull, width >= 8);
-    return bad;
+    return largest;
   }
   advance(0u, width >= 4);
   advance(static_cast<unsigned short>(0), width >= 2);
   advance(static_cast<unsigned char>(0), true);
-  return bad;
+  return largest;
+}
+
+// The largest magnitude that a warp's threads have copied, in all of them; infinity where something is not finite.
+__device__ double warp_largest(const Largest& own, int64_t check) {
+  unsigned long long bits = check == kCheckDouble ? own.wide : own.narrow;
+#pragma unroll
+  for (int offset = cuda::kWarp / 2; offset > 0; offset /= 2) {
+    bits = max(bits, __shfl_xor_sync(cuda::kAllLanes, bits, offset));
+  }
+  return LargestValue{bits, check}.magnitude();
+}
+
+// What a warp has found of a row: of a maximum the order does not matter, so that it is the same every time.
+__device__ void note(SnapshotHeader* header, const SnapshotTable& table, int part, const SnapshotRow& row, double largest) {
+  if (isinf(largest)) atomicMin(&header->first_bad[part], static_cast<unsigned long long>(row.tensor));
+  math::MagnitudeHistory* m = table.magnitude_of(row);
+  if (m != nullptr) atomicMax(&m->now, std::bit_cast<unsigned long long>(largest));
+}
+
+// Judges the tensors of a part, all threads of the one block that is left; the result is for thread 0.
+template <int kBlockThreads>
+__device__ math::Suspect weigh_part(const math::Governor& g, const SnapshotTable& table, int part, int slot) {
+  math::Suspect suspect;
+  for (int64_t r = table.begin(part) + threadIdx.x; r < table.end(part); r += kBlockThreads) {
+    suspect = math::later_of(suspect, table.weigh(g, table.rows[r], slot));
+  }
+  if (!__syncthreads_or(suspect.tensor >= 0.0)) return suspect;
+  __shared__ double found[kBlockThreads][3];
+  double* own = found[threadIdx.x];
+  own[0] = suspect.tensor, own[1] = suspect.since, own[2] = suspect.times;
+  __syncthreads();
+  for (int i = 0; threadIdx.x == 0 && i < kBlockThreads; ++i) {
+    suspect = math::later_of(suspect, {found[i][0], found[i][1], found[i][2]});
+  }
+  return suspect;
 }
 
 __device__ void zero_bytes(char* target, int64_t bytes) {
@@ -124,20 +179,21 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerMultiprocessor)
     // By reference: a copy in registers cannot be indexed by `slot` and would go to local memory.
     const SnapshotRow& row = table.rows[r];
     auto* target = reinterpret_cast<char*>(row.slot[slot]);
-    bool bad = false;
     if (row.check == kZeroed) {
       zero_bytes(target, row.bytes);
-    } else {
-      bad = copy_bytes<kBlockThreads>(target, reinterpret_cast<const char*>(row.live), row.bytes, row.check);
+      continue;
     }
-    if (__syncthreads_or(bad) && threadIdx.x == 0) {
-      atomicMin(&header->first_bad[part], static_cast<unsigned long long>(row.tensor));
-    }
+    const Largest own = copy_bytes<kBlockThreads>(target, reinterpret_cast<const char*>(row.live), row.bytes, row.check);
+    if (row.check == kCheckNone) continue;
+    const double largest = warp_largest(own, row.check);
+    if (threadIdx.x % cuda::kWarp == 0) note(header, table, part, row, largest);
   }
-  if (cuda::is_last_block(&header->blocks_done[part], gridDim.x) && threadIdx.x == 0) {
+  if (!cuda::is_last_block(&header->blocks_done[part], gridDim.x)) return;
+  const math::Suspect suspect = weigh_part<kBlockThreads>(g, table, part, slot);
+  if (threadIdx.x == 0) {
     const unsigned long long bad = atomicExch(&header->first_bad[part], kNoTensor);
     header->blocks_done[part] = 0;
-    math::finish_capture_part(g, part, bad == kNoTensor ? -1.0 : static_cast<double>(bad), ticket);
+    math::finish_capture_part(g, part, bad == kNoTensor ? -1.0 : static_cast<double>(bad), suspect, ticket);
   }
 }
 

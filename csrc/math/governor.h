@@ -13,16 +13,24 @@
 
 #include "math/governor_rules.h"
 #include "math/governor_state.h"
+#include "math/magnitude.h"
 
 namespace tolaria::math {
 
 C10_HOST_DEVICE inline void increment(double& count) { count = one_nan(count + 1.0); }
+
+C10_HOST_DEVICE inline void suspect(const Governor& g, const Suspect& s) {
+  g[field::suspect] = s.tensor;
+  g[field::suspect_since] = s.since;
+  g[field::suspect_count] = s.times;
+}
 
 C10_HOST_DEVICE inline void cancel_candidate(const Governor& g) {
   g[field::candidate] = -1.0;
   g[field::candidate_done] = 0.0;
   g[field::candidate_bad] = -1.0;
   g[field::candidate_healthy] = 0.0;
+  suspect(g, {});
   g[field::capture_order_0] = -1.0;
   g[field::capture_order_1] = -1.0;
 }
@@ -44,7 +52,7 @@ C10_HOST_DEVICE inline int order_capture(const Governor& g) {
 C10_HOST_DEVICE inline void promote_candidate(const Governor& g) {
   const int slot = slot_index(g[field::candidate]);
   g[field::last_good] = slot;
-  g[field::anchor_step] = g[field::slot_step_0 + slot];
+  g[field::anchor_step] = g[field::due_from] = g[field::slot_step_0 + slot];
   increment(g[field::promotion_count]);
   cancel_candidate(g);
   write_slot_status(g);
@@ -57,7 +65,7 @@ C10_HOST_DEVICE inline void commit_rollback(const Governor& g, const double* c) 
   increment(g[field::rollback_count]);
   g[field::cooldown_left] = c[config::cooldown];
   g[field::steps_lost] = one_nan(g[field::step] - g[field::anchor_step]);
-  g[field::anchor_step] = g[field::step];
+  g[field::anchor_step] = g[field::due_from] = g[field::step];
   g[field::restored_capture] = g[field::slot_capture_0 + slot];
   g[field::restored_step] = g[field::slot_step_0 + slot];
   g[field::restored_ticket] = g[field::slot_ticket_0 + slot];
@@ -69,7 +77,9 @@ C10_HOST_DEVICE inline void commit_rollback(const Governor& g, const double* c) 
   emit(g, kRollbackEvent, g[field::restored_capture], g[field::restored_step], g[field::restored_ticket]);
 }
 
-// An order from outside the rule: a manual rollback or capture, or the promotion of the attach-time capture.
+// An order from outside the rule: a manual rollback or capture, the promotion of the attach-time capture, or that the
+// shift test is to learn the level anew, since the learning rate was raised on purpose; to hold is to capture and promote
+// nothing until released, since what was validated is bad.
 C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order order, Reason reason, double tensor) {
   if (order == kOrderRollback) {
     if (g[field::rollback] == 0.0 || reason == kNonFiniteState) {
@@ -85,6 +95,12 @@ C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order
     copy_memory(g, order_capture(g), 0);
   } else if (order == kOrderPromote) {
     if (g[field::candidate] >= 0.0) promote_candidate(g);
+  } else if (order == kOrderRelearn) {
+    g.live(memory::shift_count) = 0.0;
+    g.live(memory::shift_sum) = 0.0;
+    g.live(memory::shift_armed) = 0.0;
+  } else if (order == kOrderHold || order == kOrderRelease) {
+    g.live(memory::held) = order == kOrderHold ? 1.0 : 0.0;
   } else {
     clear_memory(g, 0);
     for (int f = field::life_count; f <= field::life_max; ++f) g[f] = 0.0;
@@ -93,13 +109,15 @@ C10_HOST_DEVICE inline void give_order(const Governor& g, const double* c, Order
   write_status(g);
 }
 
-// A capture part has been copied; `bad` is the index of the first tensor holding a non-finite value, or -1, and `ticket`
-// the host's number of the launch. No status word changes.
-C10_HOST_DEVICE inline void finish_capture_part(const Governor& g, int part, double bad, double ticket) {
+// A capture part has been copied; `bad` is the index of the first tensor holding a non-finite value, or -1, `found` the
+// tensor of suspicious magnitude, and `ticket` the host's number of the launch. No status word changes.
+C10_HOST_DEVICE inline void finish_capture_part(const Governor& g, int part, double bad, const Suspect& found,
+                                                double ticket) {
   g[field::capture_order_0 + part] = -1.0;
   const int done = parts_in(g[field::candidate_done]) | (1 << part);
   g[field::candidate_done] = done;
   if (bad >= 0.0 && (g[field::candidate_bad] < 0.0 || bad < g[field::candidate_bad])) g[field::candidate_bad] = bad;
+  suspect(g, later_of({g[field::suspect], g[field::suspect_since], g[field::suspect_count]}, found));
   if (done == kAllPartsDone) {
     const int slot = slot_index(g[field::candidate]);
     g[field::slot_ticket_0 + slot] = ticket;
@@ -132,9 +150,9 @@ C10_HOST_DEVICE inline void append(const Governor& g, int size_field, int first,
 
 // A healthy step, but for the windows: x joins the lifetime statistics and the drift test's baseline.
 template <class Column, class Real>
-TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, const Real& drift) {
+TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, const Findings<Column>& f) {
   if (c[config::drift_horizon] != 0.0) {
-    g.live(memory::drift_sum) = drift;
+    g.live(memory::drift_sum) = f.drift;
     move_baseline(g, c, x);
   }
   g.live(memory::last_healthy) = x;
@@ -152,20 +170,27 @@ TOLARIA_LANEWISE void accept(const Column& g, const double* c, const Real& x, co
   g[field::life_m2] = one_nan(life.m2);
 }
 
-// Candidate and capture orders after a verdict. `paused` (cooldown) neither promotes nor orders. Returns as order_capture
-// does, or 0 where no capture is ordered.
-C10_HOST_DEVICE inline int advance_slots(const Governor& g, const double* c, bool healthy, bool paused) {
+// Candidate and capture orders after a verdict. `paused` (cooldown) neither promotes nor orders, nor does evidence of a
+// collapse or of a shift; a `suspicious` candidate goes, and the next comes when it would have come had this one been promoted.
+// Returns as order_capture does, or 0 where no capture is ordered.
+C10_HOST_DEVICE inline int advance_slots(const Governor& g, const double* c, bool healthy, bool paused, bool suspicious) {
   if (g[field::attached] == 0.0) return 0;
+  const bool waits = paused || g.live(memory::collapse) > 0.0 || is_climbing(c, g.live(memory::shift_sum)) ||
+                     g.live(memory::held) != 0.0;
   if (g[field::candidate] >= 0.0) {
-    if (!healthy || g[field::candidate_done] != kAllPartsDone) {
+    if (suspicious) {
+      g[field::due_from] = g[field::slot_step_0 + slot_index(g[field::candidate])];
       cancel_candidate(g);
-    } else if (!paused) {
+      write_slot_status(g);
+    } else if (!healthy || g[field::candidate_done] != kAllPartsDone) {
+      cancel_candidate(g);
+    } else if (!waits) {
       increment(g[field::candidate_healthy]);
       if (g[field::candidate_healthy] >= c[config::probation]) promote_candidate(g);
     }
   }
-  const bool due = g[field::step] - g[field::anchor_step] >= c[config::snapshot_interval];
-  const bool orders = healthy && !paused && due && g[field::candidate] < 0.0 && c[config::log_only] == 0.0;
+  const bool due = g[field::step] - g[field::due_from] >= c[config::snapshot_interval];
+  const bool orders = healthy && !waits && due && g[field::candidate] < 0.0 && c[config::log_only] == 0.0;
   if (!orders) return 0;
   const int captured = order_capture(g);
   write_slot_status(g);
@@ -190,7 +215,7 @@ TOLARIA_LANEWISE void write_verdict(const Column& g, const Sample<Column>& s, co
   g[field::threshold_multiplier] = select(is_known, one_nan(f.thresholds.multiplier), nan);
   g[field::gradient_norm] = select(f.judges_gradient, one_nan(s.gradient_norm), none);
   g[field::gradient_threshold] = one_nan(f.steepest);
-  g[field::drift] = f.drift;
+  g[field::drift] = f.climbed;
   g[field::tensor_index] = select(f.poisoned_capture, bad, none);
   g[field::reward] = spread<Real>(0.0);
 }
@@ -200,14 +225,36 @@ C10_HOST_DEVICE inline bool may_skip(const Governor& g, const double* c, const S
   return !s.is_state_bad && g.live(memory::skips) < c[config::skips_before_rollback];
 }
 
+// Whether the level of the candidate's suspect has lasted: then it is no accident, but what the training makes of the state.
+C10_HOST_DEVICE inline bool is_settled(const Governor& g, const double* c) {
+  if (c[config::suspicious_state] == kUndoes) return g[field::suspect_count] >= kSuspectedAgain;
+  const double captured = g[field::slot_step_0 + slot_index(g[field::candidate])];
+  return captured - g[field::suspect_since] >= kSettledIntervals * c[config::snapshot_interval];
+}
+
+// Tells of the candidate's suspect, beside the verdict on the loss, which stays what it is.
+C10_HOST_DEVICE inline void tell_of_suspect(const Governor& g, EventKind kind) {
+  const VerdictWords of_loss = verdict_words(g);
+  const int slot = slot_index(g[field::candidate]);
+  g[field::reason] = kSuspiciousState;
+  g[field::rollback] = 0.0;
+  g[field::tensor_index] = g[field::suspect];
+  emit(g, kind, g[field::slot_capture_0 + slot], g[field::slot_step_0 + slot], 0.0);
+  g[field::reason] = of_loss.reason;
+  g[field::rollback] = of_loss.rollback;
+  g[field::tensor_index] = of_loss.tensor_index;
+}
+
 // Judges one sample (DESIGN 4, rules 1 to 5 and options); the moments are as for `find`.
 C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Sample<Governor>& s, Moments<double> m,
                                   Moments<double> of_gradients) {
   const Findings<Governor> f = find(g, c, s, m, of_gradients);
+  const bool suspicious = f.suspected && !f.poisoned_capture && !is_settled(g, c);
+  const bool is_state_bad = f.poisoned_capture || (suspicious && c[config::suspicious_state] == kUndoes);
   Reason reason = kHealthy;
   bool rollback = false, paused = false;
-  if (f.poisoned_capture) {
-    reason = kNonFiniteState;
+  if (is_state_bad) {
+    reason = f.poisoned_capture ? kNonFiniteState : kSuspiciousState;
     rollback = true;
   } else if (f.nonfinite) {
     reason = kNonFinite;
@@ -217,10 +264,13 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
     rollback = true;
   } else if (f.paused) {
     paused = true;
-  } else if (f.at_chance) {
+  } else if (f.chance.at_once || f.collapsed) {
     reason = kLobotomy;
-    increment(g.live(memory::lobotomy_pending));
-    rollback = g.live(memory::lobotomy_pending) >= c[config::lobotomy_patience];
+    if (f.chance.at_once) increment(g.live(memory::lobotomy_pending));
+    rollback = f.collapsed || g.live(memory::lobotomy_pending) >= c[config::lobotomy_patience];
+  } else if (f.shift.found) {
+    reason = kDrift;
+    rollback = true;
   } else if (f.exploded || f.steep) {
     reason = f.exploded ? kAnomaly : kGradientNorm;
     increment(g.live(memory::consecutive));
@@ -229,21 +279,25 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
     reason = kDrift;
     rollback = true;
   }
-  if (rollback && !f.poisoned_capture && may_skip(g, c, s)) rollback = false;
+  // A shift is no bad step that could be left out, but many.
+  if (rollback && !is_state_bad && reason != kDrift && may_skip(g, c, s)) rollback = false;
   if (reason != kHealthy && !rollback) increment(g.live(memory::skips));
 
   const VerdictWords before = verdict_words(g);
   write_verdict(g, s, m, f, reason, rollback);
+  if (is_state_bad && !f.poisoned_capture) g[field::tensor_index] = g[field::suspect];
   if (g[field::cooldown_left] > 0.0) g[field::cooldown_left] -= 1.0;
-  if (f.joins()) {
+  const bool joins = f.joins() && !is_state_bad;
+  if (joins) {
     shift_full(g, memory::history_size, g.losses());
     append(g, memory::history_size, g.losses(), s.loss);
     if (f.judges_gradient) {
       shift_full(g, memory::gradient_size, g.gradients());
       append(g, memory::gradient_size, g.gradients(), s.gradient_norm);
     }
-    accept(g, c, s.loss, f.drift);
+    accept(g, c, s.loss, f);
   }
+  if (!is_state_bad && !f.nonfinite && !f.nonfinite_gradient && !paused) remember(g, c, f, s.loss);
   g[field::panics] = g.live(memory::consecutive);
 
   const bool acts = rollback && c[config::log_only] == 0.0;
@@ -251,7 +305,11 @@ C10_HOST_DEVICE inline void judge(const Governor& g, const double* c, const Samp
   g[field::restore_order] = acts && attached ? 1.0 : 0.0;
   write_verdict_status(g, before);
   if (reason != kHealthy) emit(g, kVerdictEvent, -1.0, -1.0, 0.0);
-  const int captured = advance_slots(g, c, reason == kHealthy, paused);
+  if (f.suspected && !is_state_bad) {
+    tell_of_suspect(g, suspicious ? kVerdictEvent : kAcceptanceEvent);
+    if (!suspicious) suspect(g, {});
+  }
+  const int captured = advance_slots(g, c, reason == kHealthy, paused, suspicious);
   if (captured > 0) copy_memory(g, captured, 0);
   if (acts && !attached) commit_rollback(g, c);
 }

@@ -87,7 +87,7 @@ C10_HOST_DEVICE inline void write_slot_status(const Governor& g) {
   s[status::last_good_ticket] = g[field::slot_ticket_0 + good];
   s[status::capture_count] = g[field::capture_count];
   s[status::promotion_count] = g[field::promotion_count];
-  s[status::anchor_step] = g[field::anchor_step];
+  s[status::due_from] = g[field::due_from];
 }
 
 C10_HOST_DEVICE inline void write_rollback_status(const Governor& g) {
@@ -96,7 +96,7 @@ C10_HOST_DEVICE inline void write_rollback_status(const Governor& g) {
   s[status::restored_capture] = g[field::restored_capture];
   s[status::restored_step] = g[field::restored_step];
   s[status::restored_ticket] = g[field::restored_ticket];
-  s[status::anchor_step] = g[field::anchor_step];
+  s[status::due_from] = g[field::due_from];
   publish();
   s[status::rollback_count] = g[field::rollback_count];
 }

@@ -56,3 +56,16 @@ def test_the_source_tree_is_not_on_the_path_of_what_is_measured(monkeypatch, tmp
     assert run.run("ops", [ROOT / "bench" / "ops" / "bench_blend.py"], Path("."), [])
     assert not (seen["cwd"] / "tolaria").exists()
     assert f"--benchmark-json={tmp_path.resolve() / 'ops.json'}" in seen["command"]
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}"])
+def test_a_report_of_no_results_says_what_it_wants(text: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    if text is not None:
+        file.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "bench/report.py", "--bars", str(file)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "expected files that pytest --benchmark-json wrote" in done.stderr
+    assert "Traceback" not in done.stderr

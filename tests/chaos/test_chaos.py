@@ -9,7 +9,9 @@ from torch import nn
 
 from tolaria.chaos import (
     ChaosRun,
+    Collapse,
     InterruptedCapture,
+    LargeBuffer,
     Outcome,
     PoisonedCapture,
     Ramp,
@@ -101,11 +103,33 @@ def test_non_finite_value_anywhere_ends_healthy(fault):
 
 def test_ramp_is_the_default_rules_blind_spot_and_strict_sees_it():
     reasons = []
-    for strict in (False, True):
-        config = governor_config_for(get_task("digits"), strict=strict, snapshot_interval=50)
+    for preset in ("default", "strict"):
+        config = governor_config_for(get_task("digits"), preset=preset, snapshot_interval=50)
         outcome = execute(task_run("digits", config=config), Ramp(30), steps=180, start=150)
         reasons.append(outcome.reason)
     assert reasons == [None, "ANOMALY"]
+
+
+@pytest.mark.parametrize("preset", ["default", "balanced"])
+def test_a_large_buffer_is_told_or_undone(preset: str) -> None:
+    config = GovernorConfig.preset(preset, snapshot_interval=INTERVAL, probation=2)
+    run = make_run()
+    run.config = config
+    outcome = execute(run, LargeBuffer(), steps=70, start=48)
+    assert outcome.is_as_promised
+    if preset == "default":
+        assert (outcome.rollbacks, outcome.reason) == (0, "SUSPICIOUS_STATE (tolerated)")
+    else:
+        assert (outcome.rollbacks, outcome.reason) == (1, "SUSPICIOUS_STATE")
+        assert outcome.score > 90.0
+
+
+def test_settings_that_wait_need_not_roll_back_what_may_heal() -> None:
+    run = make_run()
+    run.config = GovernorConfig.balanced(snapshot_interval=INTERVAL, probation=2)
+    outcome = execute(run, Collapse(), steps=70, start=43)
+    assert outcome.is_as_promised
+    assert outcome.score > 90.0
 
 
 def test_table_compares_with_the_undisturbed_run():
@@ -215,7 +239,7 @@ def test_every_drawn_start_fits(steps, interval):
         assert len(starts) == len(faults)
         assert all(1 <= first <= steps - f.duration + 1 for first, f in zip(starts, faults, strict=True))
         hidden = [first for first, f in zip(starts, faults, strict=True) if f.found_by_capture]
-        assert len(hidden) == 4
+        assert len(hidden) == 5
         assert max(hidden) <= steps // interval * interval
 
 

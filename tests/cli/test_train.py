@@ -60,7 +60,7 @@ def test_json_is_the_summary(tmp_path, capsys):
         (["digits", "--snapshot-interval", "1"], "snapshot_interval"),
         (["digits", "--rng-seed", "-1"], "rng_seed"),
         (["digits", "--blend-steps", "2000000"], "blend_steps: expected at most 1000000"),
-        (["digits", "--no-governor", "--strict"], "strict: expected not to come with use_governor=False"),
+        (["digits", "--no-governor", "--strict"], "preset: expected not to come with use_governor=False"),
         (["digits", "--no-governor", "--log-only"], "log_only: expected not to come with"),
         (["digits", "--no-governor", "--skip-anomalous-steps"], "skip_anomalous_steps: expected not to come"),
         (["digits", "--no-governor", "--snapshot-interval", "9"], "snapshot_interval: expected not to come"),

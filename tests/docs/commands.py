@@ -117,6 +117,7 @@ class Known:
 _INSTALLED = Known(installs=True)
 _CI = Known(skip="it runs the tests and this script in environments of its own")
 _HOURS = Known(skip="it takes hours; bash .ci/run --all runs it")
+_HOURS_OF_ARENA = Known(skip="it takes hours; tests/bench/test_arena.py runs a share of it")
 _VGPU = Known(skip="it needs a CUDA build and the virtual CUDA device, which is not part of the project")
 _PICTURE = "--inject nan-loss@150 --inject nan-buffer@1340 --inject spike@1900"
 _SMOKE = "python -m pytest bench --smoke -q --benchmark-json=smoke.json"
@@ -156,6 +157,8 @@ KNOWN: dict[str, Known] = {
     "python bench/run.py": Known(long=True),
     "python bench/run.py --quick": Known(long=True),
     "python bench/run.py [--quick]": Known(run="python bench/run.py --quick", long=True),
+    "python bench/train/arena.py --seeds 0 1 --workers 2": _HOURS_OF_ARENA,
+    "python bench/train/arena.py --seeds 1 --share 0.01 --only balanced default": Known(long=True),
     "python bench/train/drift.py --runs 1000": Known(long=True),
     "python bench/train/growth.py --task digits --seeds 5": Known(long=True),
     "python build_tools/mutants.py --backend cuda --share 0.2 --launcher path/to/vgpu/run": _VGPU,

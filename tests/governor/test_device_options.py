@@ -38,17 +38,14 @@ def test_strict_story_is_that_of_the_cpu() -> None:
 
 def test_judging_the_gradient_costs_one_launch_and_no_wait() -> None:
     vgpu = pytest.importorskip("vgpu", reason="counts come from the virtual device")
-    run = Run()
-    run.step()
-    for optimizer in run.governor._engine.covered.optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.ones_like(parameter)
     loss = torch.ones((), device="cuda")
     launches = []
     for setting in (False, True, True):
-        run.governor.config = run.governor.config.replace(gradient_norm=setting, snapshot_interval=1000)
-        run.governor._engine.wait()
+        run = Run(GovernorConfig(gradient_norm=setting, snapshot_interval=1000))
+        run.step()
+        for parameter in run.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        run.governor.synchronize()
         vgpu.reset()
         with vgpu.forbid_host_sync():
             run.governor.step(loss)

@@ -31,9 +31,18 @@ def test_ranks_roll_back_together(tmp_path: Path) -> None:
     assert stories[0] == stories[1]
     assert stories[0][0] == "6 NON_FINITE 4"
     assert stories[0][1].split()[1] == "NON_FINITE_STATE"
-    assert len(stories[0]) == 5
-    assert stories[0][2] == "mean 1.5"
-    assert all("one rank must never roll back alone" in text for text in stories[0][3:])
+    assert len(stories[0]) == 12
+    assert stories[0][2:5] == ["fine False, 3", "fine False, 4", "closed 5, True"]
+    assert stories[0][5] == f"mean {(13 * 1.5 + (2.0 + 1.5) / 2) / 14}"
+    assert all("one rank must never roll back alone" in text for text in stories[0][6:8])
+    tell, rollback, validated, norms = stories[0][8:]
+    steps = [step for step in range(5, 18, 4)]
+    assert tell == f"tell {[('promotion', step) for step in [*steps, 41, 45]]}"
+    promoted = [("promotion", step) for step in [*range(5, 38, 4), 51, 52]]
+    assert validated == f"validated {promoted}"
+    assert norms == "norms [('GRADIENT_NORM', 17)]"
+    assert rollback.count("'rollback'") == 2
+    assert rollback.index("'rollback'") < rollback.rindex("'promotion'")
 
 
 def _next(out: Queue[tuple[int, list[str]]], ranks: list[SpawnProcess]) -> tuple[int, list[str]]:

@@ -89,12 +89,12 @@ def test_a_call_interrupted_at_any_line(name: str) -> None:
     assert torn == [], "\n".join(torn)
 
 
-LOWERING = ("policy.py", "following.py", "schedules.py", "transfer.py", "host_state.py")
+LOWERING = ("policy.py", "following.py", "lowered_rates.py", "own_rates.py", "transfer.py", "host_state.py")
 
 
 @pytest.mark.parametrize("name", ["step_that_rolls_back", "execute_rollback"])
 def test_the_rates_are_lowered_once_for_a_rollback_whatever_interrupts_it(name: str) -> None:
-    detail = {"apply", "hear", "_note", "follow", "_end_step", "caught_up", "restored", "scaled_rates"}
+    detail = {"apply", "hear", "_note", "follow", "_end_step", "caught_up", "restored", "for_good"}
     run, whole = Run(lr_factor=0.5), Interruption(within=LOWERING, in_detail=detail)
     call = CALLS[name](run.governor)
     with whole.on():

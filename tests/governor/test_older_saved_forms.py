@@ -1,4 +1,4 @@
-"""A state_dict of version 2 or 3, whose statistics are a tensor, is read with the same care as a new one."""
+"""A state_dict of version 2 to 4 is read with the same care as a new one; up to 3 it holds a tensor."""
 
 from __future__ import annotations
 
@@ -13,15 +13,36 @@ from saved_forms import WINDOW, assert_refused, changed, make, places, through_a
 from torch import Tensor, nn
 
 from tolaria.governor.plain_values import revived
-from tolaria.governor.saved_state import _VERSION_2
+from tolaria.governor.saved_form import _POLICY_SINCE_5, _SINCE_5
+from tolaria.governor.saved_state import _VERSION_2, _VERSION_4
 from tolaria.ops import MemoryField, StateField, memory_row
 
 NAN = math.nan
 
 
+def of_version_4(saved: dict[str, Any]) -> dict[str, Any]:
+    """What version 4 would have saved, which knew nothing of what a network has learnt."""
+    old: dict[str, Any] = {**copy.deepcopy(saved), "version": 4}
+    for part, later in (("config", _SINCE_5), ("policy", _POLICY_SINCE_5)):
+        for name in later:
+            del old[part][name]
+    del old["magnitudes"]
+    old["state"] = [saved["state"][row] for row in rows_of(*_VERSION_4)]
+    return old
+
+
+def rows_of(names: tuple[str, ...], memory: tuple[str, ...]) -> list[int]:
+    """Where a column has what an older layout knows."""
+    rows = [int(StateField[name]) for name in names]
+    for which in range(3):
+        rows += [memory_row(which, WINDOW, MemoryField[name]) for name in memory]
+        rows += [memory_row(which, WINDOW, len(MemoryField) + i) for i in range(2 * WINDOW)]
+    return rows
+
+
 def of_version_3(saved: dict[str, Any]) -> dict[str, Any]:
     """What version 3 would have saved: tuples, numbers that JSON does not know, a tensor."""
-    old: dict[str, Any] = {**revived(saved), "version": 3}
+    old: dict[str, Any] = {**revived(of_version_4(saved)), "version": 3}
     old["config"]["lobotomy_band"] = tuple(old["config"]["lobotomy_band"])
     for report in [*old["policy"]["reports"], *old["policy"]["progress"]["reports"]]:
         report["thresholds"] = tuple(report["thresholds"])
@@ -88,16 +109,22 @@ IMPOSSIBLE = {
 def test_what_no_run_reaches_is_refused(name: str) -> None:
     governor = make()
     saved = of_version_3(governor.state_dict())
-    saved["state"][dict(places())[name]] = IMPOSSIBLE[name]
+    saved["state"][rows_of(*_VERSION_4).index(dict(places())[name])] = IMPOSSIBLE[name]
     assert_refused(governor, saved, rf"state\.{name}: expected ")
 
 
-def test_a_state_of_version_3_is_that_of_version_4() -> None:
+@pytest.mark.parametrize("older", [of_version_3, of_version_4])
+def test_a_state_of_an_older_version_is_that_of_this_one(
+    older: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
     governor, old, new = make(), make(), make()
     saved = governor.state_dict()
-    old.load_state_dict(through_a_file(of_version_3(saved)))
+    old.load_state_dict(through_a_file(older(saved)))
     new.load_state_dict(saved)
-    assert old.state_dict() == new.state_dict()
+    found, wanted = old.state_dict(), new.state_dict()
+    known = rows_of(*_VERSION_4)
+    assert [found["state"][row] for row in known] == [wanted["state"][row] for row in known]
+    assert found["policy"] == wanted["policy"]
 
 
 @pytest.mark.parametrize(
@@ -136,18 +163,19 @@ def test_a_state_on_another_device_is_read() -> None:
 def test_a_state_of_version_2_is_converted() -> None:
     governor, other = make(), make()
     saved = of_version_3(governor.state_dict())
-    names, memory = _VERSION_2
-    rows = [StateField[name] for name in names]
-    for which in range(3):
-        rows += [memory_row(which, WINDOW, MemoryField[name]) for name in memory]
-        rows += [memory_row(which, WINDOW, len(MemoryField) + i) for i in range(2 * WINDOW)]
-    saved["state"] = saved["state"][rows]
+    known = rows_of(*_VERSION_4)
+    saved["state"] = saved["state"][[known.index(row) for row in rows_of(*_VERSION_2)]]
     saved["version"] = 2
     del saved["config"]["max_restores_of_one_capture"], saved["config"]["skips_before_rollback"]
     saved["config"]["skip_anomalous_steps"] = True  # with which version 2 rolled back at a NaN
     saved["policy"] = {name: saved["policy"][name] for name in ("reports", "offending_steps")}
     other.load_state_dict(saved, keep_config=False)
-    assert other.config == governor.config.replace(skip_anomalous_steps=True, skips_before_rollback=0)
+    assert other.config == governor.config.replace(
+        skip_anomalous_steps=True,
+        skips_before_rollback=0,
+        lobotomy_rule="classic",
+        suspicious_state="off",
+    )
     assert (other.step_count, other.rollback_count) == (governor.step_count, governor.rollback_count)
     assert other.history == governor.history
     assert other.offending_steps == governor.offending_steps

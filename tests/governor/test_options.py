@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tolaria
 from tolaria import ops
+from tolaria.errors import TolariaError, UncoveredWarning
 from tolaria.governor import GovernorBank, GovernorConfig, PanicReason, TolariaGovernor, VerdictEvent
 
 RUNS, STEPS, START = 300, 900, 200
@@ -143,7 +144,8 @@ def test_gradient_norm_is_judged_beside_the_loss() -> None:
     assert report.reason is PanicReason.GRADIENT_NORM
     assert report.consecutive_panics == 2
     assert all(p.grad is None for p in model.parameters())
-    governor.step(1.0)
+    with pytest.warns(UncoveredWarning, match="gradient_norm is asked for"):
+        governor.step(1.0)
     assert governor.rollback_count == 1, "a step without gradients is judged by its loss alone"
 
 
@@ -192,3 +194,11 @@ def test_absolute_threshold_of_strict_follows_the_loss_of_guessing() -> None:
         assert verdict.is_healthy, "the loss of an untrained network is no anomaly"
         assert verdict.thresholds[0] == expected
         assert not governor.check_vital_signs(expected + 0.1).is_healthy, "the warm-up is bounded"
+
+
+def test_settings_are_fixed_once_a_governor_is_made() -> None:
+    governor, *_ = make_governor()
+    before = governor.config
+    with pytest.raises(TolariaError, match="expected no assignment"):
+        governor.config = before.replace(cooldown=7)
+    assert governor.config is before

@@ -171,7 +171,7 @@ REFUSED: dict[str, tuple[Trouble, Callable[[Run], object]]] = {
     "step: norm": (nothing, lambda r: r.governor.step(1.0, gradient_norm="big")),  # type: ignore[arg-type]
     "step: norm's shape": (nothing, lambda r: r.governor.step(1.0, gradient_norm=r.x[0])),
     "check: shape": (nothing, lambda r: r.governor.check_vital_signs(r.x[0])),
-    "check: words": (nothing, lambda r: r.governor.check_vital_signs(None)),  # type: ignore[arg-type]
+    "check: words": (nothing, lambda r: r.governor.check_vital_signs("0.1")),  # type: ignore[arg-type]
     "reset: NaN": (poisoned, lambda r: r.governor.reset()),
     "reset: mute": (mute, lambda r: r.governor.reset()),
     "reset: uncopyable": (uncopyable, lambda r: r.governor.reset()),

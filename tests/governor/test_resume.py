@@ -152,7 +152,7 @@ def test_what_is_live_at_load_is_the_last_known_good_state_at_once(place: str, k
     # The capture of step 10 is on probation until step 12, under its own step.
     is_pending = k in (10, 11)
     assert other.governor.last_good_step == (10 if is_pending else k)
-    assert row.status(StatusField.anchor_step) == row.state[StateField.anchor_step] == (10 if k >= 12 else 0)
+    assert row.status(StatusField.due_from) == row.state[StateField.anchor_step] == (10 if k >= 12 else 0)
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.zero_()

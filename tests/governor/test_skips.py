@@ -238,3 +238,36 @@ def test_a_step_may_be_judged_before_its_backward(make: type[nn.Module], device:
         assert all(torch.equal(after[name], before[name]) for name in after) == (i == 3)
     governor.synchronize()
     assert governor.offending_steps == (4,)
+
+
+class Decaying(torch.optim.AdamW):
+    """Does something of its own behind the step that it inherits."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(0.9)
+        return loss
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_what_a_subclass_adds_to_a_step_is_left_out_with_it(device: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).to(device)
+    optimizer = Decaying(model.parameters(), lr=0.01, **options)
+    governor = TolariaGovernor(model, optimizer, config=GovernorConfig(skip_anomalous_steps=True))
+    for i in range(5):
+        before = copy.deepcopy(model.state_dict())
+        loss = model(torch.ones(4, 3, device=device)).square().mean() * (math.nan if i in (0, 3) else 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        verdict = governor.check_vital_signs(loss)
+        optimizer.step()
+        governor.step(verdict)
+        after = model.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in after) == (i in (0, 3))
+    governor.synchronize()
+    assert governor.offending_steps == (1, 4)

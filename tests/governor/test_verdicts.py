@@ -129,6 +129,14 @@ def test_verdicts_follow_the_rule_of_the_contract(name: str, mode: str) -> None:
         "drift_threshold": config.drift_threshold,
         "gradient_multiple": config.gradient_multiplier,
         "skips_allowed": config.skips_before_rollback,
+        "sigmas": config.sensitivity,
+        "classic": config.lobotomy_rule == "classic",
+        "collapse_patience": config.collapse_patience,
+        "absolute": config.absolute_threshold,
+        "shift_horizon": config.shift_horizon,
+        "shift_slack": config.shift_slack,
+        "shift_threshold": config.shift_threshold,
+        "shift_spike": config.shift_spike,
     }
     rules = [PlainRule(guess=math.log(10), **plain) for _ in range(n)]
     state = ops.governor_state(n, window=config.window, attached=False)
@@ -141,7 +149,7 @@ def test_verdicts_follow_the_rule_of_the_contract(name: str, mode: str) -> None:
             strict=True,
         )
         for loss, rows, state_bad in runs:
-            gradient = rows if name == "drift" else None
+            gradient = rows if name in ("drift", "shift", "balanced") else None
             norms = torch.where(rows[:, 2] > 0, math.nan, rows[:, 0].sqrt()).tolist()
             ops.governor_step_(state, tensor, loss, gradient=gradient, state_bad=state_bad.double())
             verdicts = [
@@ -238,6 +246,6 @@ def test_bad_arguments_are_named(mode: str) -> None:
             ops.governor_step_(state, config, torch.ones(2), gradient=torch.ones(3))
         with pytest.raises(TypeError, match=r"gradient: expected float64"):
             ops.governor_step_(state, config, torch.ones(2), gradient=torch.ones(2, dtype=torch.bool))
-        with pytest.raises(ValueError, match=r"config: expected 25 float64"):
+        with pytest.raises(ValueError, match=f"config: expected {len(ops.ConfigField)} float64"):
             ops.governor_step_(state, config[:-1], torch.ones(2))
     assert same_bits(state, untouched)

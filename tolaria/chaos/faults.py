@@ -38,6 +38,7 @@ class ChaosFault:
         found_by_capture: whether the loss may never show it, so that a capture must come after it.
         detectable: whether the default rule is meant to roll back; False for what it is meant to sit through,
             and for its documented blind spots.
+        heals: whether the run may recover by itself, so that settings which wait for that need not roll back.
     """
 
     name = "nothing"
@@ -45,6 +46,7 @@ class ChaosFault:
     at_capture = False
     found_by_capture = False
     detectable = True
+    heals = False
 
     def before_forward(self, run: ChaosRun, age: int) -> None:
         """Before the forward."""
@@ -124,6 +126,7 @@ class Spike(ChaosFault):
     def __init__(self, duration: int = 3, factor: float = 1000.0) -> None:
         self.duration, self.factor = duration, factor
         self.detectable = duration >= 2
+        self.heals = True
         self.name = "spike" if duration > 1 else "single-spike"
 
     def on_loss(self, loss: Tensor, age: int) -> Tensor:
@@ -151,6 +154,7 @@ class Collapse(ChaosFault):
     """The last linear layer is zeroed: every class is as likely as any other."""
 
     name = "collapse"
+    heals = True
 
     def before_forward(self, run: ChaosRun, age: int) -> None:
         """Forget."""
@@ -160,6 +164,28 @@ class Collapse(ChaosFault):
         with torch.no_grad():
             for parameter in layers[-1].parameters():
                 parameter.zero_()
+
+
+class LargeBuffer(ChaosFault):
+    """A buffer, such as a running mean, is ``factor`` times itself and one more: the loss does not show it.
+
+    The default settings promote nothing while it lasts, and tell; ``suspicious_state="rollback"`` goes back.
+    """
+
+    name = "large-buffer"
+    found_by_capture = True
+    detectable = False
+
+    def __init__(self, factor: float = 1e6) -> None:
+        self.factor = factor
+
+    def before_forward(self, run: ChaosRun, age: int) -> None:
+        """As one batch of inputs that nobody scaled leaves it."""
+        buffers = _tensors(run, "buffer")
+        if not buffers:
+            raise ValueError(f"{self.name}: expected the run to have a floating buffer, it has none")
+        with torch.no_grad():
+            buffers[0].add_(1.0).mul_(self.factor)
 
 
 class PoisonedCapture(ChaosFault):
@@ -267,7 +293,7 @@ def _catalogue() -> dict[str, Callable[[], ChaosFault]]:
     for value in (math.nan, math.inf):
         made.append(lambda value=value: BadLoss(value))  # type: ignore[misc]
         made.extend(lambda p=place, v=value: PoisonedTensor(p, v) for place in _PLACES)  # type: ignore[misc]
-    made += [lambda: Spike(1), Spike, Ramp, Collapse]
+    made += [lambda: Spike(1), Spike, Ramp, Collapse, LargeBuffer]
     made += [PoisonedCapture, InterruptedCapture, RaisingSink, StructureChange]
     return {make().name: make for make in made}
 

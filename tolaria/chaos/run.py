@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tolaria.chaos.faults import CaptureInterruptedError, ChaosFault
 from tolaria.chaos.target import ChaosRun
+from tolaria.data import SkipBatches
 from tolaria.governor import CaptureEvent, GovernorConfig, RollbackEvent, TolariaGovernor, VerdictEvent
 from tolaria.nn.nest import to_device
 from tolaria.nn.randomness import preserve_random_state
@@ -83,7 +84,8 @@ def execute(run: ChaosRun, fault: ChaosFault | None = None, *, steps: int, start
         run.model, run.optimizer, config=run.config, random_guess_loss=run.random_guess_loss, sinks=sinks
     )
     watch = _Watch(run, start)
-    for step, batch in zip(range(1, steps + 1), _forever(run.batches), strict=False):
+    batches = SkipBatches(_forever(run.batches), governor)
+    for step, batch in zip(range(1, steps + 1), batches, strict=False):
         age = step - start
         active = fault if fault is not None and 0 <= age < fault.duration else None
         loss = _train_step(run, batch, active, age)
@@ -195,6 +197,7 @@ class _Watch:
     def outcome(self, fault: ChaosFault | None) -> Outcome:
         """What came of it."""
         tensors = [*self.run.model.parameters(), *self.run.model.buffers()]
+        waits = self.run.config.shift_horizon > 0
         return Outcome(
             fault="nothing" if fault is None else fault.name,
             start=self.start,
@@ -205,7 +208,7 @@ class _Watch:
             bit_exact=self.exact,
             is_finite=all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point()),
             score=self.run.evaluate(self.run.model),
-            detectable=fault is not None and fault.detectable,
+            detectable=fault is not None and fault.detectable and not (waits and fault.heals),
         )
 
 

@@ -123,7 +123,7 @@ def outcome_line(outcome: Outcome, undisturbed: float) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    widths = (22, 5, 22, 6, 5, 10, 7, 11)
+    widths = (22, 5, 28, 6, 5, 10, 7, 11)
     aligned = [
         f"{c:<{w}}" if i in (0, 2, 5) else f"{c:>{w}}"
         for i, (c, w) in enumerate(zip(cells, widths, strict=True))

@@ -18,6 +18,7 @@ from tolaria.chaos import (
     task_run,
 )
 from tolaria.chaos.table import header_line, outcome_line
+from tolaria.cli.arguments import add_preset
 from tolaria.errors import MissingDependencyError
 from tolaria.nn.device import validate_device
 from tolaria.runs import cpu_threads
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--snapshot-interval", type=int, default=50, metavar="N", help="steps between captures (50)"
     )
-    parser.add_argument("--strict", action="store_true", help="the governor's strict settings")
+    add_preset(parser)
     parser.add_argument("--data-dir", metavar="DIR", help="where a task that needs files finds them")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace, printer: _Printer) -> ChaosTable:
     device, spec = validate_device(arguments.device), get_task(arguments.task)
-    config = governor_config_for(spec, strict=arguments.strict, snapshot_interval=arguments.snapshot_interval)
+    config = governor_config_for(spec, preset=arguments.preset, snapshot_interval=arguments.snapshot_interval)
     if arguments.random is not None and arguments.random < 1:
         raise ValueError(f"random: expected an integer >= 1, got {arguments.random}")
     if arguments.random is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tolaria._optional import require
 from tolaria.governor import (
+    AcceptanceEvent,
     CaptureEvent,
     GovernorEvent,
     PanicReason,
@@ -28,6 +29,9 @@ _REFRESH_S = 0.25  # between looks at the device
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LOG_LINES = 8
 _CROSS = "\u00d7"
+
+
+_SUSPICIOUS = PanicReason.SUSPICIOUS_STATE.name
 
 
 def _words(reason: PanicReason) -> str:
@@ -52,6 +56,10 @@ def describe(event: GovernorEvent) -> str | None:
         losses, rollbacks = count(event.healthy_losses, "loss", "losses"), count(event.rollbacks, "rollback")
         said = f"resumed at step {event.step}: {losses} in the window, {rollbacks} so far"
         return said if event.config_kept else said + ", saved settings"
+    if isinstance(event, VerdictEvent) and not event.is_of_step:
+        return f"{_words(event.reason)} in {event.tensor_name}: the capture is not promoted"
+    if isinstance(event, AcceptanceEvent):
+        return f"{_words(PanicReason.SUSPICIOUS_STATE)} in {event.tensor_name} lasts: it is accepted"
     if isinstance(event, VerdictEvent) and not event.rollback:
         return f"{_words(event.reason)}, sat through: loss {event.loss:.4g} (mean {event.mean:.4g})"
     return None
@@ -81,7 +89,7 @@ class QuietDisplay(GrowthObserver):
         elif event["kind"] == "rollback":
             self.rollbacks += 1
             self.steps_lost += event["report"]["steps_lost"]
-        elif event["kind"] == "verdict" and not event["rollback"]:
+        elif event["kind"] == "verdict" and not event["rollback"] and event["reason"] != _SUSPICIOUS:
             self.anomalies += 1
 
     def on_events(self, events: Sequence[GovernorEvent]) -> None:
@@ -94,7 +102,7 @@ class QuietDisplay(GrowthObserver):
             elif isinstance(event, RollbackEvent):
                 self.rollbacks += 1
                 self.steps_lost += event.report.steps_lost
-            elif isinstance(event, VerdictEvent) and not event.rollback:
+            elif isinstance(event, VerdictEvent) and event.is_of_step and not event.rollback:
                 self.anomalies += 1
 
     def on_finish(self, result: GrowthResult) -> None:

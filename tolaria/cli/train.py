@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tolaria.cli.arguments import add_preset
 from tolaria.cli.display import QuietDisplay, choose_display, print_table
 from tolaria.errors import MissingDependencyError
 from tolaria.runs import default_folder, resume_task, run_task
@@ -22,6 +23,7 @@ _SETTINGS: dict[str, type] = {
 }  # fmt: skip
 _GOVERNOR: dict[str, type] = {
     "snapshot_interval": int, "probation": int, "lr_factor": float, "max_rollbacks": int,
+    "lr_recovery_steps": int, "skip_batches": int,
     "absolute_threshold": float, "sensitivity": float, "multiplier": float,
 }  # fmt: skip
 _DEFAULTS: dict[str, object] = {"task": "digits", "device": "cpu", "rng_seed": 0}
@@ -48,6 +50,8 @@ _HELP = {
     "snapshot_interval": "steps between captures",
     "probation": "healthy losses before a capture counts as good",
     "lr_factor": "multiplies the learning rate at each rollback",
+    "lr_recovery_steps": "healthy steps after which a lowered learning rate is its own again (0: never)",
+    "skip_batches": "batches left out after each rollback",
     "max_rollbacks": "so many within 1000 steps end the run",
     "absolute_threshold": "a loss up to this is no anomaly",
     "sensitivity": "standard deviations above the mean that make an anomaly",
@@ -83,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--data-dir", metavar="DIR", help="where a task that needs files finds them")
     governor = parser.add_argument_group("governor")
     governor.add_argument("--no-governor", action="store_true", help="nobody watches over the run")
-    governor.add_argument("--strict", action="store_true", help="any threshold trips, the warm-up is bounded")
+    add_preset(governor)
     governor.add_argument("--log-only", action="store_true", help="judge and tell, never act")
     governor.add_argument(
         "--skip-anomalous-steps", action="store_true", help="judge before the optimizer steps"
@@ -187,7 +191,7 @@ def _train(arguments: argparse.Namespace, folder: Path, display: QuietDisplay) -
         device=arguments.device, rng_seed=arguments.rng_seed, backend=arguments.backend,
         threads=arguments.threads, amp=arguments.amp, data_dir=arguments.data_dir,
         steps=arguments.steps, epochs=arguments.epochs,
-        grow_seed=not arguments.no_grow, use_governor=not arguments.no_governor, strict=arguments.strict,
+        grow_seed=not arguments.no_grow, use_governor=not arguments.no_governor, preset=arguments.preset,
         governor_options=options, inject=arguments.inject, observers=[display], **changes,
     )  # fmt: skip
 

@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING
 
 from tolaria import _moved
 from tolaria.governor.bank import GovernorBank
-from tolaria.governor.config import GovernorConfig
+from tolaria.governor.config import GovernorConfig, Preset
 from tolaria.governor.governor import TolariaGovernor
 from tolaria.governor.resume import load_snapshot
 from tolaria.ops import PanicReason
 from tolaria.telemetry.events import (
+    AcceptanceEvent,
     AttachEvent,
     CaptureEvent,
     DroppedEventsEvent,
@@ -18,12 +19,14 @@ from tolaria.telemetry.events import (
     RollbackEvent,
     SeedCulledEvent,
     StructureEvent,
+    ValidationEvent,
     VerdictEvent,
 )
 from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
-from tolaria.telemetry.verdict import GovernorReport, Verdict
+from tolaria.telemetry.verdict import GovernorReport, Pending, Verdict, Verification
 
 __all__ = [
+    "AcceptanceEvent",
     "AttachEvent",
     "CaptureEvent",
     "DroppedEventsEvent",
@@ -34,6 +37,8 @@ __all__ = [
     "JsonLinesSink",
     "LoggingSink",
     "PanicReason",
+    "Pending",
+    "Preset",
     "PromotionEvent",
     "ResumeEvent",
     "RollbackEvent",
@@ -42,8 +47,10 @@ __all__ = [
     "StructureEvent",
     "TensorBoardSink",
     "TolariaGovernor",
+    "ValidationEvent",
     "Verdict",
     "VerdictEvent",
+    "Verification",
     "load_snapshot",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -22,8 +23,10 @@ from tolaria.governor.engine import Engine
 from tolaria.governor.following import Follower
 from tolaria.governor.host_engine import HostEngine
 from tolaria.governor.judging import Judge
+from tolaria.governor.manual_captures import ManualCaptures
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.row import Row, make_rows
+from tolaria.governor.saved_rates import loaded_rates, plain_rates
 from tolaria.governor.saved_state import fitted
 from tolaria.governor.saving import Save, Saver, own_memory
 from tolaria.governor.skipping import StepSkipper, remove_hooks
@@ -32,6 +35,8 @@ from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.host_state import HostState
 from tolaria.snapshot.inference import outside_inference
+from tolaria.snapshot.lowered_rates import RatesThen
+from tolaria.snapshot.magnitudes import Magnitudes, Promoted
 from tolaria.snapshot.parts import checked_optimizers
 from tolaria.snapshot.saved import SavedState
 from tolaria.telemetry.delivery import Telemetry
@@ -65,6 +70,8 @@ class Attachment:
         row: the judge's memory.
         running: carries out what the judge orders; None once it is closed, see :attr:`engine`.
         policy, follower: what the host does about what has happened.
+        judge: judges, and knows what is judged.
+        captures: those made by hand.
         skipper: leaves bad steps out, if the settings say so.
         saver: writes states to disk.
         plain: what :meth:`TolariaGovernor.step` needs if the loss alone is judged, by this rank alone and on
@@ -92,6 +99,7 @@ class Attachment:
             self.policy = RollbackPolicy(config)
             self.follower = Follower(self.row.reader, self.running, self.policy, telemetry)
             self.judge = Judge(self.row, process_group)
+            self.captures = ManualCaptures(self.row, self.running, is_shared=process_group is not None)
             self.begin()
         except BaseException:
             self.let_go()
@@ -120,13 +128,36 @@ class Attachment:
             self.skipper = StepSkipper(self.engine)
             weakref.finalize(self, remove_hooks, self.skipper.handles)
         self.follower.skipper = self.judge.skipper = self.skipper
+        self.judge.watch_gradients(self.engine)
         # A clean step then takes the shortest way, since between a step and the next every Python frame costs
         # 2 to 3 us (cold caches, Zen 3).
         self.follower.saver = self.saver = Saver(config.save_every, config.save_path)
-        row, is_plain = self.row, self._group is None and self.row.state.device.type == "cpu"
-        is_plain = is_plain and not config.gradient_norm and not config.skips_before_rollback
+        self.judge.losses.clear()
+        self._take_way(is_counting=self.engine.covered.lowered.own is not None)
+
+    def choose_way(self) -> None:
+        """Steps take the shortest way, but not while rates are lowered for a time: they are counted then."""
+        is_counting = self.engine.covered.lowered.own is not None
+        if is_counting != self.judge.has_a_share:
+            self._take_way(is_counting=is_counting)
+
+    def _take_way(self, *, is_counting: bool) -> None:
+        config = self.row.config
+        self.judge.has_a_share = is_counting
+        self._is_plain = self._group is None and self.row.state.device.type == "cpu" and not is_counting
+        self._is_plain = self._is_plain and not config.gradient_norm and not config.skips_before_rollback
+        self._is_plain = self._is_plain and not config.shift_horizon  # which looks at the rates
+        self._expect(added=self.judge.losses.count)
+
+    def expect_loss(self) -> None:
+        """The next step is given its loss: it may go the shortest way."""
+        self.judge.losses.clear()
+        self._expect(added=0)
+
+    def _expect(self, *, added: int) -> None:
+        row = self.row
         at_hand = row.state, row.settings, row.mailbox, row.reader, self.engine, self.skipper
-        self.plain: _Plain | None = at_hand if is_plain else None
+        self.plain: _Plain | None = at_hand if self._is_plain and not added else None
 
     def reset(self) -> None:
         """Forget all losses; the current state becomes the last known good one.
@@ -184,6 +215,8 @@ class Attachment:
             self.engine.hook(new)
             if self.skipper is not None:
                 self.skipper.hook(new)
+            if self.judge.norms is not None:
+                self.judge.norms.hook(new)
         return True
 
     # -- under another's statistics --------------------------------------------------------------------------
@@ -212,39 +245,65 @@ class Attachment:
         policy.load_saved_form(form.policy)
         saved = fitted(form.state, config)
         self.catch_up()  # sync: takes the state as it is
+        covered = self.engine.covered
+        rates = form.policy.get("rates") if config.lr_recovery_steps else None
+        former, covered.lowered = covered.lowered, loaded_rates(rates, covered)
         fits = saved.shape == self.row.state.shape and all(
             getattr(config, name) == getattr(self.row.config, name) for name in ("storage", "event_capacity")
         )
-        heir = (self._in_place if fits else self._successor)(config, guess, saved)
+        try:
+            heir = (self._in_place if fits else self._successor)(config, guess, saved, form.magnitudes)
+        except BaseException:
+            covered.lowered = former
+            raise
         heir.random_guess_loss, heir._given_guess = guess, given
         heir.replace_policy(policy)
         heir.begin()
         return heir
 
-    def _in_place(self, config: GovernorConfig, guess: float | None, saved: Tensor) -> Attachment:
+    def _in_place(
+        self, config: GovernorConfig, guess: float | None, saved: Tensor, magnitudes: Magnitudes
+    ) -> Attachment:
         """Take ``saved`` over where it is: recorded graphs go on being judged."""
         settings = _settings_tensor(self.engine.covered, config, guess)
 
         def take_over() -> None:
             self.row.settings.copy_(settings)
             statistics.take_over(self.row.state, saved)
+            self.engine.slots.take_magnitudes(magnitudes)
 
         self.engine.adopt_current_state(take_over)
         statistics.go_on_capturing(self.row, saved)
         self.row.renew(config)
         return self
 
-    def _successor(self, config: GovernorConfig, guess: float | None, saved: Tensor) -> Attachment:
+    def _successor(
+        self, config: GovernorConfig, guess: float | None, saved: Tensor, magnitudes: Magnitudes
+    ) -> Attachment:
         """Take ``saved`` over with memory of another size; a recorded graph finds a judge without slots."""
         successor = Attachment(self.engine.covered, config, guess, self._group, self._telemetry)
         try:
             successor.follower.last_report = self.follower.last_report
-            successor.engine.adopt_current_state(partial(statistics.take_over, successor.row.state, saved))
+
+            def take_over() -> None:
+                statistics.take_over(successor.row.state, saved)
+                successor.engine.slots.take_magnitudes(magnitudes)
+
+            successor.engine.adopt_current_state(take_over)
             statistics.go_on_capturing(successor.row, saved)
         except BaseException:
             successor.let_go()
             raise
         return successor
+
+    def rates_now(self) -> RatesThen | None:
+        """The rates, if they are lowered for a time."""
+        covered = self.engine.covered
+        return covered.lowered.now(covered.optimizers, covered.schedulers)
+
+    def saved_policy(self, rates: RatesThen | None, *, until: float = math.inf) -> dict[str, Any]:
+        """What the policy saves, with the rates and validations of now or of a capture, made at ``until``."""
+        return self.policy.saved_form(plain_rates(self.engine.covered, rates), until=until)
 
     # -- on disk ---------------------------------------------------------------------------------------------
 
@@ -268,9 +327,30 @@ class Attachment:
         slot, host = self.engine.last_good()
         state = self.row.state[:, self.row.column : self.row.column + 1]
         then = statistics.as_of_capture(state, slot)
-        config, policy = self.row.config, self.policy.saved_form()
-        form = statistics.saved_form(config, self.random_guess_loss, then, policy)
-        return slot, host, {"step": int(then[StateField.step]), "governor": form}
+        step = int(then[StateField.step])
+        config, policy = self.row.config, self.saved_policy(host.lowered, until=step)
+        form = statistics.saved_form(
+            config, self.random_guess_loss, then, policy, self.magnitudes(as_of_capture=True)
+        )
+        return slot, host, {"step": step, "governor": form}
+
+    def magnitudes(self, *, as_of_capture: bool = False) -> Magnitudes:
+        """How large each tensor was in promoted captures, for whoever goes on from here.
+
+        The state that is adopted there takes the place of the last known good one, or of the candidate if
+        there is one that goes on being on probation.
+
+        Args:
+            as_of_capture: as when the last known good capture was made.
+        """
+        if self.running is None:
+            return {}
+        self.running.wait()  # a capture under way writes to them
+        column = self.row.state[:, self.row.column].tolist()  # sync: asked for by name
+        good = int(column[StateField.last_good])
+        counts = not as_of_capture and statistics.is_on_probation(column, self.row.config)
+        capture = column[StateField.slot_capture_0 + good]
+        return self.running.slots.magnitudes(Promoted(good, capture, counts))
 
     def resume_event(self, *, config_kept: bool) -> ResumeEvent:
         """What was resumed, for telemetry; waits for the device."""
@@ -300,12 +380,16 @@ class Attachment:
         """Remove the hooks and give the memory back."""
         if self.skipper is not None:
             self.skipper.close()
+        judge: Judge | None = getattr(self, "judge", None)  # it is made late
+        if judge is not None:
+            judge.close()
         self.engine.close()
 
     def close(self) -> None:
         """Let go, for good; what has been heard of can still be read."""
         self.let_go()
-        self.running = self.skipper = self.plain = None
+        self.running = self.skipper = self.plain = self.judge.norms = None
+        del self.captures
         self.follower.engine = self.follower.skipper = self.judge.skipper = None
 
 

@@ -21,8 +21,10 @@ from tolaria.governor.following import Follower
 from tolaria.governor.judging import would_roll_back
 from tolaria.governor.one_thread import one_thread
 from tolaria.governor.policy import RollbackPolicy
+from tolaria.governor.rates import RateWatch
 from tolaria.governor.row import make_rows
-from tolaria.ops import PanicReason, StateField, StatusField
+from tolaria.governor.verifying import verify
+from tolaria.ops import Order, PanicReason, StateField, StatusField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.inference import outside_inference
@@ -31,6 +33,7 @@ from tolaria.snapshot.protocols import Stateful
 from tolaria.telemetry.delivery import Telemetry
 from tolaria.telemetry.events import GovernorEvent
 from tolaria.telemetry.sinks import Sink, check_sinks
+from tolaria.telemetry.verdict import Verification
 
 _MAX_EVENTS_KEPT = 65536
 
@@ -88,6 +91,7 @@ class GovernorBank:
         self._written = self._mailbox.numpy()[:, StatusField.events]
         self._seen = np.zeros(n)
         self._engines: dict[int, Engine] = {}
+        self._rates: dict[int, RateWatch] = {}
         self._followers = [self._follower(i, None) for i in range(n)]
 
     def _follower(self, i: int, engine: Engine | None) -> Follower:
@@ -142,6 +146,7 @@ class GovernorBank:
             self._state[:, i] = before
             raise
         self._engines[i] = engine
+        self._rates[i] = RateWatch()
         self._followers[i] = self._follower(i, engine)
         uncovered.watch(covered)
         self._telemetry.add([engine.attach_event()])
@@ -149,15 +154,13 @@ class GovernorBank:
 
     @one_thread
     def detach(self, i: int) -> None:
-        """Let go of row ``i``'s model and slots; the row is judged on."""
+        """Let go of row ``i``'s model and slots, verified as by :meth:`verify`; the row is judged on."""
         engine = self._engines.get(i)
         if engine is None:
             return
         graphs.refuse_recording(self._state.device, "governor.detach")
-        engine.synchronize()  # sync: nothing is heard of later
         try:
-            self._followers[i].hear()
-            self._followers[i].follow()
+            self._verify(i, engine)  # sync: nothing is heard of later
         finally:
             uncovered.unwatch(engine.covered)
             engine.close()
@@ -165,6 +168,31 @@ class GovernorBank:
             self._followers[i] = self._follower(i, None)
             self._state[StateField.attached, i] = 0.0
             self._state[StateField.restore_order, i] = 0.0
+
+    @one_thread
+    def verify(self, i: int) -> Verification:
+        """Look at the live state of row ``i`` now, as :meth:`TolariaGovernor.verify` does.
+
+        Raises:
+            ValueError: no model is attached to that row.
+            TolariaError: a CUDA graph is being recorded.
+            SnapshotError, TrainingDivergedError: as :meth:`TolariaGovernor.verify`.
+        """
+        engine = self._engines.get(i)
+        if engine is None:
+            raise ValueError(f"i: expected a row with a model, got {i}; attach({i}, model, optimizers) first")
+        graphs.refuse_recording(self._state.device, "governor.verify")
+        found = self._verify(i, engine)
+        self._telemetry.deliver()
+        self._followers[i].policy.check_budget()
+        return found
+
+    def _verify(self, i: int, engine: Engine) -> Verification:
+        follower = self._followers[i]
+        engine.synchronize()  # sync: the answer is wanted now
+        follower.hear()
+        follower.follow()
+        return verify(self._rows[i], engine, follower)
 
     @one_thread
     def step(
@@ -196,6 +224,7 @@ class GovernorBank:
         )
         for engine in self._engines.values():
             engine.judged(surely=active is None)
+        self._look_at_rates()
         mask = None if active is None else active.reshape(-1)
         try:
             for i, engine in self._engines.items():
@@ -232,6 +261,15 @@ class GovernorBank:
             if flag is not None:
                 flags[i : i + 1].copy_(flag)
         return flags
+
+    def _look_at_rates(self) -> None:
+        """Let the rows whose learning rate was raised on purpose learn their level anew."""
+        if not self.config.shift_horizon or graphs.is_recording(self._state.device):
+            return
+        for i, engine in self._engines.items():
+            rollbacks = self._rows[i].status(StatusField.rollback_count)
+            if self._rates[i].is_restart(engine.covered.optimizers, rollbacks):
+                self._rows[i].order(Order.RELEARN)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("bank: it watches its models and cannot be copied or pickled; make a new one")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,12 @@ from torch import Tensor
 
 from tolaria.errors import ConfigError
 from tolaria.ops import ConfigField
+
+Preset = Literal["default", "balanced", "strict", "classic"]
+"""A set of settings by its name."""
+
+_SUSPICIOUS_STATE = ("off", "tell", "rollback")
+"""In the order in which the judge counts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +53,41 @@ class GovernorConfig:
     """Collapse to chance: a loss between these multiples of the random-guess loss; the upper may be inf."""
     lobotomy_patience: int = 1
     """In-band losses that order a rollback (>= 1)."""
+    lobotomy_rule: Literal["latched", "classic"] = "latched"
+    """``"latched"``: a network has learnt once the mean of H was low enough, an in-band loss is a collapse at
+    once only where chance lies outside of H's own spread, and losses at chance or worse add up to one.
+    ``"classic"``: any in-band loss after a healthy one that was low enough."""
+    collapse_patience: float = 12.0
+    """Losses at chance level that add up to a collapse; one above the band counts a quarter, one nearer to
+    the learnt level than to chance takes one back (losses, >= 1)."""
     drift_horizon: int = 0
     """Healthy losses over which the drift test's baseline forgets; 0: no drift test (losses)."""
     drift_slack: float = 0.5
     """Standard deviations above the baseline that the drift test lets pass, at each loss (>= 0)."""
     drift_threshold: float = 2.0
     """The drift sum that orders a rollback, in horizons (standard deviations times losses, > 0)."""
+    shift_horizon: int = 0
+    """Losses over which the shift test's level forgets; it knows a level after half of them. 0: no shift test
+    (losses)."""
+    shift_slack: float = 0.5
+    """Mean absolute deviations above the level that the shift test lets pass, at each loss (>= 0)."""
+    shift_threshold: float = 60.0
+    """The shift sum that orders a rollback: twice the losses that a large shift takes, since one loss adds 2
+    at most (mean absolute deviations times losses, > 0)."""
+    shift_spike: float = math.inf
+    """A gradient norm above so many times its level makes the shift test keener for 80 losses: no slack,
+    and a third of the threshold (dimensionless, > 0)."""
+    validation_patience: int = 2
+    """Bad values in a row that :meth:`TolariaGovernor.step_validation` rolls back at (>= 1)."""
     gradient_norm: bool = False
     """Judge the norm of the gradients of all covered optimizers beside the loss: one more pass over them."""
     gradient_multiplier: float = 10.0
     """A norm up to so many means of its own window is no anomaly (dimensionless, > 0)."""
+    suspicious_state: Literal["off", "tell", "rollback"] = "tell"
+    """What is done about a capture in which a parameter or buffer is beyond 1,000 times its largest magnitude
+    (or 1e-3) in three or more promoted captures, until it is back within twice that. ``"tell"``: it is not
+    promoted, and an event names the tensor; one that settles there for five capture intervals is accepted.
+    ``"rollback"``: the state goes back, too; a level that comes again after two rollbacks is accepted."""
     cooldown: int = 0
     """Steps after a rollback during which only non-finite losses are judged and none joins H (>= 0)."""
     snapshot_interval: int = 100
@@ -68,6 +100,13 @@ class GovernorConfig:
     """Reward of a rollback for an RL agent is minus this (>= 0)."""
     lr_factor: float = 1.0
     """At each rollback the learning rate is multiplied by this, compounding (> 0, <= 1)."""
+    lr_recovery_steps: int = 0
+    """After so many healthy steps in a row since the last rollback the learning rates are again what their
+    schedule alone would make them (steps, >= 0). 0: they stay lowered."""
+    skip_batches: int = 0
+    """So many batches are left out after each rollback, one by hand, too: by
+    :class:`tolaria.data.SkipBatches` around the loader, and by the loops of :mod:`tolaria.train` (batches as
+    the loader yields them, >= 0)."""
     max_rollbacks: int = 25
     """So many rollbacks inside ``rollback_window`` raise TrainingDivergedError (>= 1)."""
     rollback_window: int = 1000
@@ -117,6 +156,8 @@ class GovernorConfig:
             "min_panics_before_rollback": (1, math.inf),
             "lobotomy_patience": (1, math.inf),
             "drift_horizon": (0, math.inf),
+            "shift_horizon": (0, math.inf),
+            "validation_patience": (1, math.inf),
             "cooldown": (0, math.inf),
             "snapshot_interval": (2, math.inf),
             "probation": (1, math.inf),
@@ -124,6 +165,8 @@ class GovernorConfig:
             "rollback_window": (1, math.inf),
             "max_restores_of_one_capture": (1, math.inf),
             "skips_before_rollback": (0, math.inf),
+            "lr_recovery_steps": (0, math.inf),
+            "skip_batches": (0, math.inf),
             "seed_check_interval": (0, math.inf),
             "save_every": (0, math.inf),
             "event_capacity": (1, 1 << 20),
@@ -134,7 +177,10 @@ class GovernorConfig:
             if not _is_number(value) or not isinstance(value, int) or not low <= value <= high:
                 limit = f" and at most {int(high)}" if math.isfinite(high) else ""
                 found.append((name, f"an integer of at least {low}{limit}", value))
-        for name in ("sensitivity", "multiplier", "drift_threshold", "gradient_multiplier"):
+        for name in (
+            *("sensitivity", "multiplier", "drift_threshold", "gradient_multiplier"),
+            *("shift_threshold", "shift_spike"),
+        ):
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 found.append((name, "a number above 0", getattr(self, name)))
         if not (_is_number(self.lr_factor) and 0 < self.lr_factor <= 1):
@@ -143,9 +189,15 @@ class GovernorConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 found.append((name, "a number above 0, or None", value))
-        for name in ("min_std", "death_penalty", "lobotomy_healthy_below", "drift_slack"):
+        for name in (*("min_std", "death_penalty", "lobotomy_healthy_below", "drift_slack", "shift_slack"),):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf):
                 found.append((name, "a finite number of at least 0", getattr(self, name)))
+        if not (_is_number(self.collapse_patience) and 1 <= self.collapse_patience < math.inf):
+            found.append(("collapse_patience", "a finite number of at least 1", self.collapse_patience))
+        if self.lobotomy_rule not in ("latched", "classic"):
+            found.append(("lobotomy_rule", "'latched' or 'classic'", self.lobotomy_rule))
+        if self.suspicious_state not in _SUSPICIOUS_STATE:
+            found.append(("suspicious_state", "'off', 'tell' or 'rollback'", self.suspicious_state))
         if self.rule not in ("all", "any"):
             found.append(("rule", "'all' or 'any'", self.rule))
         if self.storage not in ("pinned", "device"):
@@ -176,6 +228,51 @@ class GovernorConfig:
         return found
 
     @classmethod
+    def classic(cls, **overrides: object) -> GovernorConfig:
+        """The rule of the first version to the letter: any loss of guessing after a learnt one is a collapse.
+
+        Args:
+            **overrides: fields that are to differ.
+
+        Raises:
+            ConfigError: a field is out of range.
+        """
+        settings: dict[str, Any] = {"lobotomy_rule": "classic", "suspicious_state": "off", **overrides}
+        return cls(**settings)
+
+    @classmethod
+    def balanced(cls, **overrides: object) -> GovernorConfig:
+        """What we recommend: broken runs are caught, those that recover by themselves are left alone.
+
+        It has no threshold in loss units, so it serves losses of 1e-4 and of 1e4, around zero and negative
+        ones. A loss or gradient that is not finite rolls back at once; anything else has to last: losses
+        that stay above their own level for about thirty steps (the shift test), or at the loss of guessing.
+        A tensor of unheard-of magnitude in a capture rolls back as well. The norm of the gradients is taken
+        at each step: one more pass over them. docs/judge.md has its row of the arena.
+
+        Args:
+            **overrides: fields that are to differ.
+
+        Raises:
+            ConfigError: a field is out of range.
+        """
+        settings: dict[str, Any] = {
+            "absolute_threshold": math.inf,
+            "min_std": 0.1,
+            "lobotomy_patience": 10,
+            "collapse_patience": 30.0,
+            "shift_horizon": 40,
+            "shift_spike": 100.0,
+            "gradient_norm": True,
+            "gradient_multiplier": math.inf,
+            "suspicious_state": "rollback",
+            "snapshot_interval": 50,
+            "probation": 20,
+            **overrides,
+        }
+        return cls(**settings)
+
+    @classmethod
     def strict(cls, random_guess_loss: float | None = None, **overrides: object) -> GovernorConfig:
         """Settings without the default rule's blind spots.
 
@@ -203,9 +300,28 @@ class GovernorConfig:
             "warmup_bound": absolute,
             "drift_horizon": 50,
             "gradient_norm": True,
+            "suspicious_state": "rollback",
             **overrides,
         }
         return cls(**settings)
+
+    @classmethod
+    def preset(cls, name: Preset, **overrides: object) -> GovernorConfig:
+        """The settings of that name: ``"default"``, ``"balanced"``, ``"strict"`` or ``"classic"``.
+
+        Args:
+            name: which.
+            **overrides: fields that are to differ.
+
+        Raises:
+            ConfigError: there is no such preset, or a field is out of range.
+        """
+        made: dict[str, Callable[..., GovernorConfig]] = {
+            "default": cls, "balanced": cls.balanced, "strict": cls.strict, "classic": cls.classic
+        }  # fmt: skip
+        if name not in made:
+            raise ConfigError(f"preset: expected one of {', '.join(made)}, got {name!r}")
+        return made[name](**overrides)
 
     def replace(self, **changes: object) -> GovernorConfig:
         """A copy with some fields changed, checked anew.
@@ -238,6 +354,8 @@ class GovernorConfig:
             ConfigField.warmup_bound: fallback if warm is None else warm,
             ConfigField.gradient_may_overflow: gradient_may_overflow,
             ConfigField.rule_any: self.rule == "any",
+            ConfigField.suspicious_state: _SUSPICIOUS_STATE.index(self.suspicious_state),
+            ConfigField.lobotomy_classic: self.lobotomy_rule == "classic",
             ConfigField.random_guess_loss: math.nan if random_guess_loss is None else random_guess_loss,
             ConfigField.lobotomy_low: self.lobotomy_band[0],
             ConfigField.lobotomy_high: self.lobotomy_band[1],

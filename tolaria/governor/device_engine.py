@@ -152,7 +152,7 @@ class DeviceEngine(Engine):
 
     def _may_be_due(self) -> bool:
         last = self._judged + self._maybe_judged
-        return last - self._row.status(StatusField.anchor_step) >= self._row.config.snapshot_interval
+        return last - self._row.status(StatusField.due_from) >= self._row.config.snapshot_interval
 
     def begin_step(self) -> None:
         """Head of a recorded step: capture what the step before ordered, beside the forward and backward."""
@@ -163,7 +163,7 @@ class DeviceEngine(Engine):
         self._fork(self._flight.begin_recorded(), 0)
 
     def _outlive(self) -> None:
-        graphs.outlive(self._row.state, self._row.settings, self._row.mailbox, self.slots.table.data)
+        graphs.outlive(self._row.state, self._row.settings, self._row.mailbox, *self.slots.table.memory)
         graphs.outlive(*self.peers.states())
 
     def _launch_restore(self) -> None:
@@ -234,7 +234,7 @@ class DeviceEngine(Engine):
     @property
     def enqueued_step(self) -> int:
         """Judgements that were enqueued so far; replays of a graph count once their status has arrived."""
-        return self._judged
+        return max(self._judged, self.step_count)
 
     def correct_host_values(self, optimizer: Optimizer, right: HostValues) -> None:
         """The captures after a step that turned out to be skipped keep these host-side values instead."""
@@ -254,10 +254,10 @@ class DeviceEngine(Engine):
         self.wait()
         # First: interrupted behind the look, nothing would seem to have changed.
         self._load_hooks.cover(module for *_, module in self.covered.walk().modules)
-        self._note_streams([*(place.live for place in self.slots.places.values()), self.slots.table.data])
+        self._note_streams([*(place.live for place in self.slots.places.values()), *self.slots.table.memory])
         self.slots.keep(self._parts.keys())
         super().sync_structure(leave_out=leave_out)
-        self._note_streams([self.slots.table.data])
+        self._note_streams(self.slots.table.memory)
 
     def _note_streams(self, tensors: list[Tensor]) -> None:
         """Once let go, they may be used by launches on streams that their allocator knows nothing of."""

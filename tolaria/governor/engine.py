@@ -7,25 +7,29 @@ last known good one, and put the host-side parts back beside the tensors.
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria import ops
 from tolaria.governor import uncovered
+from tolaria.governor.distributed import ANOTHER_RANKS, OTHER_RANK
 from tolaria.governor.peers import Peers
 from tolaria.governor.row import Row
 from tolaria.ops import Order, PanicReason, StatusField
 from tolaria.snapshot.base import SnapshotBase
 from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.finite_state import stored_values
 from tolaria.snapshot.host_state import HostState
 from tolaria.snapshot.optimizer_state import HostValues
 from tolaria.snapshot.watch import BeforeSteps
-from tolaria.telemetry.events import AttachEvent, GovernorEvent, SeedCulledEvent, StructureEvent
+from tolaria.telemetry.events import AttachEvent, GovernorEvent, SeedCulledEvent, StructureEvent, VerdictEvent
 
 _FIRST_HOST_PART = 1 << 24
 """More than there are tensors in slots."""
@@ -100,11 +104,40 @@ class Engine(SnapshotBase, ABC):
     def _capture_and_promote(self, host: HostState) -> None:
         """Capture the state, known to be finite, and make it the last known good one at once."""
 
-    def rollback(self) -> None:
-        """Restore now, by hand. What may fail comes before the order."""
+    def rollback(self, reason: PanicReason = PanicReason.MANUAL, bad: str | None = None) -> None:
+        """Restore now, from outside the rule. What may fail comes before the order.
+
+        Args:
+            reason: why, unless a rollback is pending already.
+            bad: name of what is not finite, if that is why.
+        """
         self.follow_structure(leave_out=True)
-        self.order(Order.ROLLBACK)
+        self.order(Order.ROLLBACK, reason, -1 if bad is None else self._number_of(bad))
         self.restore()
+
+    def tell_bad(self, name: str | None) -> None:
+        """Tell of something in the live state that is not finite, where nothing is to be done about it."""
+        nan = math.nan
+        event = VerdictEvent(
+            step=self.step_count, row=self._row.column, reason=PanicReason.NON_FINITE_STATE, rollback=True,
+            loss=nan, mean=nan, std=nan, thresholds=(nan, nan, nan), consecutive_panics=0, tensor_name=name,
+        )  # fmt: skip
+        self.untold.append(event)
+
+    def first_bad(self) -> str | None:
+        """Name of the first thing in the live state that is not finite; waits for the device.
+
+        Seeds that are poisoned while they incubate go first, and alone.
+
+        Raises:
+            SnapshotError: an extra cannot say its state.
+        """
+        self.complete_restore()
+        self.cull_poisoned_seeds()
+        bad = self.state_check.first_bad()
+        if bad is None and self.covered.extras:
+            bad = self.bad_host_part(HostState.of(self.covered), waits=True)
+        return bad
 
     def adopt_current_state(self, prepare: Callable[[], None] = lambda: None) -> None:
         """Make the state as it is the last known good one at once; waits for the device.
@@ -126,6 +159,7 @@ class Engine(SnapshotBase, ABC):
         bad = self.bad_host_part(host, waits=True)
         if bad is not None:
             raise ValueError(f"{bad}: expected a finite state, got NaN or infinity")
+        self.slots.table.forget_magnitudes()
         prepare()
         self._capture_and_promote(host)
 
@@ -201,11 +235,19 @@ class Engine(SnapshotBase, ABC):
 
     def name_of(self, number: int) -> str | None:
         """What has the number that a capture reports when it finds a non-finite value; None: nothing here."""
+        if number >= OTHER_RANK:
+            return None
         names = self.slots.names if number < _FIRST_HOST_PART else tuple(self._host_parts)
         return names[at] if (at := number % _FIRST_HOST_PART) < len(names) else None
 
+    def _number_of(self, name: str) -> int:
+        if name == ANOTHER_RANKS:
+            return OTHER_RANK
+        names = self.slots.names
+        return names.index(name) if name in names else self.number_of_host_part(name)
+
     def number_of_host_part(self, name: str) -> int:
-        """The number for an extra, whose tensors are in no slot."""
+        """The number for an extra, or anything else whose tensors are in no slot."""
         if name not in self._host_parts:
             self._host_parts.append(name)
         return _FIRST_HOST_PART + self._host_parts.index(name)
@@ -244,20 +286,24 @@ class Engine(SnapshotBase, ABC):
         """Give an order from outside the rule."""
         self._row.order(order, reason, tensor)
 
-    def gradient_stats(self) -> Tensor | None:
+    def gradient_stats(self, optimizers: Sequence[Optimizer] | None = None) -> Tensor | None:
         """``tensor_stats`` over the gradients of what the optimizers train; None if there are none.
 
-        An incubating seed's are left out, since they cannot hurt the host. Of a sparse gradient the stored
-        values count.
+        An incubating seed's are left out, since they cannot hurt the host. Of a complex gradient both parts
+        count, so that its norm is that of |g|; of a sparse one the sums for each place.
+
+        Args:
+            optimizers: these; None: all that are covered.
         """
         aside = {id(t) for _, holder in self.seed_holders for t in holder.incubating_tensors()}
-        gradients = [
-            p.grad._values() if p.grad.is_sparse else p.grad
-            for optimizer in self.covered.optimizers
+        trained = {
+            id(p): p.grad
+            for optimizer in (self.covered.optimizers if optimizers is None else optimizers)
             for group in optimizer.param_groups
             for p in group["params"]
             if p.grad is not None and id(p) not in aside
-        ]
+        }
+        gradients = [_values(gradient) for gradient in trained.values()]
         return ops.tensor_stats(gradients) if gradients else None
 
     def cull_poisoned_seeds(self) -> None:
@@ -292,3 +338,9 @@ class Engine(SnapshotBase, ABC):
                     state_bytes=self.slots.table.nbytes,
                 )
             )
+
+
+def _values(gradient: Tensor) -> Tensor:
+    if gradient.layout is torch.sparse_coo:
+        gradient = gradient.coalesce()  # sync: on CUDA; optimizers of sparse gradients do so, too
+    return stored_values(gradient)

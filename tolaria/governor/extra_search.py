@@ -16,6 +16,7 @@ from tolaria import ops
 from tolaria.governor.row import Row
 from tolaria.ops import StateField
 from tolaria.snapshot.base import SnapshotBase
+from tolaria.snapshot.finite_state import stored_values
 from tolaria.snapshot.host_state import HostState
 
 _SEARCHED = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
@@ -41,19 +42,9 @@ def flag_bad_extras(row: Row, base: SnapshotBase, host: HostState, number_of: Ca
 
 def _nonfinite_count(tensors: list[Tensor]) -> Tensor | None:
     """How many values are not finite, on the device; None: none can be."""
-    values = [_values(tensor) for tensor in tensors]
+    values = [stored_values(tensor) for tensor in tensors]
     searched = [v for v in values if v.dtype in _SEARCHED and v.layout is torch.strided]
     return ops.tensor_stats(searched)[2] if searched else None
-
-
-def _values(tensor: Tensor) -> Tensor:
-    """What of ``tensor`` can be searched: of a sparse one what it stores, of a complex one both parts."""
-    tensor = tensor.detach()
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor._values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-    return tensor
 
 
 def _flag(row: Row, number: int, count: Tensor | None = None) -> None:

@@ -22,6 +22,7 @@ from tolaria.governor.engine import Engine
 from tolaria.governor.policy import RollbackPolicy
 from tolaria.governor.saving import Saver
 from tolaria.governor.skipping import StepSkipper
+from tolaria.ops import StatusField
 from tolaria.snapshot.covered import CoveredState
 from tolaria.telemetry.delivery import Telemetry
 from tolaria.telemetry.events import (
@@ -122,7 +123,7 @@ class Follower:
             while engine is not None and engine.untold:
                 events.append(engine.untold.popleft())
             known = (engine.name_of, engine.slots.table.nbytes) if engine is not None else (_nobody, 0)
-            for event in self._reader.read(*known):
+            for event in map(self._telemetry.labels.on, self._reader.read(*known)):
                 events.append(event)
                 if isinstance(event, RollbackEvent):
                     self.last_report = event.report
@@ -186,13 +187,20 @@ class Follower:
             raise
 
     def _end_step(self) -> None:
-        self.hear()
-        self.follow()
+        self._hear_and_follow()
         if self.engine is not None:
             self.mark.set(self.engine.covered)
+
+    def _hear_and_follow(self, *, waits: bool = True) -> None:
+        step, engine = self._reader.status(StatusField.step), self.engine
+        self.hear()
+        self.follow(waits=waits)
+        if engine is not None and not engine.is_recording():
+            # A device counts a step before it counts its news: of the one before everything has been heard.
+            self.policy.end_step(engine.covered, step - engine.is_late)
 
     def follow_between_steps(self) -> None:
         """Follow late news, unless a step is under way: gradients and rates are left alone until it ends."""
         engine = self.engine
         if engine is not None and engine.is_late and not self.mark.is_under_way(engine.covered):
-            self.follow(waits=False)
+            self._hear_and_follow(waits=False)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from torch import Tensor
-from torch.optim import Optimizer
-
-from tolaria.errors import TrainingDivergedError
+from tolaria.governor.batches import BatchLedger
 from tolaria.governor.config import GovernorConfig
+from tolaria.governor.diagnosis import Tried, diverged, healthy_between
 from tolaria.governor.progress import Progress
+from tolaria.governor.saved_rates import plain_rates
+from tolaria.governor.validation import ValidationWindow
 from tolaria.ops import PanicReason
 from tolaria.snapshot.covered import CoveredState, named_modules
 from tolaria.telemetry.events import GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
 from tolaria.telemetry.verdict import GovernorReport, plain_report, report_of
 
 _MAX_OFFENDING = 4096
-_SCALED_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+_AT_NO_STEP = (PanicReason.SUSPICIOUS_STATE, PanicReason.VALIDATION)
+"""Reasons whose cause is some step since the last capture, or the last validation."""
 
 
 def clear_gradients(covered: CoveredState) -> None:
@@ -42,43 +43,6 @@ def clear_gradients(covered: CoveredState) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-
-
-def _groups(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
-    """Their parameter groups, each once: an optimizer and the one that it wraps share them."""
-    return list({id(group): group for optimizer in optimizers for group in optimizer.param_groups}.values())
-
-
-Change = Callable[[], object]
-"""Sets one rate to a value that is known already, so it may be done twice."""
-
-
-def scaled_rates(
-    optimizers: Iterable[Optimizer], schedulers: Iterable[object], factor: float
-) -> Iterator[Change]:
-    """What multiplies every learning rate by ``factor``, in groups and in what schedulers derive them from.
-
-    LambdaLR, OneCycleLR and SWALR compute the rate from other rates, so these are scaled too
-    (``base_lrs``, and ``max_lr``, ``min_lr``, ``swa_lr`` in the groups).
-    """
-    for group in _groups(optimizers):
-        for key in _SCALED_GROUP_KEYS:
-            value = group.get(key)
-            if isinstance(value, Tensor):
-                yield partial(value.copy_, value * factor)
-            elif isinstance(value, int | float):
-                yield partial(group.__setitem__, key, value * factor)
-    for scheduler in schedulers:
-        yield from _scaled_scheduler(scheduler, factor)
-
-
-def _scaled_scheduler(scheduler: object, factor: float) -> Iterator[Change]:
-    for name in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
-        rates = getattr(scheduler, name, None)
-        if isinstance(rates, list):
-            yield partial(setattr, scheduler, name, [rate * factor for rate in rates])
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _scaled_scheduler(inner, factor)
 
 
 @dataclass(slots=True)
@@ -110,6 +74,11 @@ class RollbackPolicy:
         )
         self.offending_steps: deque[int] = deque(maxlen=_MAX_OFFENDING)
         self._hearing: _Hearing | None = None
+        self.batches = BatchLedger(config.skip_batches)
+        self.validation = ValidationWindow(config.validation_patience)
+        self._let_pass: deque[int] = deque(maxlen=_MAX_OFFENDING)
+        self._lowered: tuple[int, float | None] = (0, None)
+        """How often the rates have been lowered, and the lowest of them."""
 
     def hear(self, event: GovernorEvent, covered: CoveredState) -> None:
         """Take note of an event, in the order in which they happened; act on a rollback.
@@ -122,6 +91,9 @@ class RollbackPolicy:
         if not hearing.is_noted:
             self._note(event)
             hearing.is_noted = True
+        if isinstance(event, RollbackEvent) or (isinstance(event, VerdictEvent) and event.is_of_step):
+            unjudged = self._config.cooldown if isinstance(event, RollbackEvent) else 0
+            covered.lowered.healthy_since = max(covered.lowered.healthy_since, event.step + unjudged)
         if isinstance(event, RollbackEvent):
             covered.lowered.times = hearing.lowered
             self.apply(covered)
@@ -131,13 +103,18 @@ class RollbackPolicy:
             report = event.report
             self._history.append(report)
             self._unchecked = True
+            self.batches.rolled_back()
+            self.validation.went_back(report.restored_step)
             if report.reason is not PanicReason.MANUAL:
-                self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
+                if report.reason not in _AT_NO_STEP:
+                    self._offend(report.step - max(1, report.consecutive_panics) + 1, report.step)
                 self._progress.restored(report)
         elif isinstance(event, PromotionEvent):
             self._progress.promoted()
-        elif isinstance(event, VerdictEvent):
+        elif isinstance(event, VerdictEvent) and event.is_of_step:
             self._progress.bad_step(event.step, is_skipped=not event.rollback)
+            if not event.rollback:
+                self._let_pass.append(event.step)
             if self._config.skips_before_rollback and not event.rollback:
                 self._offend(event.step, event.step)
 
@@ -153,30 +130,51 @@ class RollbackPolicy:
         clear_gradients(covered)
         rates = covered.lowered
         if rates.changes is None:
-            rates.changes = list(self._lowered_rates(covered))
+            is_for_a_time = self._config.lr_recovery_steps and self._config.lr_factor < 1.0
+            lowered = rates.for_a_time if is_for_a_time else rates.for_good
+            rates.changes = list(lowered(covered.optimizers, covered.schedulers, self._config.lr_factor))
         for change in rates.changes:
             change()
         rates.caught_up()
         covered.schedules.refresh(covered.optimizers)
+        self._lowered = rates.times, min(covered.schedules.rates(), default=None)
 
-    def _lowered_rates(self, covered: CoveredState) -> Iterator[Change]:
-        # A slot holds the rates of its own time: the factor of every rollback since then applies again. Rates
-        # that the restore left alone reflect all but the last.
+    def end_step(self, covered: CoveredState, step: int) -> None:
+        """The end of a step: rates that were lowered for a time go back once so many steps were healthy.
+
+        Args:
+            covered: what is governed.
+            step: the last judgement of which everything has been heard.
+        """
         rates = covered.lowered
-        kept = rates.left_alone
-        for is_kept, reflected in ((False, rates.reflected), (True, rates.reflected_there)):
-            factor = self._config.lr_factor ** (rates.times - reflected)
-            if factor != 1.0:
-                optimizers = [o for o in covered.optimizers if (id(o) in kept) == is_kept]
-                schedulers = [s for s in covered.schedulers if (id(s) in kept) == is_kept]
-                yield from scaled_rates(optimizers, schedulers, factor)
+        if rates.own is None:
+            return
+        if rates.way_back is None:
+            rates.own.follow(covered.optimizers, covered.schedulers)
+            if step - rates.healthy_since < self._config.lr_recovery_steps:
+                return
+            rates.way_back = list(rates.undone(covered.optimizers, covered.schedulers))
+        for change in rates.way_back:
+            change()
+        rates.recovered()
+        covered.schedules.refresh(covered.optimizers)
 
-    def saved_form(self) -> dict[str, Any]:
-        """Plain values for :meth:`load_saved_form`."""
+    def saved_form(
+        self, saved_rates: dict[str, Any] | None = None, *, until: float = math.inf
+    ) -> dict[str, Any]:
+        """Plain values for :meth:`load_saved_form`.
+
+        Args:
+            saved_rates: what :func:`plain_rates` says; None: the rates are not lowered for a time.
+            until: what was validated up to this step.
+        """
         return {
             "reports": [plain_report(report) for report in self._history],
             "offending_steps": list(self.offending_steps),
             "progress": self._progress.saved_form(),
+            "batches": self.batches.saved_form(),
+            "validation": self.validation.saved_form(until),
+            "rates": saved_rates if saved_rates is not None else plain_rates(None, None),
         }
 
     def load_saved_form(self, saved: Mapping[str, Any]) -> None:
@@ -185,6 +183,9 @@ class RollbackPolicy:
         self.offending_steps.extend(saved["offending_steps"])
         if "progress" in saved:  # version 2 knew of none
             self._progress.load_saved_form(saved["progress"])
+        if "batches" in saved:  # nor version 4 of these
+            self.batches.load_saved_form(saved["batches"])
+            self.validation.load_saved_form(saved["validation"])
 
     def check_budget(self) -> None:
         """Raise if the rollbacks since the last check spent the budget, or led nowhere.
@@ -196,16 +197,17 @@ class RollbackPolicy:
         if not self._unchecked:
             return
         self._unchecked = False
-        stuck = self._progress.take_stuck()
+        stuck, config = self._progress.take_stuck(), self._config
         if stuck is not None:
-            raise TrainingDivergedError(stuck.message(self._config), history=stuck.reports)
+            raise diverged(stuck.words(), stuck.reports, stuck.healthy, self._tried(stuck.skipped), config)
         last = self._history[-1]
-        recent = [r for r in self._history if r.step > last.step - self._config.rollback_window]
-        if len(recent) >= self._config.max_rollbacks:
+        recent = [r for r in self._history if r.step > last.step - config.rollback_window]
+        if len(recent) >= config.max_rollbacks:
             self._history.clear()
-            raise TrainingDivergedError(
-                f"{len(recent)} rollbacks within {self._config.rollback_window} steps (the last one at step "
-                f"{last.step}, reason {last.reason.name}): going back again would not help; lower the "
-                "learning rate, look at the data of these steps, or raise max_rollbacks",
-                history=tuple(recent),
-            )
+            tried = self._tried(sum(step > recent[0].step for step in self._let_pass))
+            healthy = healthy_between(recent, config.cooldown)
+            what = f"{len(recent)} rollbacks within {config.rollback_window} steps"
+            raise diverged(what, recent, healthy, tried, config)
+
+    def _tried(self, let_pass: int) -> Tried:
+        return Tried(let_pass, self.batches.left_out, *self._lowered)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tolaria.governor.config import GovernorConfig
 from tolaria.telemetry.verdict import GovernorReport, plain_report, report_of
 
 
@@ -23,30 +22,13 @@ class Stuck:
     skipped: int
     """Bad steps between them that were let pass without a rollback."""
 
-    def message(self, config: GovernorConfig) -> str:
-        """What happened, what was tried, what is left to do."""
+    def words(self) -> str:
+        """What happened."""
         last = self.reports[-1]
         between = f", followed by {', '.join(map(str, self.healthy))} healthy steps" if self.healthy else ""
-        tried = [f"{len(self.reports)} restores"]
-        tried.append(
-            f"{self.skipped} bad steps let pass (skips_before_rollback={config.skips_before_rollback})"
-        )
-        tried.append(
-            f"learning rates times {config.lr_factor:g} at each (lr_factor)"
-            if config.lr_factor < 1
-            else "the same learning rates (lr_factor=1)"
-        )
-        tried.append(
-            "random generators put back, then seeded anew (restore_rng=True)"
-            if config.restore_rng
-            else "new draws from the random generators (restore_rng=False)"
-        )
         return (
             f"no progress: capture {last.restored_capture} of step {last.restored_step} was restored "
-            f"{len(self.reports)} times in a row{between}, the last time at step {last.step} "
-            f"(reason {last.reason.name}, loss {last.loss:g}); tried: {'; '.join(tried)}; look at the data "
-            "of governor.offending_steps, lower the learning rate (lr_factor below 1), leave bad steps out "
-            "(skip_anomalous_steps), or raise max_restores_of_one_capture"
+            f"{len(self.reports)} times in a row{between}"
         )
 
 

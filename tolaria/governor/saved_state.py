@@ -17,7 +17,7 @@ from torch import Tensor
 from tolaria import ops
 from tolaria.governor.config import GovernorConfig
 from tolaria.governor.plain_values import is_number, said
-from tolaria.ops import MemoryField, PanicReason, StateField
+from tolaria.ops import SHIFT_ARMED, MemoryField, PanicReason, StateField
 
 MAX_COUNT = 2**52
 """Counts above this are refused: half of where a float64 stops counting."""
@@ -61,19 +61,24 @@ def _rules(config: GovernorConfig) -> dict[str, _Rule]:
         "history_size": _whole(0, config.window),
         "gradient_size": _whole(0, config.window),
         "drift_count": _whole(0, max(1, config.drift_horizon)),
+        "shift_count": _whole(0, config.shift_horizon),
+        "shift_armed": _whole(0, int(SHIFT_ARMED)),
+        **dict.fromkeys(("shift_spread", "shift_wander", "shift_gradient"), _AT_LEAST_0),
         # With a horizon of 1 rounding can take a variance below 0; with any other it cannot.
         "drift_variance": _FINITE if config.drift_horizon == 1 else _AT_LEAST_0,
-        **dict.fromkeys(("drift", "drift_sum"), _AT_LEAST_0),
-        **dict.fromkeys(("life_min", "life_max", "last_healthy", "drift_mean"), _FINITE),
-        **dict.fromkeys(("rollback", "restore_order", "last_good"), _FLAG),
+        **dict.fromkeys(("drift", "drift_sum", "collapse", "shift_sum"), _AT_LEAST_0),
+        **dict.fromkeys(("life_min", "life_max", "last_healthy", "drift_mean", "learnt_level"), _FINITE),
+        **dict.fromkeys(("shift_level", "shift_top", "shift_fast"), _FINITE),
+        **dict.fromkeys(("rollback", "restore_order", "last_good", "learnt", "held"), _FLAG),
         **dict.fromkeys(("capture_order_0", "capture_order_1", "candidate"), _SLOT_OR_NONE),
-        **dict.fromkeys(("tensor_index", "candidate_bad"), _COUNT_OR_NONE),
+        **dict.fromkeys(("tensor_index", "candidate_bad", "suspect"), _COUNT_OR_NONE),
         **dict.fromkeys(("restored_capture", "restored_step"), _COUNT_OR_NONE),
     }
 
 
 _OF_STEPS = (
-    *("life_count", "panics", "steps_lost", "restored_step", "anchor_step", "slot_step_0", "slot_step_1"),
+    *("life_count", "panics", "steps_lost", "restored_step", "slot_step_0", "slot_step_1"),
+    *("anchor_step", "due_from", "suspect_since"),
     *("consecutive", "lobotomy_pending", "skips"),
 )
 """Fields that cannot have counted more steps than there were."""
@@ -90,13 +95,14 @@ def checked_state(saved: object, config: GovernorConfig, version: int) -> Tensor
     Raises:
         ValueError: a field holds what no governor writes; the message names it.
     """
-    names = _VERSION_2 if version == 2 else (_names(StateField), _names(MemoryField))
+    names = _VERSIONS.get(version, (_names(StateField), _names(MemoryField)))
     length = len(names[0]) + 3 * (len(names[1]) + 2 * config.window)
     column = (_listed_column if version > 3 else _tensor_column)(saved, length)
     values = dict(_named(column, *names, config.window))
     _check_fields(values, config)
     _check_windows(values, config.window)
     _check_relations(values)
+    values.setdefault("due_from", values["anchor_step"])  # up to version 4 they were one
     fresh = ops.governor_state(1, window=config.window)[:, 0].tolist()
     current = _named(fresh, _names(StateField), _names(MemoryField), config.window)
     return torch.tensor(
@@ -123,6 +129,9 @@ def fitted(state: Tensor, config: GovernorConfig) -> Tensor:
                 counts[which, field] = most
     head[StateField.cooldown_left].clamp_(max=float(config.cooldown))
     counts[:, MemoryField.drift_count].clamp_(max=float(config.drift_horizon))
+    counts[:, MemoryField.shift_count].clamp_(max=float(config.shift_horizon))
+    if config.shift_horizon == 0:
+        counts[:, MemoryField.shift_count : MemoryField.shift_armed + 1] = 0.0
     if config.drift_horizon == 0:
         counts[:, MemoryField.drift_count : MemoryField.drift_sum + 1] = 0.0
     elif config.drift_horizon > 1:
@@ -214,4 +223,7 @@ history_size last_healthy consecutive lobotomy_pending gradient_size
 drift_count drift_mean drift_variance drift_sum
 """
 _VERSION_2 = (tuple(_FIELDS_OF_VERSION_2.split()), tuple(_MEMORY_OF_VERSION_2.split()))
-"""The layout of version 2; what it lacks is as in a fresh governor."""
+_SINCE_5 = {"suspect", "suspect_since", "suspect_count", "due_from"}
+_VERSION_4 = (tuple(n for n in _names(StateField) if n not in _SINCE_5), (*_VERSION_2[1], "skips"))
+_VERSIONS = {2: _VERSION_2, 3: _VERSION_4, 4: _VERSION_4}
+"""Older layouts; what they lack is as in a fresh governor."""

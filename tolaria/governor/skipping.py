@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from tolaria.governor.closures import is_of_torch, outermost
 from tolaria.governor.engine import Engine
+from tolaria.governor.left_out import LeftOutSteps
+from tolaria.ops import StateField
 from tolaria.snapshot import graphs
 from tolaria.snapshot.covered import CoveredState
 from tolaria.snapshot.finite_state import PutBack
@@ -24,11 +27,11 @@ from tolaria.telemetry.events import GovernorEvent, RollbackEvent, VerdictEvent
 class StepSkipper:
     """Makes ``optimizer.step()`` do nothing after an unhealthy verdict; undoes the forward's buffer changes.
 
-    On the CPU a step without gradients is a step not taken: parameters, moments and step counters stay as
-    they are, for every optimizer of torch. (An optimizer that calls a closure computes new gradients; it is
-    not skipped.) On CUDA the host does not know the verdict, so two ways lead there:
+    On the CPU the step is not taken, with a closure, too (:class:`LeftOutSteps`): parameters, moments and
+    counters stay as they are. On CUDA the host does not know the verdict, so two ways lead there:
 
-    * a fused optimizer skips by itself when its ``found_inf`` is set, which is merged with GradScaler's;
+    * a fused optimizer of torch skips by itself when its ``found_inf`` is set, which is merged with
+      GradScaler's;
     * any other takes the step, which is then undone from a copy made just before: it costs the memory of its
       parameters and state once more, and copying them at every step. Counters that it keeps on the host
       follow when the host hears of the verdict.
@@ -48,6 +51,8 @@ class StepSkipper:
         self._skip = False
         self._flag = torch.zeros((), dtype=torch.float32, device=covered.device)
         self.handles: list[RemovableHandle] = []
+        self._loss = torch.zeros((), dtype=torch.float64, device=covered.device)
+        self._left_out: list[LeftOutSteps] = []
         self._undone: list[_UndoneOptimizer] = []
         self._lent: dict[int, bool] = {}
         self._newborns: dict[int, _Newborns] = {}
@@ -59,22 +64,21 @@ class StepSkipper:
     def hook(self, optimizer: Optimizer) -> None:
         """Watch one more optimizer."""
         if not self._on_device:
-            self.handles.append(optimizer.register_step_pre_hook(self._drop_gradients))
-        elif all(group.get("fused") for group in optimizer.param_groups):
+            left_out = LeftOutSteps(self._covered, optimizer, lambda: self._skip, lambda: self._loss.clone())
+            self._left_out.append(left_out)
+            self.handles += left_out.hook()
+        elif is_of_torch(optimizer) and all(group.get("fused") for group in optimizer.param_groups):
             self._newborns[id(optimizer)] = _Newborns(optimizer)
-            self.handles.append(optimizer.register_step_pre_hook(self._set_found_inf))
-            self.handles.append(optimizer.register_step_post_hook(self._remove_found_inf))
+            self._watch(optimizer, self._set_found_inf, self._remove_found_inf)
         else:
             undone = _UndoneOptimizer(optimizer, self._covered.device)
             self._undone.append(undone)
-            self.handles.append(optimizer.register_step_pre_hook(self._save(undone)))
-            self.handles.append(optimizer.register_step_post_hook(self._put_back(undone)))
+            self._watch(optimizer, self._save(undone), self._put_back(undone))
 
-    def _drop_gradients(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._skip:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+    def _watch(self, optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> None:
+        covered = self._covered
+        self.handles.append(optimizer.register_step_pre_hook(outermost(before, covered)))
+        self.handles.append(optimizer.register_step_post_hook(outermost(after, covered)))
 
     def _set_found_inf(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         lent_to: Any = optimizer  # what fused kernels read is no declared attribute
@@ -105,8 +109,13 @@ class StepSkipper:
         """What the buffers hold once a bad step has been left out."""
         return self._buffers.as_put_back()
 
-    def after_verdict(self, reason: Tensor) -> None:
-        """Leave out the optimizer steps up to the next :meth:`after_step` unless ``reason`` ``(1,)`` is 0."""
+    def after_verdict(self, state: Tensor) -> None:
+        """Leave out the optimizer steps up to the next :meth:`after_step` if the last verdict is not healthy.
+
+        Args:
+            state: of the governor, alone.
+        """
+        reason = state[StateField.reason]
         if self._on_device:
             if graphs.is_recording(self._flag.device):
                 graphs.outlive(self._flag)
@@ -114,11 +123,14 @@ class StepSkipper:
             self._buffers.put_back(self._flag)
         else:
             self._skip = bool(reason != 0)
+            self._loss.copy_(state[StateField.loss].view(()))
             if self._skip:
                 self._buffers.put_back(None)
 
     def after_step(self) -> None:
         """The step is over: what the buffers hold now is what an undone forward goes back to."""
+        for left_out in self._left_out:
+            left_out.finish()  # one that raised has not come to its hook
         self._skip = False
         if self._on_device:
             self._flag.zero_()
@@ -132,7 +144,7 @@ class StepSkipper:
             for undone in self._undone:
                 if isinstance(event, RollbackEvent):
                     undone.counters.clear()
-                elif isinstance(event, VerdictEvent):
+                elif isinstance(event, VerdictEvent) and event.is_of_step:
                     right = undone.counters.skipped(event.step)
                     self._engine.correct_host_values(undone.optimizer, right)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -19,9 +19,11 @@ from tolaria.governor.saved_form import (
     check_policy,
     check_random_guess_loss,
     checked_config,
+    checked_magnitudes,
 )
 from tolaria.governor.saved_state import checked_state
 from tolaria.ops import ALL_PARTS_DONE, MemoryField, StateField, StatusField, memory_row, window_of
+from tolaria.snapshot.magnitudes import Magnitudes
 
 
 def healthy_losses(state: Tensor, window: int) -> list[float]:
@@ -55,10 +57,16 @@ class SavedForm(NamedTuple):
     """For :meth:`RollbackPolicy.load_saved_form`."""
     state: Tensor
     """Its statistics, float64 ``(fields, 1)`` on the CPU, for ``config.window``."""
+    magnitudes: Magnitudes
+    """How large each tensor was."""
 
 
 def saved_form(
-    config: GovernorConfig, random_guess_loss: float | None, state: Tensor, policy: dict[str, Any]
+    config: GovernorConfig,
+    random_guess_loss: float | None,
+    state: Tensor,
+    policy: dict[str, Any],
+    magnitudes: Magnitudes,
 ) -> dict[str, Any]:
     """What a governor saves of itself, in values that strict JSON knows."""
     column: list[float] = state[:, 0].tolist()  # sync: it is asked for
@@ -68,12 +76,13 @@ def saved_form(
         "random_guess_loss": random_guess_loss,
         "policy": policy,
         "state": column,
+        "magnitudes": {name: (size, int(captures)) for name, (size, captures) in magnitudes.items()},
     }
     return {name: plain(part) for name, part in form.items()}
 
 
 def read_saved_form(saved: Mapping[str, Any]) -> SavedForm:
-    """What :func:`saved_form` returned, checked to the last field; versions 2 and 3 are converted.
+    """What :func:`saved_form` returned, checked to the last field; versions 2 to 4 are converted.
 
     Raises:
         ValueError: ``saved`` is nothing that :func:`saved_form` returned; the message names the field.
@@ -84,21 +93,23 @@ def read_saved_form(saved: Mapping[str, Any]) -> SavedForm:
             f"state: expected a dict from TolariaGovernor.state_dict(), got {type(saved).__name__}"
         )
     version = saved.get("version")
-    if type(version) is not int or version not in (2, 3, VERSION):
+    if type(version) is not int or not 2 <= version <= VERSION:
         raise ValueError(
-            f"version: expected {VERSION}, or 2 or 3, which are converted, got {version!r}; load the state "
+            f"version: expected {VERSION}, or 2 to 4, which are converted, got {version!r}; load the state "
             "into the version of tolaria that saved it"
         )
-    check_keys("", saved, {"version", "config", "random_guess_loss", "policy", "state"})
+    keys = {"version", "config", "random_guess_loss", "policy", "state"}
+    check_keys("", saved, keys | {"magnitudes"} if version > 4 else keys)
     said = {name: saved[name] for name in ("config", "policy", "state")}
-    if version == VERSION:
+    if version >= 4:
         said = {name: revived(part) for name, part in said.items()}
     config = checked_config(said["config"], version)
     guess = saved["random_guess_loss"]
     check_random_guess_loss(guess)
     check_policy(said["policy"], RollbackPolicy(config).saved_form(), version)
     state = checked_state(said["state"], config, version)
-    return SavedForm(config, resolve_random_guess_loss(None, guess), said["policy"], state)
+    magnitudes = checked_magnitudes(saved.get("magnitudes", {}))
+    return SavedForm(config, resolve_random_guess_loss(None, guess), said["policy"], state, magnitudes)
 
 
 def take_over(state: Tensor, saved: Tensor) -> None:
@@ -110,6 +121,12 @@ def take_over(state: Tensor, saved: Tensor) -> None:
         state[field] = fresh[field]
     for field in range(StateField.last_good, StateField.slot_ticket_1 + 1):
         state[field] = fresh[field]
+
+
+def is_on_probation(column: Sequence[float], config: GovernorConfig) -> bool:
+    """Whether a governor has a candidate that may be promoted: a poisoned one is of a state that is gone."""
+    is_suspicious = config.suspicious_state != "off" and column[StateField.suspect] >= 0
+    return column[StateField.candidate] >= 0 and column[StateField.candidate_bad] < 0 and not is_suspicious
 
 
 def go_on_capturing(row: Row, saved: Tensor) -> None:
@@ -124,11 +141,15 @@ def go_on_capturing(row: Row, saved: Tensor) -> None:
     slot = int(state[StateField.last_good])
     for field in _IN_A_ROW:  # a capture follows a healthy verdict, so none brings bad steps back
         state[memory_row(1 + slot, window_of(row.state), field)] = 0.0
-    state[StateField.anchor_step] = status[StatusField.anchor_step] = old[StateField.anchor_step]
+    state[StateField.anchor_step] = old[StateField.anchor_step]
+    state[StateField.due_from] = status[StatusField.due_from] = old[StateField.due_from]
     candidate = int(old[StateField.candidate])
-    if candidate < 0 or old[StateField.candidate_bad] >= 0:  # a poisoned one is of a state that is gone
+    if candidate < 0 or old[StateField.candidate_bad] >= 0:
         return
     step = old[StateField.slot_step_0 + candidate]
+    if not is_on_probation(old, row.config):  # it would have been refused
+        state[StateField.due_from] = status[StatusField.due_from] = step
+        return
     state[StateField.slot_step_0 + slot] = status[StatusField.last_good_step] = step
     state[StateField.candidate_healthy] = old[StateField.candidate_healthy]
     state[StateField.candidate_done] = ALL_PARTS_DONE
@@ -147,7 +168,7 @@ def as_of_capture(state: Tensor, slot: int) -> Tensor:
     source = memory_row(1 + slot, window, 0)
     column[memory_row(0, window, 0) :][:length] = column[source : source + length].clone()
     step = float(column[StateField.slot_step_0 + slot])
-    column[StateField.step] = column[StateField.anchor_step] = step
+    column[StateField.step] = column[StateField.anchor_step] = column[StateField.due_from] = step
     for field in (StateField.reason, StateField.rollback, StateField.panics, StateField.cooldown_left):
         column[field] = 0.0  # a capture follows a healthy verdict, after any cooldown
     of_steps = StateField.slot_step_0, StateField.slot_step_1, StateField.restored_step
@@ -159,5 +180,6 @@ def as_of_capture(state: Tensor, slot: int) -> Tensor:
         column[StateField.life_count] = step
     if step == 0:
         column[StateField.life_mean] = 0.0
-    column[StateField.candidate] = -1.0
+    column[StateField.candidate] = column[StateField.suspect] = -1.0
+    column[StateField.suspect_since] = column[StateField.suspect_count] = 0.0
     return then

@@ -31,13 +31,17 @@ from tolaria.reference.governor_layout import (
     memory_row,
     window_of,
 )
+from tolaria.reference.governor_rules import SHIFT_ARMED
+from tolaria.reference.magnitude import MagnitudeField
 from tolaria.reference.metrics import MetricsField
 
 __all__ = [
     "ALL_PARTS_DONE",
+    "SHIFT_ARMED",
     "ClassificationMetrics",
     "ConfigField",
     "EventKind",
+    "MagnitudeField",
     "MemoryField",
     "MetricsAccumulator",
     "MetricsField",

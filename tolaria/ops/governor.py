@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from tolaria import _backend, _extension
 from tolaria.reference import governor as reference
-from tolaria.reference.governor_layout import Order, PanicReason
+from tolaria.reference.governor_layout import MemoryField, Order, PanicReason, StateField
+from tolaria.reference.governor_rules import is_climbing
+from tolaria.reference.governor_state import Governors
 
 
 def governor_step_(
@@ -97,6 +99,32 @@ def judge_(
     return True
 
 
+def suspicious_candidates(state: Tensor, *, undoes: bool, interval: int) -> Tensor:
+    """Which governors will refuse their candidate for the magnitude of a tensor: bool ``(n,)``; never waits.
+
+    Args:
+        state: float64 ``(fields, n)``.
+        undoes: whether suspicious captures are rolled back.
+        interval: steps between captures.
+    """
+    captured, suspected = state[StateField.candidate] >= 0, state[StateField.suspect] >= 0
+    return captured & suspected & ~reference.is_settled(Governors(state, None, None), undoes, interval)
+
+
+def held_back(state: Tensor, config: Tensor) -> Tensor:
+    """Which governors capture and promote nothing for now: bool ``(n,)``; never waits.
+
+    There is evidence of a collapse, or much of a shift, or what was validated is bad.
+
+    Args:
+        state: float64 ``(fields, n)``.
+        config: float64 ``(CONFIG_FIELDS,)``.
+    """
+    g = Governors(state, config, None)
+    climbs = is_climbing(g, g.live(MemoryField.shift_sum))
+    return climbs | (g.live(MemoryField.collapse) > 0) | (g.live(MemoryField.held) != 0)
+
+
 def governor_order_(
     state: Tensor,
     config: Tensor,
@@ -106,7 +134,10 @@ def governor_order_(
     tensor_index: int = -1,
     mailbox: Tensor | None = None,
 ) -> None:
-    """Order a rollback, capture, promotion or forgetfulness for governor ``column``, from outside the rule.
+    """Order something for governor ``column``, from outside the rule.
+
+    A rollback, a capture, a promotion, that it forgets all losses, that the shift test learns its level anew,
+    that nothing is captured and promoted for now, or that it is again.
 
     Args:
         state: float64 ``(fields, n)``; updated in place.

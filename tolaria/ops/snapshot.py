@@ -14,6 +14,7 @@ from torch import Tensor
 from tolaria import _backend
 from tolaria.ops._layout import runs
 from tolaria.reference import snapshot as reference
+from tolaria.reference.magnitude import MagnitudeField
 
 _CHECK_KIND = {
     torch.float32: 1,
@@ -22,11 +23,15 @@ _CHECK_KIND = {
     torch.complex128: 2,
     torch.float16: 3,
     torch.bfloat16: 4,
+    torch.float8_e4m3fn: 6,
+    torch.float8_e5m2: 7,
 }
 _ZEROED = 5
-_COLUMNS = 6
+_COLUMNS = 7
 _HEADER_ROWS = 2
 _NO_TENSOR = 2**63 - 1
+_ELSEWHERE, _MAGNITUDES = slice(6, 8), slice(8, 10)
+"""Words of the header: an address, and how many there is room for."""
 _BLOCK_BYTES = 1 << 16
 """Most bytes of a row on CUDA: a fair share for one block (256 16-byte words a thread group)."""
 
@@ -45,6 +50,9 @@ class SnapshotEntry:
     """What a capture reports when it finds a non-finite value here; -1: not looked for."""
     zeroed: bool = False
     """A capture writes zeros instead, so that a restore brings zeros: the alpha of a seed to be dropped."""
+    birth: int = 0
+    """Above 0: its magnitude is judged, by a history under ``report_index``, which begins anew with another
+    birth; of one tensor it is always the same number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +62,13 @@ class PreparedRows:
     entries: tuple[SnapshotEntry, ...]
     """By part."""
     matrix: Tensor
-    """int64 ``(2 + rows, 6)``: the header and the rows; page-locked if the table is on CUDA."""
+    """int64 ``(2 + rows, 7)``: the header and the rows; page-locked if the table is on CUDA."""
     data: Tensor
     """The memory of the table that the matrix goes to; the matrix itself on the CPU."""
     elsewhere: Tensor | None = None
     """Where the rows go, if they have outgrown that memory."""
+    magnitudes: Tensor | None = None
+    """See :attr:`SnapshotTable.magnitudes`."""
 
 
 class SnapshotTable:
@@ -67,10 +77,13 @@ class SnapshotTable:
     The compiled ops read no row outside ``data``, but nobody can check an address: write no rows yourself.
 
     Attributes:
-        data: int64 ``(2 + capacity, 6)`` on ``device``, what the compiled ops read: a header, then the rows
+        data: int64 ``(2 + capacity, 7)`` on ``device``, what the compiled ops read: a header, then the rows
             of part 0, then of part 1, then spare room. On CUDA it never moves, since recorded graphs know its
             address: rows that outgrow it lie elsewhere, and the header says where.
         entries: the tensors behind the rows.
+        magnitudes: float64 ``(tensors, 12)`` on ``device``, by report index: how large each tensor was, in
+            either slot and in promoted captures (``tolaria.reference.magnitude.MagnitudeField``). None: no
+            entry has a birth. Captures write to it.
     """
 
     def __init__(self, entries: Sequence[SnapshotEntry] = (), *, device: torch.device | str = "cpu") -> None:
@@ -79,7 +92,9 @@ class SnapshotTable:
         self._rows = PreparedRows((), empty, empty)
         self._on_the_way: tuple[object, ...] = ()
         self._outside: list[Tensor] = []
-        """Room outside, each twice the one before; none goes, since a replay may be reading it."""
+        """Room for rows outside, each twice the one before; none goes, since a replay may be reading it."""
+        self._outgrown: list[Tensor] = []
+        """Of magnitudes; likewise."""
         self.update(entries)
 
     @property
@@ -91,6 +106,16 @@ class SnapshotTable:
     def entries(self) -> tuple[SnapshotEntry, ...]:
         """The tensors behind the rows, by part."""
         return self._rows.entries
+
+    @property
+    def magnitudes(self) -> Tensor | None:
+        """How large each tensor was."""
+        return self._rows.magnitudes
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What captures and restores read and write beside the tensors: :attr:`data`, :attr:`magnitudes`."""
+        return [self.data] if self.magnitudes is None else [self.data, self.magnitudes]
 
     def holds(self, rows: PreparedRows) -> bool:
         """Whether ``rows`` were adopted last, and wholly."""
@@ -116,23 +141,43 @@ class SnapshotTable:
         by_part = tuple(sorted(entries, key=lambda entry: entry.part))
         parts = [[row for e in by_part if e.part == part for row in self._rows_of(e)] for part in (0, 1)]
         rows = sum(map(len, parts))
-        header = [[len(parts[0]), rows, 0, 0, _NO_TENSOR, _NO_TENSOR], [0] * _COLUMNS]
+        header = [[len(parts[0]), rows, 0, 0, _NO_TENSOR, _NO_TENSOR, 0], [0] * _COLUMNS]
         matrix = torch.tensor([*header, *parts[0], *parts[1]], dtype=torch.int64, device="cpu")
+        words, magnitudes = matrix[:_HEADER_ROWS].view(-1), self._room_for_magnitudes(entries)
+        if magnitudes is not None:
+            words[_MAGNITUDES] = torch.tensor([magnitudes.data_ptr(), len(magnitudes)], device="cpu")
         if self.device.type == "cpu":
-            return PreparedRows(by_part, matrix, matrix)
+            return PreparedRows(by_part, matrix, matrix, magnitudes=magnitudes)
         data, elsewhere = self.data, None
         if len(data) <= 2 * _HEADER_ROWS:  # nothing was ever in it
             data = torch.zeros(2 * len(matrix), _COLUMNS, dtype=torch.int64, device=self.device)
         elif not self.fits(rows):
             elsewhere = self._room_for(rows)
-            matrix[1, :2] = torch.tensor([elsewhere.data_ptr(), len(elsewhere)], device="cpu")
-        return PreparedRows(by_part, matrix.pin_memory(), data, elsewhere)
+            words[_ELSEWHERE] = torch.tensor([elsewhere.data_ptr(), len(elsewhere)], device="cpu")
+        return PreparedRows(by_part, matrix.pin_memory(), data, elsewhere, magnitudes)
 
     def _room_for(self, rows: int) -> Tensor:
         """Room outside the table, twice as much as is needed."""
         if not self._outside or rows > len(self._outside[-1]):
             self._outside.append(torch.zeros(2 * rows, _COLUMNS, dtype=torch.int64, device=self.device))
         return self._outside[-1]
+
+    def _room_for_magnitudes(self, entries: Sequence[SnapshotEntry]) -> Tensor | None:
+        """Room for a row by every report index; what is known already comes along."""
+        known = self.magnitudes
+        needed = 1 + max((entry.report_index for entry in entries if entry.birth), default=-1)
+        if not needed or (known is not None and needed <= len(known)):
+            return known
+        room = torch.zeros(2 * needed, len(MagnitudeField), dtype=torch.float64, device=self.device)
+        if known is not None:
+            room[: len(known)] = known
+            self._outgrown.append(known)
+        return room
+
+    def forget_magnitudes(self) -> None:
+        """The history of every tensor begins anew; on CUDA enqueued on the current stream."""
+        if self.magnitudes is not None:
+            self.magnitudes.zero_()
 
     def adopt(self, rows: PreparedRows) -> None:
         """The second half: ``rows`` take effect, in one statement on the CPU.
@@ -155,7 +200,7 @@ class SnapshotTable:
     def clear(self) -> None:
         """Take the rows away, on the device as well: whoever still reads the table finds none."""
         self.data[0, :2] = 0
-        self._rows = PreparedRows((), self._rows.matrix, self.data)
+        self._rows = PreparedRows((), self._rows.matrix, self.data, magnitudes=self.magnitudes)
 
     def _check_devices(self, entries: Sequence[SnapshotEntry]) -> None:
         device = self.data.device
@@ -181,12 +226,14 @@ class SnapshotTable:
     def _rows_of(self, entry: SnapshotEntry) -> Iterator[list[int]]:
         check = _CHECK_KIND.get(entry.live.dtype, 0) if entry.report_index >= 0 else 0
         check = _ZEROED if entry.zeroed else check
+        birth = entry.birth if check not in (0, _ZEROED) else 0
         first, second = (slot.data_ptr() for slot in entry.slots)
         for address, offset, nbytes in runs(entry.live):
             longest = nbytes if self.device.type == "cpu" else _BLOCK_BYTES
             for start in range(0, nbytes, longest):
                 skip, length = offset + start, min(longest, nbytes - start)
-                yield [address + start, first + skip, second + skip, length, check, entry.report_index]
+                yield [address + start, first + skip, second + skip, length, check, entry.report_index, birth]
+                birth = -abs(birth)
 
     @property
     def nbytes(self) -> int:
@@ -206,8 +253,8 @@ def snapshot_capture_(
     """Copy a part of ``table`` to the slot governor ``column`` was ordered to fill; nothing without an order.
 
     Bytes are copied as they are; floating tensors with a report index are searched for non-finite values in
-    the same pass. The finding and the completion are written to ``state``, where the next judgement reads
-    them.
+    the same pass, and for the largest magnitude if they have a birth. What is found and the completion are
+    written to ``state``, where the next judgement reads them.
 
     Args:
         state: float64 ``(fields, n)`` of the governors; updated in place.
@@ -234,6 +281,8 @@ def snapshot_capture_(
         part,
         mailbox,
         ticket,
+        [e.birth if e.live.dtype in _CHECK_KIND and not e.zeroed else 0 for e in kept],
+        table.magnitudes,
     )
 
 

@@ -28,6 +28,7 @@ StateField = IntEnum(
         "cooldown_left", "rollback_count", "capture_count", "promotion_count", "attached",
         # the double buffer
         "last_good", "candidate", "candidate_done", "candidate_bad", "candidate_healthy", "anchor_step",
+        "suspect", "suspect_since", "suspect_count", "due_from",
         "slot_step_0", "slot_step_1", "slot_capture_0", "slot_capture_1", "slot_ticket_0", "slot_ticket_1",
         "restored_capture", "restored_step", "restored_ticket", "steps_lost", "events",
     ],
@@ -39,6 +40,9 @@ MemoryField = IntEnum(
     [
         "history_size", "last_healthy", "consecutive", "lobotomy_pending", "gradient_size",
         "drift_count", "drift_mean", "drift_variance", "drift_sum", "skips",
+        "learnt", "learnt_level", "collapse",
+        "shift_count", "shift_level", "shift_spread", "shift_top", "shift_fast", "shift_wander",
+        "shift_sum", "shift_gradient", "shift_armed", "held",
     ],
     start=0,
 )  # fmt: skip
@@ -51,6 +55,8 @@ ConfigField = IntEnum(
         "lobotomy_low", "lobotomy_high", "lobotomy_patience", "cooldown", "snapshot_interval", "probation",
         "log_only", "death_penalty", "gradient_multiplier", "gradient_may_overflow",
         "drift_horizon", "drift_slack", "drift_threshold", "skips_before_rollback",
+        "lobotomy_classic", "collapse_patience",
+        "shift_horizon", "shift_slack", "shift_threshold", "shift_spike", "suspicious_state",
     ],
     start=0,
 )  # fmt: skip
@@ -60,7 +66,7 @@ StatusField = IntEnum(
     [
         "events", "step", "reason", "rollback", "rollback_count", "restored_capture", "restored_step",
         "last_good_capture", "last_good_step", "capture_count", "promotion_count", "tensor_index",
-        "anchor_step", "restored_ticket", "last_good_ticket",
+        "due_from", "restored_ticket", "last_good_ticket",
     ],
     start=0,
 )  # fmt: skip
@@ -99,7 +105,11 @@ class PanicReason(IntEnum):
     GRADIENT_NORM = 6
     """The gradient was not finite, or its norm exploded."""
     DRIFT = 7
-    """The losses have been climbing for long, each by little."""
+    """The losses have been climbing for long, each by little, or stay above their level for good."""
+    SUSPICIOUS_STATE = 8
+    """A capture found a parameter or buffer far larger than in any promoted capture."""
+    VALIDATION = 9
+    """What the caller validates collapsed."""
 
 
 class EventKind(IntEnum):
@@ -109,6 +119,7 @@ class EventKind(IntEnum):
     CAPTURE = 1
     PROMOTION = 2
     ROLLBACK = 3
+    ACCEPTANCE = 4
 
 
 class Order(IntEnum):
@@ -118,6 +129,9 @@ class Order(IntEnum):
     CAPTURE = 1
     PROMOTE = 2
     FORGET = 3
+    RELEARN = 4
+    HOLD = 5
+    RELEASE = 6
 
 
 MAX_WINDOW = 4096
@@ -128,6 +142,9 @@ CAPTURE_PARTS = 2
 
 ALL_PARTS_DONE = 0b11
 """Both capture parts have been copied (bit 0: what others mutate; bit 1: parameters and optimizer state)."""
+
+UNDOES = 2.0
+"""Of ``ConfigField.suspicious_state``: 0 is off, 1 tells, this rolls back."""
 
 MAX_COUNT = 2.0**53
 """Above it a float64 does not count on."""
@@ -171,6 +188,7 @@ def governor_state(
         StateField.capture_order_1,
         StateField.candidate,
         StateField.candidate_bad,
+        StateField.suspect,
         StateField.restored_capture,
         StateField.restored_step,
     ):

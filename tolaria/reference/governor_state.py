@@ -133,10 +133,10 @@ _SLOT_WORDS = {
     StatusField.last_good_step: _S.slot_step_0,
     StatusField.last_good_ticket: _S.slot_ticket_0,
 }
-_COUNTS = (StatusField.capture_count, StatusField.promotion_count, StatusField.anchor_step)
+_COUNTS = (StatusField.capture_count, StatusField.promotion_count, StatusField.due_from)
 _ROLLBACK_WORDS = (
     StatusField.restored_capture, StatusField.restored_step, StatusField.restored_ticket,
-    StatusField.anchor_step, StatusField.rollback_count,
+    StatusField.due_from, StatusField.rollback_count,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from tolaria.reference.governor import commit_rollback, finish_capture_part
 from tolaria.reference.governor_checks import check_column, check_governors, check_part
 from tolaria.reference.governor_layout import StateField
 from tolaria.reference.governor_state import Governors, slot_index
+from tolaria.reference.magnitude import Suspect, magnitudes, weigh_
 
 
 def first_nonfinite(tensors: Sequence[Tensor]) -> int:
@@ -19,7 +20,8 @@ def first_nonfinite(tensors: Sequence[Tensor]) -> int:
     if not kept:
         return -1
     # The largest magnitude, unlike a sum of squares, cannot overflow where every element is finite.
-    largest = torch._foreach_norm([t for _, t in kept], ord=float("inf"))
+    wide = [t.to(torch.float32) if t.element_size() == 1 else t for _, t in kept]  # no norm of float8
+    largest = torch._foreach_norm(wide, ord=float("inf"))
     finite = torch.stack([torch.isfinite(norm).to("cpu") for norm in largest]).tolist()
     return next((i for (i, _), fine in zip(kept, finite, strict=True) if not fine), -1)
 
@@ -33,8 +35,14 @@ def snapshot_capture_(
     part: int,
     mailbox: Tensor | None = None,
     ticket: int = 0,
+    births: Sequence[int] = (),
+    history: Tensor | None = None,
 ) -> None:
-    """Reference of :func:`tolaria.ops.snapshot_capture_`; ``checked``: a report index, or -1, per tensor."""
+    """Reference of :func:`tolaria.ops.snapshot_capture_`.
+
+    ``checked``: a report index, or -1, per tensor; ``births``: likewise, 0 where its magnitude is not judged
+    by ``history``, the table of magnitudes.
+    """
     check_governors(state, None, mailbox)
     check_column(state, column)
     check_part(part)
@@ -46,7 +54,17 @@ def snapshot_capture_(
         torch._foreach_copy_([pair[slot] for pair in slots], list(live))
     watched = [(index, pair[slot]) for index, pair in zip(checked, slots, strict=True) if index >= 0]
     bad = first_nonfinite([t for _, t in watched])
-    finish_capture_part(state, column, part, watched[bad][0] if bad >= 0 else -1, mailbox, ticket)
+    suspect = Suspect()
+    judged = [
+        (float(index), float(birth), pair[slot])
+        for index, birth, pair in zip(checked, births, slots, strict=bool(births))
+        if birth and pair[slot].numel()
+    ]
+    if history is not None and judged:
+        rows = torch.tensor([judged_row[:2] for judged_row in judged], dtype=torch.float64, device="cpu")
+        suspect = weigh_(state, column, slot, history, rows, magnitudes([t for *_, t in judged]))
+    first = watched[bad][0] if bad >= 0 else -1
+    finish_capture_part(state, column, part, first, suspect, mailbox, ticket)
 
 
 def snapshot_restore_(

@@ -16,9 +16,10 @@ Floats = npt.NDArray[np.float64]
 
 _OUTLIER, _MOST_OUTLIERS = math.log(30.0), 5
 _ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_TEXT = frozenset(
-    ("kind", "phase", "stage", "slot", "blueprint", "reason", "name", "tensor_name", "exempt", "generators")
-)
+_TEXT = frozenset((
+    "kind", "phase", "stage", "slot", "blueprint", "reason", "name",
+    "governor", "tag", "tensor_name", "exempt", "generators",
+))  # fmt: skip
 """Fields that hold words: one of them may be the name of a module that somebody called ``inf``."""
 
 

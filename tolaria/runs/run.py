@@ -14,6 +14,7 @@ import torch
 
 from tolaria._backend import Mode, current_mode
 from tolaria._backend import backend as use_backend
+from tolaria.governor.config import Preset
 from tolaria.nn.device import validate_device
 from tolaria.runs.folder import RunFolder
 from tolaria.tasks.data import TaskData
@@ -51,7 +52,7 @@ def run_task(
     epochs: float | None = None,
     grow_seed: bool = True,
     use_governor: bool = True,
-    strict: bool = False,
+    preset: Preset = "default",
     governor_options: Mapping[str, object] | None = None,
     inject: Sequence[str | Fault] = (),
     observers: Sequence[GrowthObserver] = (),
@@ -75,7 +76,7 @@ def run_task(
         epochs: passes over the training data in all, instead of ``steps``.
         grow_seed: False leaves the host alone for all the steps.
         use_governor: whether a governor watches over the run.
-        strict: start from the governor's strict settings.
+        preset: the governor's settings, see :meth:`GovernorConfig.preset`.
         governor_options: fields of :class:`GovernorConfig` that are to differ.
         inject: faults, such as ``"nan-loss@300"``; see :func:`tolaria.train.parse_fault`.
         observers: told what happens, beside the folder.
@@ -102,8 +103,8 @@ def run_task(
     spec.check_data_dir(data_dir)
     _check_in_use(settings, grow_seed=grow_seed)
     if not use_governor:
-        _check_unguarded(strict=strict, governor_options=governor_options, sinks=sinks)
-    config = governor_config_for(spec, strict=strict, **dict(governor_options or {}))
+        _check_unguarded(preset=preset != "default", governor_options=governor_options, sinks=sinks)
+    config = governor_config_for(spec, preset=preset, **dict(governor_options or {}))
     chosen = spec.defaults.replace(**settings)
     if isinstance(rng_seed, bool) or not isinstance(rng_seed, int) or not 0 <= rng_seed < 2**31:
         raise ValueError(f"rng_seed: expected an integer from 0 to {2**31 - 1}, got {rng_seed!r}")

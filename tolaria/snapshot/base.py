@@ -47,7 +47,7 @@ class SnapshotBase:
 
     def __init__(self, covered: CoveredState, storage: str, copies: int = 2) -> None:
         self.covered = covered
-        self.slots = Slots(covered.device, storage, copies)
+        self.slots = Slots(covered.device, storage, copies, is_judged=not covered.by_hand)
         self.structure = covered.structure()
         self._walk = covered.walk()
         """That of the last look."""
@@ -75,14 +75,7 @@ class SnapshotBase:
         Raises:
             ValueError: one holds a non-finite value.
         """
-        known = {place.key for place in self.slots.places.values()}
-        searched = [
-            t
-            for t in self.covered.tensors()
-            if t.watched and not t.zeroed and t.key not in self.slots.exempt
-            if t.key in known or t.kind != "buffer" or not known  # a mask that joins later is exempt
-        ]
-        bad = next((t.name for t in searched if not is_finite(t.tensor)), None)
+        bad = self.state_check.first_bad()
         if bad is not None:
             raise ValueError(f"model: expected a finite state, got NaN or infinity in {bad}")
 

@@ -16,11 +16,12 @@ from tolaria.errors import SnapshotError
 from tolaria.ops import live_view
 from tolaria.snapshot.fresh_state import fresh_value
 from tolaria.snapshot.grad_scaler import SCALER_TENSORS
+from tolaria.snapshot.lowered_rates import LoweredRates
 from tolaria.snapshot.module_tree import ModuleForm
 from tolaria.snapshot.parts import Parts
 from tolaria.snapshot.protocols import HoldsSeed, TakesPartInRollback
 from tolaria.snapshot.rng import Generators
-from tolaria.snapshot.schedules import SCHEDULED, LoweredRates, ScheduleFinder, reaches
+from tolaria.snapshot.schedules import SCHEDULED, ScheduleFinder, reaches
 from tolaria.snapshot.voice import BY_HAND, GOVERNOR
 from tolaria.snapshot.wrapped import inner_tensors, is_wrapper, put_inner
 

@@ -12,6 +12,7 @@ from tolaria.errors import SnapshotError
 from tolaria.snapshot.covered import CoveredState, Walk
 from tolaria.snapshot.grad_scaler import load_scaler_values, scaler_values
 from tolaria.snapshot.host_copy import HostCopy, is_plain
+from tolaria.snapshot.lowered_rates import RatesThen
 from tolaria.snapshot.module_tree import ModuleForm, put_back_tree
 from tolaria.snapshot.optimizer_state import OptimizerHost
 from tolaria.snapshot.protocols import TakesPartInRollback
@@ -35,6 +36,8 @@ class HostState:
     rng: dict[str, Any]
     rates_lowered: int
     """How often the learning rates had been lowered by then."""
+    lowered: RatesThen | None = None
+    """The rates, if they were lowered for a time by then."""
     rate_moves: dict[int, int] = field(default_factory=dict)
     """How often the rates had been set by hand by then; see :meth:`ScheduleFinder.restored`."""
     keys: frozenset[Hashable] = field(default_factory=frozenset)
@@ -75,6 +78,7 @@ class HostState:
             own_states=list(_own_states(walk)),
             rng=covered.generators.state(),
             rates_lowered=covered.lowered.reflected,
+            lowered=covered.lowered.now(covered.optimizers, covered.schedulers),
             rate_moves=covered.schedules.moves_by_hand(),
         )
 
@@ -139,7 +143,7 @@ class HostState:
         kept.put_back()
         if not covered.by_hand:
             covered.schedules.restored(kept.before, self.rate_moves)
-        covered.lowered.restored(self.rates_lowered, kept)
+        covered.lowered.restored(self.rates_lowered, kept, self.lowered)
         load_scaler_values(covered.scaler, self.scaler)
         refused = [
             *(

@@ -43,6 +43,8 @@ class Place:
     """What a capture reports when it finds a non-finite value here."""
     anchor: object
     """Kept alive while the place exists, since the key holds its id."""
+    birth: int
+    """Which place it is of all that there ever were, from 1."""
     live: Tensor
     """The tensor as it was last seen; see :func:`tolaria.ops.live_view`."""
     block: Block
@@ -53,11 +55,11 @@ class Place:
     """False: the owner dropped the tensor, but a slot that may be restored still has it."""
 
     @classmethod
-    def of(cls, covered: CoveredTensor, view: Tensor, block: Block, number: int) -> Place:
+    def of(cls, covered: CoveredTensor, view: Tensor, block: Block, number: int, birth: int) -> Place:
         """The place of ``covered``, whose :func:`tolaria.ops.live_view` is ``view``."""
         first, second = block.memory
         slots = slot_view(first, 0, view), slot_view(second, 0, view)
-        return cls(covered.key, covered.name, number, covered.anchor, view, block, slots)
+        return cls(covered.key, covered.name, number, covered.anchor, birth, view, block, slots)
 
 
 def fresh_copy(key: PlaceKey, place: Place, slot: int) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +16,10 @@ from tolaria.errors import UncoveredWarning
 from tolaria.snapshot.protocols import Stateful
 from tolaria.snapshot.voice import GOVERNOR, Voice
 
-SCHEDULED = ("lr", "momentum", "betas")
-"""What the schedules of torch write to a group at every step."""
+RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+"""The learning rate of a group, and what the schedules of torch derive it from."""
+SCHEDULED = (*RATES, "momentum", "betas", "base_momentum", "max_momentum")
+"""What the schedules of torch write to a group."""
 
 
 class ScheduleFinder:
@@ -92,6 +93,10 @@ class ScheduleFinder:
         """The rates of now are what they should be: a restore or its policy has set them."""
         self._rates = {id(o): _rates(o) for o in optimizers}
 
+    def rates(self) -> list[float]:
+        """The rates at the last look, as far as they can be read without waiting for a device."""
+        return [rate for rates in self._rates.values() for rate in rates if rate is not None]
+
     def _has_new_hint(self, optimizer: Optimizer) -> bool:
         hints = [vars(optimizer).get("step"), *("initial_lr" in group for group in optimizer.param_groups)]
         seen, self._hints[id(optimizer)] = self._hints.get(id(optimizer)), hints
@@ -160,37 +165,6 @@ class KeptRates:
                     group[key].copy_(value)
                 else:
                     group[key] = value
-
-
-@dataclass(slots=True)
-class LoweredRates:
-    """How often the learning rates were lowered for good, and how many of those times the live rates reflect.
-
-    A capture holds the rates of its own time, so that a restore brings back older ones: what has been done to
-    the rates since is to be done again.
-    """
-
-    times: int = 0
-    """How often they were lowered so far."""
-    reflected: int = 0
-    """How many of those the rates of now reflect."""
-    left_alone: frozenset[int] = frozenset()
-    """Ids of schedules and optimizers that the last restore left alone; see :class:`KeptRates`."""
-    reflected_there: int = 0
-    """How many of those their rates reflect."""
-    changes: list[Callable[[], object]] | None = None
-    """What lowers the rates just put back, while that is being done; each may be done twice."""
-
-    def restored(self, reflected: int, kept: KeptRates) -> None:
-        """A capture whose rates reflect so many was put back, all but ``kept``."""
-        self.changes = None
-        self.left_alone, self.reflected_there = kept.ids, self.reflected
-        self.reflected = reflected
-
-    def caught_up(self) -> None:
-        """All rates reflect everything now."""
-        self.reflected = self.reflected_there = self.times
-        self.changes = None
 
 
 def reaches(holder: object, target: object, depth: int = 3) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tolaria.errors import SnapshotError
 from tolaria.ops import SnapshotEntry, SnapshotTable, live_view
 from tolaria.ops.snapshot import PreparedRows
+from tolaria.snapshot import magnitudes as sizes
 from tolaria.snapshot.arena import Arena, Block, Segment
 from tolaria.snapshot.covered import CoveredTensor
 from tolaria.snapshot.memory import allocate
@@ -60,9 +61,12 @@ class Slots:
         device: where the live tensors are.
         storage: ``"pinned"`` or ``"device"``; on the CPU slots are ordinary memory either way.
         copies: 2, or 1: both slots are then the same memory, and a capture overwrites the one before.
+        is_judged: whether a judge is to hear of tensors whose magnitude is suspicious.
     """
 
-    def __init__(self, device: torch.device, storage: str = "pinned", copies: int = 2) -> None:
+    def __init__(
+        self, device: torch.device, storage: str = "pinned", copies: int = 2, *, is_judged: bool = False
+    ) -> None:
         self.device = device
         self._storage = storage
         self._copies = copies
@@ -71,6 +75,8 @@ class Slots:
         self._layout = _Layout(Arena(keeps=device.type == "cuda"), self.table.prepare(()))
         self._forgotten: frozenset[PlaceKey] = frozenset()
         self._told: set[str] = set()
+        self._is_judged = is_judged
+        self._births = count(1)
 
     @property
     def places(self) -> Mapping[PlaceKey, Place]:
@@ -174,13 +180,14 @@ class Slots:
         arena, blocks = former.arena.give(idle).take(sizes, self._new_segment)
         numbers = _free_numbers(kept.values())
         places = kept | {
-            key: Place.of(*live[key], block, next(numbers)) for key, block in zip(born, blocks, strict=True)
+            key: Place.of(*live[key], block, next(numbers), next(self._births))
+            for key, block in zip(born, blocks, strict=True)
         }
         self._give_birth(live, places, held)
         exempt = former.exempt | self._exempt_from_birth(live)
         return _Layout(
             arena.give(dropped),
-            self.table.prepare([_entry(places[key], live[key][0], exempt) for key in live]),
+            self.table.prepare([self._entry(places[key], live[key][0], exempt) for key in live]),
             places,
             _names(places.values()),
             _signature(live),
@@ -189,6 +196,12 @@ class Slots:
             exempt,
             dict(refused),
         )
+
+    def _entry(self, place: Place, covered: CoveredTensor, exempt: frozenset[Hashable]) -> SnapshotEntry:
+        index = place.number if covered.watched and covered.key not in exempt else -1
+        has_size = self._is_judged and index >= 0 and covered.kind in ("parameter", "buffer")
+        birth = place.birth if has_size else 0
+        return SnapshotEntry(place.live, place.slots, covered.part, index, covered.zeroed, birth)
 
     def _new_segment(self, nbytes: int) -> Segment:
         taken = [allocate(nbytes, self.device, self._storage) for _ in range(self._copies)]
@@ -255,6 +268,16 @@ class Slots:
         gone = [(key, place) for key, place in self.places.items() if not place.is_live and key in keys]
         return [(place.key, place.anchor, fresh_copy(key, place, slot)) for key, place in gone]
 
+    def magnitudes(self, good: sizes.Promoted) -> sizes.Magnitudes:
+        """How large each live tensor was in promoted captures; as :func:`magnitudes.read`."""
+        table = self.table.magnitudes
+        return {} if table is None else sizes.read(table, self.places.values(), good)
+
+    def take_magnitudes(self, known: sizes.Magnitudes) -> None:
+        """Go on from what another's slots knew."""
+        if self.table.magnitudes is not None:
+            sizes.write_(self.table.magnitudes, self.places.values(), known)
+
     def forget_optimizer(self, optimizer: Optimizer) -> None:
         """Drop the places of its state and its hyper-parameters, with the next :meth:`sync`."""
         theirs = ("state", id(optimizer)), ("group", id(optimizer))
@@ -294,11 +317,6 @@ def _views(tensors: Sequence[CoveredTensor]) -> tuple[_Live, dict[str, str]]:
 
 def _signature(live: _Live) -> _Signature:
     return [(view.data_ptr(), key, t.watched, t.zeroed, t.part) for key, (t, view) in live.items()]
-
-
-def _entry(place: Place, covered: CoveredTensor, exempt: frozenset[Hashable]) -> SnapshotEntry:
-    index = place.number if covered.watched and covered.key not in exempt else -1
-    return SnapshotEntry(place.live, place.slots, covered.part, index, covered.zeroed)
 
 
 def _free_numbers(places: Iterable[Place]) -> Iterator[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,9 @@ from tolaria import ops
 from tolaria.errors import TolariaError
 from tolaria.ops import ConfigField, SnapshotEntry, SnapshotTable, StateField, live_view, slot_view
 from tolaria.snapshot import graphs
-from tolaria.snapshot.optimizer_state import HostValues, parameter_states
+from tolaria.snapshot.covered import CoveredState
+from tolaria.snapshot.optimizer_state import HostValues, OptimizerHost, parameter_states
+from tolaria.snapshot.wrapped import inner_tensors
 
 _ALIGN = 256
 
@@ -82,6 +84,47 @@ def _clear(state: Tensor, table: SnapshotTable) -> None:
     """The copy goes: a graph that was recorded with it finds nothing to copy any more."""
     if graphs.is_kept(state) and not graphs.is_postponed(state.device, partial(_clear, state, table)):
         graphs.disarm(state.device, table.clear)
+
+
+class HostUndo:
+    """All that one optimizer may change in a step, copied, for an optimizer in CPU memory.
+
+    Args:
+        covered: what is covered.
+        optimizer: one of its optimizers.
+    """
+
+    def __init__(self, covered: CoveredState, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._host = OptimizerHost.of(covered, optimizer)
+        self._state = [(parameter, dict(state)) for parameter, state in parameter_states(optimizer)]
+        self._settings = [(group, _tensors_of(group)) for group in optimizer.param_groups]
+        held = [value for group in optimizer.param_groups for value in (*group["params"], *group.values())]
+        held += [value for _, state in self._state for value in state.values()]
+        tensors = [value for value in held if isinstance(value, Tensor) and covered.is_captured(value)]
+        self._copies = [(t.detach(), t.detach().clone()) for t in _unwrapped(tensors)]
+
+    def put_back(self) -> None:
+        """Give everything the value and the place that it had."""
+        optimizer = self._optimizer
+        self._host.bring_back_wrappers()
+        for parameter, former in self._state:
+            state = optimizer.state.setdefault(parameter, {})
+            state.update(_tensors_of(former))
+        for group, settings in self._settings:
+            group.update(settings)
+        for tensor, copied in self._copies:
+            tensor.copy_(copied)
+        self._host.load(keep_fresh=False, dropped=(), keep_settings=False)
+
+
+def _tensors_of(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, Tensor)}
+
+
+def _unwrapped(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        yield from (inner for _, inner in inner_tensors(tensor))
 
 
 class HostCounters:

@@ -2,6 +2,7 @@
 
 from tolaria.ops import PanicReason
 from tolaria.telemetry.events import (
+    AcceptanceEvent,
     AttachEvent,
     CaptureEvent,
     DroppedEventsEvent,
@@ -11,12 +12,14 @@ from tolaria.telemetry.events import (
     RollbackEvent,
     SeedCulledEvent,
     StructureEvent,
+    ValidationEvent,
     VerdictEvent,
 )
 from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
-from tolaria.telemetry.verdict import GovernorReport, Verdict
+from tolaria.telemetry.verdict import GovernorReport, Pending, Verdict, Verification
 
 __all__ = [
+    "AcceptanceEvent",
     "AttachEvent",
     "CaptureEvent",
     "DroppedEventsEvent",
@@ -25,6 +28,7 @@ __all__ = [
     "JsonLinesSink",
     "LoggingSink",
     "PanicReason",
+    "Pending",
     "PromotionEvent",
     "ResumeEvent",
     "RollbackEvent",
@@ -32,6 +36,8 @@ __all__ = [
     "Sink",
     "StructureEvent",
     "TensorBoardSink",
+    "ValidationEvent",
     "Verdict",
     "VerdictEvent",
+    "Verification",
 ]

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from tolaria.telemetry.events import EventQueue, GovernorEvent
+from tolaria.telemetry.labels import Labels
 from tolaria.telemetry.sinks import Sink, deliver
 
 
@@ -18,7 +19,8 @@ class Telemetry:
     interrupted delivery leaves behind goes out with the next.
     """
 
-    def __init__(self, sinks: Sequence[Sink], capacity: int = 4096) -> None:
+    def __init__(self, sinks: Sequence[Sink], capacity: int = 4096, name: str | None = None) -> None:
+        self.labels = Labels(name)
         self.sinks: list[Sink] = list(sinks)
         self._queue = EventQueue(capacity)
         self._outgoing: deque[tuple[Sink, GovernorEvent]] = deque()
@@ -26,9 +28,9 @@ class Telemetry:
         self._delivering = threading.RLock()
 
     def add(self, events: Iterable[GovernorEvent]) -> None:
-        """Queue ``events``."""
+        """Label and queue ``events``."""
         with self._lock:
-            for event in events:
+            for event in map(self.labels.on, events):
                 self._queue.add(event)
                 self._outgoing.extend((sink, event) for sink in self.sinks)
 

@@ -17,7 +17,12 @@ class GovernorEvent:
     """Something a governor tells. ``row`` is the environment in a bank, 0 in a single governor."""
 
     step: int
+    """Judgement, from 1; 0 before the first."""
     row: int = 0
+    tag: int | str | None = None
+    """What the caller named that step: ``governor.step(loss, tag=...)``."""
+    governor: str | None = None
+    """Name of the governor, if it was given one."""
     time_s: float = field(default_factory=time.time)
     """Seconds since the epoch when the host learnt of it."""
 
@@ -27,8 +32,8 @@ class GovernorEvent:
         return type(self).__name__.removesuffix("Event").lower()
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready: non-finite numbers become strings, enums their names."""
-        return {"kind": self.kind, **{k: _plain(v) for k, v in dataclasses.asdict(self).items()}}
+        """JSON-ready: non-finite numbers become strings, enums their names; labels that are not set go."""
+        return {"kind": self.kind, **_without_unset(dataclasses.asdict(self))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,19 @@ class ResumeEvent(GovernorEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationEvent(GovernorEvent):
+    """A validated metric that collapsed: not finite, or beyond what is usual for it."""
+
+    metric: float
+    bound: float | None
+    """What it must not pass on its worse side; None while too few values are known."""
+    bad_in_a_row: int
+    """How many were so since the last good one."""
+    rollback: bool
+    """Whether it calls for a rollback; until then nothing is captured and nothing promoted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerdictEvent(GovernorEvent):
     """A verdict that was not healthy."""
 
@@ -74,6 +92,11 @@ class VerdictEvent(GovernorEvent):
     gradient_norm: float = math.nan
     gradient_threshold: float = math.nan
     drift: float = 0.0
+
+    @property
+    def is_of_step(self) -> bool:
+        """Whether the step was bad; not where only a capture was refused (SUSPICIOUS_STATE, no rollback)."""
+        return self.rollback or self.reason is not PanicReason.SUSPICIOUS_STATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +114,15 @@ class CaptureEvent(GovernorEvent):
 class PromotionEvent(GovernorEvent):
     """A capture passed its probation and is the last known good one."""
 
+    capture_id: int
+    capture_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptanceEvent(GovernorEvent):
+    """A tensor of suspicious magnitude is trusted from here on: it has stayed so, or come back to it."""
+
+    tensor_name: str | None
     capture_id: int
     capture_step: int
 
@@ -126,13 +158,17 @@ class DroppedEventsEvent(GovernorEvent):
     dropped: int
 
 
+def _without_unset(fields: dict[str, object]) -> dict[str, object]:
+    return {k: _plain(v) for k, v in fields.items() if v is not None or k not in ("tag", "governor")}
+
+
 def _plain(value: object) -> object:
     if isinstance(value, PanicReason):
         return value.name
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return _without_unset(value)
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value

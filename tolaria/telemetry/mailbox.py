@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tolaria.ops import EventKind, PanicReason, RecordField, StatusField
 from tolaria.telemetry.events import (
+    AcceptanceEvent,
     CaptureEvent,
     DroppedEventsEvent,
     GovernorEvent,
@@ -17,7 +18,7 @@ from tolaria.telemetry.events import (
     RollbackEvent,
     VerdictEvent,
 )
-from tolaria.telemetry.verdict import GovernorReport, judged_norm
+from tolaria.telemetry.verdict import GovernorReport, judged_loss, judged_norm
 
 
 class MailboxReader:
@@ -96,6 +97,10 @@ class MailboxReader:
             return PromotionEvent(step=step, row=self._row, capture_id=capture_id, capture_step=capture_step)
         index = int(r[RecordField.tensor_index])
         name = None if index < 0 else name_of(index) or "a tensor of another rank"
+        if kind is EventKind.ACCEPTANCE:
+            return AcceptanceEvent(
+                step=step, row=self._row, tensor_name=name, capture_id=capture_id, capture_step=capture_step
+            )
         reason = PanicReason(int(r[RecordField.reason]))
         thresholds = (
             r[RecordField.threshold_absolute],
@@ -103,11 +108,15 @@ class MailboxReader:
             r[RecordField.threshold_multiplier],
         )
         loss, mean, std, panics = (
-            r[RecordField.loss], r[RecordField.mean], r[RecordField.std], int(r[RecordField.panics])
+            judged_loss(r[RecordField.loss]), r[RecordField.mean], r[RecordField.std],
+            int(r[RecordField.panics]),
         )  # fmt: skip
         gradient_norm, gradient_threshold, drift = (
             judged_norm(r[RecordField.gradient_norm]), r[RecordField.gradient_threshold], r[RecordField.drift]
         )  # fmt: skip
+        if step == 0:  # by hand: nothing has been judged
+            loss = mean = std = gradient_norm = gradient_threshold = math.nan
+            thresholds = (math.nan,) * 3
         if kind is EventKind.VERDICT:
             return VerdictEvent(
                 step=step,

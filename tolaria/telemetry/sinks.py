@@ -10,7 +10,14 @@ from types import TracebackType
 from typing import IO, Protocol
 
 from tolaria._arguments import check_each
-from tolaria.telemetry.events import CaptureEvent, GovernorEvent, PromotionEvent, RollbackEvent, VerdictEvent
+from tolaria.telemetry.events import (
+    CaptureEvent,
+    GovernorEvent,
+    PromotionEvent,
+    RollbackEvent,
+    ValidationEvent,
+    VerdictEvent,
+)
 
 _log = logging.getLogger("tolaria.governor")
 
@@ -42,7 +49,10 @@ def deliver(sinks: Iterable[Sink], event: GovernorEvent) -> None:
 
 
 class LoggingSink:
-    """Writes events to a ``logging`` logger: rollbacks as ERROR, bad verdicts as WARNING, others as INFO."""
+    """Writes events to a ``logging`` logger: rollbacks as ERROR, bad verdicts as WARNING, others as INFO.
+
+    A line begins with the governor's name, if it has one, its step and the step's tag in brackets.
+    """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
         self._logger = logger or _log
@@ -52,10 +62,13 @@ class LoggingSink:
         level = logging.INFO
         if isinstance(event, RollbackEvent):
             level = logging.ERROR
-        elif isinstance(event, VerdictEvent):
+        elif isinstance(event, VerdictEvent | ValidationEvent):
             level = logging.WARNING
-        details = {k: v for k, v in event.as_dict().items() if k not in ("kind", "step", "time_s", "row")}
-        self._logger.log(level, "step %d: %s %s", event.step, event.kind, details)
+        apart = ("kind", "step", "time_s", "row", "tag", "governor")
+        details = {k: v for k, v in event.as_dict().items() if k not in apart}
+        whose = "" if event.governor is None else f"{event.governor}: "
+        tag = "" if event.tag is None else f" ({event.tag})"
+        self._logger.log(level, "%sstep %d%s: %s %s", whose, event.step, tag, event.kind, details)
 
 
 class JsonLinesSink:
@@ -90,13 +103,17 @@ class ScalarWriter(Protocol):
 
 
 class TensorBoardSink:
-    """Writes rollbacks, anomalies, captures and promotions as scalars to a TensorBoard ``SummaryWriter``."""
+    """Writes rollbacks, anomalies, captures and promotions as scalars to a TensorBoard ``SummaryWriter``.
+
+    They are called ``governor/rollbacks`` and so on, ``governor/NAME/rollbacks`` of a governor with a name,
+    and stand at the step's tag if that is a number, else at the governor's own step.
+    """
 
     def __init__(self, writer: ScalarWriter) -> None:
         self._writer = writer
 
     def __call__(self, event: GovernorEvent, /) -> None:
-        """Write the scalars of ``event`` at its step."""
+        """Write the scalars of ``event`` at its step, or its tag."""
         scalars: dict[str, float] = {}
         if isinstance(event, RollbackEvent):
             scalars = {"rollbacks": event.report.rollback_count, "steps_lost": event.report.steps_lost}
@@ -106,5 +123,7 @@ class TensorBoardSink:
             scalars = {"capture": float(event.capture_id)}
         elif isinstance(event, PromotionEvent):
             scalars = {"last_known_good_step": float(event.capture_step)}
+        whose = "governor" if event.governor is None else f"governor/{event.governor}"
+        step = event.tag if isinstance(event.tag, int) else event.step
         for name, value in scalars.items():
-            self._writer.add_scalar(f"governor/{name}", value, event.step)
+            self._writer.add_scalar(f"{whose}/{name}", value, step)

@@ -17,6 +17,16 @@ def judged_norm(stored: float) -> float:
     return math.nan if stored == -1.0 else stored
 
 
+NO_LOSS = -(2.0**996)
+"""What the judge is given where there is no loss: below every threshold, and no loss of guessing. A power of
+two, so that the mean over any number of ranks is the same once more."""
+
+
+def judged_loss(stored: float) -> float:
+    """A loss as it is told: NaN where there was none."""
+    return math.nan if stored == NO_LOSS else stored
+
+
 class Verdict:
     """The judgement of one loss; true when a rollback is called for.
 
@@ -145,6 +155,45 @@ class GovernorReport:
     """What it would have had to exceed to be an anomaly."""
     drift: float = 0.0
     """The drift sum at the panic."""
+    tag: int | str | None = None
+    """What the caller named the step; see ``TolariaGovernor.step``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What ``verify()`` found; true if the state was fine, so that it may be saved."""
+
+    tensor_name: str | None = None
+    """The first tensor, or extra, that held NaN or infinity."""
+    report: GovernorReport | None = None
+    """The rollback, if there was one: the state is the last known good one again, finite and older."""
+    is_fine: bool = True
+    """What ``bool()`` says."""
+
+    def __bool__(self) -> bool:
+        return self.is_fine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """What has been counted so far, and may come to a rollback or to a promotion."""
+
+    anomalies: int
+    """Anomalies in a row, of ``min_panics_before_rollback``."""
+    lobotomies: int
+    """Losses of guessing since the last healthy one, of ``lobotomy_patience``."""
+    collapse: float
+    """Losses of guessing, or worse, that add up to a collapse, of ``collapse_patience``."""
+    shift: float
+    """The shift sum, of ``shift_threshold``; above 15% of that no capture is promoted."""
+    validations: int
+    """Bad validations in a row, of ``validation_patience``."""
+    skips: int
+    """Bad steps in a row that were let pass, of ``skips_before_rollback``."""
+    probation: int | None
+    """Healthy verdicts since the capture that is on probation, of ``probation``; None: none is."""
+    rollback: bool
+    """Whether a rollback was called for and not carried out yet."""
 
 
 def plain_report(report: GovernorReport) -> dict[str, Any]:

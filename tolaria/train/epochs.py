@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tolaria.data.skip_batches import HasBatchLedger, SkipBatches
+from tolaria.governor.batches import BatchLedger
 from tolaria.nn.device import validate_device
 from tolaria.nn.schedule import AlphaSchedule
 from tolaria.nn.slot import SeedSlot
@@ -71,7 +74,8 @@ def train_epoch_normal(
         optimizer: over the model's parameters.
         device: where the batches go (the model is there already).
         task_type: ``"classification"``, or ``"lm"`` for logits (B, T, V) and targets (B, T).
-        governor: told the loss once per optimizer step; it covers the optimizers from here on.
+        governor: told the loss once per optimizer step; it covers the optimizers from here on. Its
+            ``config.skip_batches`` are left out after a rollback.
         accumulation_steps: batches per optimizer step; fewer at the end of the loader are a step, too.
         max_grad_norm: clip the gradient's norm to this.
         amp_dtype: run forwards under autocast with this dtype.
@@ -294,6 +298,14 @@ def _check_apart(host: Optimizer, seed: Optimizer) -> None:
         )
 
 
+def _left_out_after_rollbacks(loader: Iterable[object], governor: object) -> Iterable[object]:
+    """The loader, without what a governor that can say so wants left out of it."""
+    ledger = getattr(governor, "batch_ledger", None)
+    if not isinstance(ledger, BatchLedger) or not ledger.size:
+        return loader
+    return SkipBatches(loader, cast(HasBatchLedger, governor))
+
+
 def _run_epoch(
     plan: StepPlan, trainloader: Iterable[object], accumulation_steps: int, max_steps: int | None
 ) -> EpochStats:
@@ -303,8 +315,7 @@ def _run_epoch(
     plan.model.train()
     losses: list[Tensor] = []
     rows: list[int] = []
-    batches = iter(trainloader)
-
+    batches = iter(_left_out_after_rollbacks(trainloader, plan.governor))
     while max_steps is None or len(losses) < max_steps:
         micro_batches = list(itertools.islice(batches, accumulation_steps))
         if not micro_batches:

@@ -288,7 +288,7 @@ class Narrator:
 
     def _train(self, steps: int) -> None:
         settings = self.settings
-        batches: Iterator[Batch] = itertools.islice(self.trained.stream, steps * settings.accumulation_steps)
+        batches: Iterator[Batch] = iter(self.trained.stream)
         trained, schedulers = self.trained, self.trained.schedulers
         if self.needs_seed:
             batches = itertools.takewhile(lambda _: not self._is_dropped(), batches)
@@ -297,7 +297,7 @@ class Narrator:
                 self.model, batches, self.criterion, trained.host_optimizer, self.device, self.spec.task_type,
                 governor=self.governor, accumulation_steps=settings.accumulation_steps,
                 max_grad_norm=settings.max_grad_norm, amp_dtype=self.amp_dtype, scaler=trained.scaler,
-                schedulers=schedulers, hooks=self.hooks,
+                schedulers=schedulers, max_steps=steps, hooks=self.hooks,
             )  # fmt: skip
             return
         loop = train_epoch_incubator_mode if self.phase == "incubate" else train_epoch_blended
@@ -305,7 +305,8 @@ class Narrator:
             self.model, batches, self.criterion, trained.host_optimizer, trained.seed_optimizer, self.device,
             self.spec.task_type, governor=self.governor, accumulation_steps=settings.accumulation_steps,
             max_grad_norm=settings.max_grad_norm, seed_max_grad_norm=settings.seed_max_grad_norm,
-            amp_dtype=self.amp_dtype, scaler=trained.scaler, schedulers=schedulers, hooks=self.hooks,
+            amp_dtype=self.amp_dtype, scaler=trained.scaler, schedulers=schedulers, max_steps=steps,
+            hooks=self.hooks,
         )  # fmt: skip
 
     def begin_step(self) -> int:
@@ -356,7 +357,8 @@ class Narrator:
 
     def _tell_last_events(self, governor: TolariaGovernor) -> None:
         try:
-            events = governor.synchronize()
+            governor.verify()
+            events = governor.poll()
         except TrainingDivergedError as error:
             self.result.error = error
             return
@@ -366,8 +368,8 @@ class Narrator:
     def _finish(self) -> None:
         result = self.result
         if self.governor is not None:
-            result.rollbacks = self.governor.rollback_count
             self._tell_last_events(self.governor)
+            result.rollbacks = self.governor.rollback_count
             self.governor.close()
         result.steps, result.seconds = self.step, time.perf_counter() - self._began
         for observer in self.observers:

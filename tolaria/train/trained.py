@@ -24,28 +24,28 @@ from tolaria.train.bookmark import EXTRA, Bookmark, Bookmarker, load_seed
 from tolaria.train.stream import BatchStream
 
 if TYPE_CHECKING:
-    from tolaria.governor import GovernorConfig, GovernorEvent, TolariaGovernor
+    from tolaria.governor import GovernorConfig, GovernorEvent, Preset, TolariaGovernor
 
 _LR_FLOOR = 0.01  # the cosine ends at this share of the peak
 
 
-def governor_config_for(task: TaskSpec, *, strict: bool = False, **changes: Any) -> GovernorConfig:  # noqa: ANN401
+def governor_config_for(task: TaskSpec, *, preset: Preset = "default", **changes: Any) -> GovernorConfig:  # noqa: ANN401
     """The governor's settings for a task.
 
     Args:
         task: whose random-guess loss counts.
-        strict: start from :meth:`GovernorConfig.strict` instead of the defaults.
+        preset: where to start from, see :meth:`GovernorConfig.preset`.
         **changes: fields that are to differ.
 
     Raises:
-        ConfigError: a field is out of range.  TypeError: there is no such field.
+        ConfigError: a field is out of range, or there is no such preset.  TypeError: there is no such field.
     """
     from tolaria.governor import GovernorConfig
 
     # Chance has two faces where classes are not equally likely: the frequencies, and the uniform guess above.
     if task.guess_loss < 0.95 * math.log(task.num_classes):
         changes.setdefault("lobotomy_band", (0.95, math.inf))
-    return GovernorConfig.strict(task.guess_loss, **changes) if strict else GovernorConfig(**changes)
+    return GovernorConfig.preset(preset, **changes)
 
 
 class Trained:
