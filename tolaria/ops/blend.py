@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tolaria import _backend
-from tolaria.reference import _checks
+from tolaria.reference import _checks, transforms
 from tolaria.reference import blend as reference
 
 
@@ -38,6 +38,8 @@ def blend(host: Tensor, seed: Tensor, alpha: Tensor) -> Tensor:
     """
     if not (isinstance(host, Tensor) and isinstance(seed, Tensor) and isinstance(alpha, Tensor)):
         _checks.check_tensors("blend", host=host, seed=seed, alpha=alpha)
+    if transforms.are_active():
+        return transforms.blend(host, seed, alpha)
     if _backend.fused(host):
         try:
             result: Tensor = torch.ops.tolaria.blend.default(host, seed, alpha)
@@ -67,6 +69,8 @@ def seed_gate(features: Tensor, alpha: Tensor) -> Tensor:
     """
     if not (isinstance(features, Tensor) and isinstance(alpha, Tensor)):
         _checks.check_tensors("seed_gate", features=features, alpha=alpha)
+    if transforms.are_active():
+        return transforms.seed_gate(features, alpha)
     if _backend.fused(features):
         try:
             result: Tensor = torch.ops.tolaria.seed_gate.default(features, alpha)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tolaria import _backend
-from tolaria.reference import _checks
+from tolaria.reference import _checks, transforms
 from tolaria.reference import straight_through as reference
 
 
@@ -34,6 +34,8 @@ def straight_through(host: Tensor, seed: Tensor) -> Tensor:
     """
     if not (isinstance(host, Tensor) and isinstance(seed, Tensor)):
         _checks.check_tensors("straight_through", host=host, seed=seed)
+    if transforms.are_active():
+        return transforms.straight_through(host, seed)
     if _backend.fused(host):
         try:
             result: Tensor = torch.ops.tolaria.straight_through.default(host, seed)
