@@ -52,9 +52,17 @@ class Plan:
         return f"for {'CUDA ' + ';'.join(self.archs) if self.archs else 'the CPU'}: {self.reason}"
 
     def build_info(self, csrc: Path, git: str | None = None) -> info.BuildInfo:
-        """What is to be recorded of a build of ``csrc``."""
+        """What is to be recorded of a build of ``csrc``.
+
+        Args:
+            csrc: the folder with the sources.
+            git: the commit; default: what the package's own record says of these sources.
+        """
         import torch
 
+        digest, carried = sources.source_digest(csrc), info.read_build_info(sources.PACKAGE)
+        if git is None and carried is not None and carried.sources == digest:
+            git = carried.git
         return info.BuildInfo(
             extension=True,
             reason=self.reason,
@@ -65,7 +73,7 @@ class Plan:
             toolkit=".".join(map(str, self.toolkit.version)) if self.toolkit else None,
             archs=self.archs,
             compiler=compiler.describe(self.cxx),
-            sources=sources.source_digest(csrc),
+            sources=digest,
             cxx_flags=(*CXX_FLAGS, *self.openmp),
             nvcc_flags=tuple(cuda_home.NVCC_FLAGS) if self.toolkit else (),
         )
