@@ -75,24 +75,25 @@ def build_into_cache(
     key = cache.build_key(torch.__version__, torch.version.cuda, sources.source_digest(csrc))
     place = root / "builds" / key
 
-    def existing() -> CachedBuild | None:
-        newest = list(cache.numbered(place).values())[-1:]
-        for folder in () if force else (*newest, *([also] if also else ())):
-            info = read_build_info(folder)
-            if info is not None and wanted.is_same_build(info):
-                return CachedBuild(folder=folder, info=info, is_new=False)
-        return None
-
-    if found := existing():
+    if not force and (found := _same_build(wanted, place, also)):
         return found
     with _sole_builder(root, say) as unfinished:
-        if found := existing():  # by the process that we have waited for
+        if not force and (found := _same_build(wanted, place, also)):  # by the process that we have waited for
             return found
         say(f"building {chosen.describe()}")
         _compile(unfinished, hear, say)
         with _writing(root):
             folder = _move_in(unfinished / "done", place)
     return CachedBuild(folder=folder, info=wanted, is_new=True)
+
+
+def _same_build(wanted: BuildInfo, place: Path, also: Path | None) -> CachedBuild | None:
+    """The newest build of the key, or that of the package, if it is the one that is wanted."""
+    for folder in (*list(cache.numbered(place).values())[-1:], also):
+        info = None if folder is None else read_build_info(folder)
+        if folder is not None and info is not None and wanted.is_same_build(info):
+            return CachedBuild(folder=folder, info=info, is_new=False)
+    return None
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         BuildError: it cannot be built here; the message says what is missing.
     """
     started = time.monotonic()
-    with _ended_by(signal.SIGTERM, signal.SIGHUP), _Progress(arguments.verbose) as progress:
+    with _ended_in_order(), _Progress(arguments.verbose) as progress:
         built = build_into_cache(
             force=arguments.force,
             also=_extension.FOLDER if _extension.LOADED else None,
@@ -49,12 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _ended_by(*signals: signal.Signals) -> Iterator[None]:
-    """These signals end the block in order, with the status that shells give them."""
+def _ended_in_order() -> Iterator[None]:
+    """Signals that would end the process at once end the block, with the status that shells give them."""
 
     def end(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     former = {number: signal.signal(number, end) for number in signals}
     try:
         yield
