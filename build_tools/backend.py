@@ -11,13 +11,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 import site
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import setuptools
 from setuptools import build_meta
@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+OLDEST_SETUPTOOLS = 77
+"""As pyproject.toml has it; looked at before anything that an older one does not bring along."""
 Settings = Mapping[str, "str | list[str] | None"]
 
 prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
@@ -43,30 +45,33 @@ prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_edit
 
 def setuptools_problem(version: str = setuptools.__version__) -> str | None:
     """What stands against this setuptools, and the remedy; an isolated build gets one that fits."""
-    floor = re.search(r'^requires = \["setuptools>=(\d+)"\]', PYPROJECT.read_text(), re.MULTILINE)
-    if floor is None:
-        raise RuntimeError(f"{PYPROJECT}: expected a build requirement setuptools>=N, found none")
-    if int(version.split(".")[0]) >= int(floor.group(1)):
+    if int(version.split(".")[0]) >= OLDEST_SETUPTOOLS:
         return None
-    remedy = f'run `pip install "setuptools>={floor.group(1)}"`'
-    return f"expected setuptools {floor.group(1)} or newer, got {version}; {remedy}"
+    remedy = f'run `pip install "setuptools>={OLDEST_SETUPTOOLS}"`'
+    return f"expected setuptools {OLDEST_SETUPTOOLS} or newer, got {version}; {remedy}"
+
+
+def project() -> dict[str, Any]:
+    """The table ``project`` of pyproject.toml."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # setuptools brings it along
+    table: dict[str, Any] = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    return table
 
 
 def torch_requirement() -> str:
     """The runtime dependency on torch, as pyproject.toml states it (``torch>=2.9``)."""
-    found = re.search(r'^dependencies = \[.*?"(torch[^"]*)"', PYPROJECT.read_text(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"{PYPROJECT}: expected a dependency on torch in one line, found none")
-    return found.group(1)
+    return next(line for line in project()["dependencies"] if line.startswith("torch"))
 
 
 def is_supported(version: str, requirement: str) -> bool:
     """Whether a torch version satisfies ``torch>=X.Y``; local parts and pre-releases do not matter here."""
-    floor = re.fullmatch(r"torch>=(\d+)\.(\d+)", requirement)
-    if floor is None:
-        raise RuntimeError(f"{PYPROJECT}: expected the form torch>=X.Y, got {requirement}")
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return numbers is not None and tuple(map(int, numbers.groups())) >= tuple(map(int, floor.groups()))
+    from packaging.requirements import Requirement  # setuptools brings it along
+    from packaging.version import Version
+
+    return Version(version).base_version in Requirement(requirement).specifier
 
 
 def environment_sites() -> list[str]:

@@ -1,28 +1,16 @@
-"""What a build was made of and for: collected, written beside the extension, compared before that is loaded.
-
-The reader is ``tolaria/_extension.py``; the keys are those of its ``BuildInfo``.
-"""
+"""setuptools commands that leave a record of the build, and the sources, in the package they build."""
 
 from __future__ import annotations
 
-import json
-import runpy
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-FILE_NAME = "_build_info.json"
-EXTENSION = "tolaria._C"
-
-Info = dict[str, "str | bool | list[str] | None"]
-
-
-def python_version() -> str:
-    """The Python whose ABI the extension has, such as ``3.11``."""
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
+from tolaria._build.info import BuildInfo, write_build_info
+from tolaria._build.plan import EXTENSION
 
 
 def git_revision(root: Path) -> str | None:
@@ -42,35 +30,34 @@ def git_revision(root: Path) -> str | None:
     return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def source_digest(root: Path) -> str:
-    """The digest of ``csrc``, as the package computes it."""
-    run = runpy.run_path(str(root / "tolaria" / "_sources.py"))
-    return str(run["source_digest"](root / "csrc"))
-
-
-def write(folder: Path, info: Info) -> None:
-    """Write ``info`` into the package folder."""
-    (folder / FILE_NAME).write_text(json.dumps(info, indent=2, sort_keys=True) + "\n")
-
-
-def recording_build_ext(base: type[build_ext], info: Info) -> type[build_ext]:
+def recording_build_ext(base: type[build_ext], info: BuildInfo) -> type[build_ext]:
     """``base``, which also writes ``info`` beside the extension once that is linked."""
 
     class RecordingBuildExt(base):  # type: ignore[valid-type, misc]
         def run(self) -> None:
             super().run()
-            write(Path(self.get_ext_fullpath(EXTENSION)).parent, info)
+            write_build_info(Path(self.get_ext_fullpath(EXTENSION)).parent, info)
 
     return RecordingBuildExt
 
 
-def recording_build_py(info: Info) -> type[build_py]:
-    """The plain ``build_py``, which also writes ``info``: for a wheel without an extension."""
+def carrying_build_py(csrc: Path, info: BuildInfo | None) -> type[build_py]:
+    """A ``build_py`` that puts the sources into the package, so that ``tolaria build`` needs no checkout.
 
-    class RecordingBuildPy(build_py):
+    Args:
+        csrc: the folder with the sources.
+        info: the record of a build without an extension, which no ``build_ext`` writes.
+    """
+
+    class CarryingBuildPy(build_py):
         def run(self) -> None:
             super().run()
-            if not self.editable_mode:
-                write(Path(self.build_lib, "tolaria"), info)
+            if self.editable_mode:
+                return
+            package = Path(self.build_lib, "tolaria")
+            shutil.rmtree(package / "csrc", ignore_errors=True)  # of a former build
+            shutil.copytree(csrc, package / "csrc")
+            if info is not None:
+                write_build_info(package, info)
 
-    return RecordingBuildPy
+    return CarryingBuildPy

@@ -19,8 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cuda_home
+import bare_package  # noqa: F401
 import torch
+
+from tolaria._build import cuda_home
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")

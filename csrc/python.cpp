@@ -110,7 +110,7 @@ PyObject* change_stream_above(PyObject*, PyObject* bytes) {
 }  // namespace
 }  // namespace tolaria
 
-extern "C" PyObject* PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {  // the one symbol that is not hidden
   static PyMethodDef methods[] = {
       {"judge", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&tolaria::judge)), METH_FASTCALL, nullptr},
       {"recording", &tolaria::tell_recording, METH_O, nullptr},

@@ -9,7 +9,7 @@ import torch
 
 import tolaria
 from tolaria import _backend, _extension
-from tolaria._extension import BuildInfo, has_kernels_for
+from tolaria._build.info import BuildInfo, has_kernels_for
 from tolaria.cli.doctor import doctor, render
 from tolaria.errors import ExtensionMissingError
 from tolaria.ops import blend

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"errors", "_arguments", "_disk", "_optional", "_sources"}
+BASE = {"errors", "_arguments", "_build", "_disk", "_optional"}
 BACKEND = {"_extension", "_backend", *BASE}
 ALLOWED = {
     "errors": set(),
+    "_build": {"errors"},
     "_arguments": set(),
     "_disk": set(),
     "_optional": {"errors"},

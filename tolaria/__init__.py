@@ -4,6 +4,7 @@ from tolaria import _startup  # the first of all imports
 from tolaria._backend import backend, current_mode
 from tolaria._host_allocator import HostAllocatorTuning, release_host_memory, tune_host_allocator
 from tolaria._moved import install as _answer_for_former_paths
+from tolaria._version import VERSION as __version__
 from tolaria.errors import (
     BuildMismatchError,
     ConfigError,
@@ -38,8 +39,6 @@ from tolaria.train import (
     train_epoch_normal,
     validate_and_get_metrics,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlphaSchedule",

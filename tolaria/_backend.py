@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tolaria import _extension
+from tolaria._build.info import has_kernels_for
 from tolaria.errors import ConfigError, ExtensionMissingError
 
 Mode = Literal["auto", "fused", "reference"]
@@ -70,7 +71,7 @@ def _look_at_devices() -> None:
     without_kernels.clear()
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        if not _extension.has_kernels_for(info.archs, (major, minor)):
+        if not has_kernels_for(info.archs, (major, minor)):
             without_kernels[index] = (
                 f"cuda:{index}: expected a device for which the extension has kernels "
                 f"({';'.join(info.archs)}), got {torch.cuda.get_device_name(index)} of compute capability "

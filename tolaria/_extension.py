@@ -7,6 +7,9 @@ built in place that is older than its sources is loaded with a warning.
 
 A source tree without an extension hides an installed tolaria where it is the current folder (``python -m``, a
 prompt, a notebook). It then takes the installed extension, if that was built from the very same sources.
+
+What ``tolaria build`` left in its cache for this torch and these sources is taken where there is no extension
+beside the package, or none that fits, or an earlier one (a CPU build, say, and now there is one for CUDA).
 """
 
 from __future__ import annotations
@@ -15,18 +18,18 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
-import json
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-from tolaria._sources import source_digest
+from tolaria._build.cache import newest_build
+from tolaria._build.info import FILE_NAME, BuildInfo, mismatch, python_version, read_build_info
+from tolaria._build.sources import csrc, source_digest
+from tolaria._build.systems import unsupported_system
 from tolaria.errors import BuildMismatchError, ExtensionMissingError, TolariaError
 
 FOLDER = Path(__file__).resolve().parent
@@ -59,57 +62,14 @@ CALLS = ("judge", "last_level_cache", "recording", "set_stream_above", "stream_a
 """What its module itself offers, beside torch's dispatcher."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildInfo:
-    """What a build was made of and for; written by ``build_tools/build_info.py``."""
-
-    extension: bool
-    """False for an installation without the extension (``TOLARIA_BUILD=0``)."""
-    reason: str
-    """Why it is a CPU or a CUDA build."""
-    python: str
-    """The Python version, such as ``3.11``."""
-    git: str | None = None
-    """The commit, with ``+`` if the tree had changes."""
-    torch: str | None = None
-    """``torch.__version__``."""
-    cuda: str | None = None
-    """``torch.version.cuda`` if the extension holds CUDA kernels, else None."""
-    toolkit: str | None = None
-    """The version of the CUDA toolkit that compiled the kernels."""
-    archs: tuple[str, ...] = ()
-    """The architectures, as in ``TORCH_CUDA_ARCH_LIST``."""
-    compiler: str | None = None
-    """The C++ compiler."""
-    cxx_flags: tuple[str, ...] = ()
-    """Our flags for the C++ compiler."""
-    nvcc_flags: tuple[str, ...] = ()
-    """Our flags for nvcc."""
-    sources: str | None = None
-    """The digest of ``csrc``; see :func:`tolaria._sources.source_digest`."""
-
-
-def read_build_info(folder: Path) -> BuildInfo | None:
-    """The build info in a package folder, or None if there is none or it is not ours."""
-    try:
-        record: dict[str, Any] = json.loads((folder / "_build_info.json").read_text(encoding="utf-8"))
-        known = {field.name for field in fields(BuildInfo)} & record.keys()
-        lists = {name: tuple(record[name]) for name in known if isinstance(record[name], list)}
-        return BuildInfo(**{name: record[name] for name in known} | lists)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-
-
 def is_checkout(folder: Path) -> bool:
     """Whether a package folder is that of a source tree, where an extension can be built in place."""
     return (folder.parent / "setup.py").is_file() and (folder.parent / "csrc").is_dir()
 
 
 def rebuild_command(folder: Path) -> str:
-    """How to build the extension anew: in place in a checkout, else by a new installation."""
-    if is_checkout(folder):
-        return "`python setup.py build_ext --inplace`"
-    return "`pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of tolaria"
+    """How to build the extension: in place in a checkout, else into the cache."""
+    return "`python setup.py build_ext --inplace`" if is_checkout(folder) else "`tolaria build`"
 
 
 def outdated_sentence(folder: Path) -> str | None:
@@ -121,72 +81,19 @@ def outdated_sentence(folder: Path) -> str | None:
     return f"csrc has changed since the extension was built; run {rebuild_command(folder)}"
 
 
-def _abi(version: str) -> str:
-    """What has to agree between the torch built for and the one that runs: X.Y, all of it for a nightly."""
-    release = re.match(r"\d+\.\d+", version)
-    return version if release is None or re.search(r"dev|a\d|git", version) else release.group()
-
-
-def mismatch(info: BuildInfo, torch_version: str, torch_cuda: str | None, python: str) -> str | None:
-    """How a build differs from what runs, if that matters to the ABI.
-
-    Args:
-        info: what the extension was built for.
-        torch_version: ``torch.__version__`` of the torch that runs.
-        torch_cuda: its ``torch.version.cuda``.
-        python: the version of the Python that runs, such as ``3.11``.
-
-    Returns:
-        ``built for X, found Y``, or None if the extension fits.
-    """
-    if info.python != python:
-        return f"built for Python {info.python}, found {python}"
-    needs_cuda = info.cuda.split(".")[0] if info.cuda else None
-    has_cuda = torch_cuda.split(".")[0] if torch_cuda else None
-    if info.torch and _abi(info.torch) == _abi(torch_version) and needs_cuda in {None, has_cuda}:
-        return None
-    built = f"torch {info.torch or 'unknown'} ({f'CUDA {info.cuda}' if info.cuda else 'CPU'})"
-    return f"built for {built}, found torch {torch_version} ({f'CUDA {torch_cuda}' if torch_cuda else 'CPU'})"
-
-
-def has_kernels_for(archs: Iterable[str], capability: tuple[int, int]) -> bool:
-    """Whether kernels built for ``archs`` run on a device of this compute capability.
-
-    Machine code runs on its own major version from its own minor one on, PTX on anything newer; ``9.0a`` is
-    for 9.0 alone, ``10.0f`` for its major version.
-
-    Args:
-        archs: as :attr:`BuildInfo.archs`. One that is no number is taken to fit.
-        capability: what ``torch.cuda.get_device_capability`` says.
-    """
-    for arch in archs:
-        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch.strip())
-        if found is None:
-            return True
-        built = (int(found[1]), int(found[2]))
-        reaches = found[4] and not found[3]
-        if capability == built or (
-            found[3] != "a" and capability > built and (reaches or capability[0] == built[0])
-        ):
-            return True
-    return False
-
-
-def _python() -> str:
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
 def _check(folder: Path, info: BuildInfo | None, present: bool) -> TolariaError | None:
     """What stands against loading the extension in ``folder``, before it is opened."""
-    remedy = f"run {rebuild_command(folder)}"
+    remedy, python = f"run {rebuild_command(folder)}", python_version()
     if not present:
-        if info is not None and info.extension and info.python != _python():
-            return BuildMismatchError(f"{NAME}: built for Python {info.python}, found {_python()}; {remedy}")
+        if why_not := unsupported_system():
+            return ExtensionMissingError(f"{NAME}: {why_not}, and set TOLARIA_BACKEND=reference")
+        if info is not None and info.extension and info.python != python:
+            return BuildMismatchError(f"{NAME}: built for Python {info.python}, found {python}; {remedy}")
         why = "installed without it by TOLARIA_BUILD=0" if info and not info.extension else "it was not built"
         return ExtensionMissingError(f"{NAME}: there is no compiled extension ({why}); to get it, {remedy}")
     if info is None or not info.extension:
         return BuildMismatchError(f"{NAME}: expected build info beside the extension, found none; {remedy}")
-    difference = mismatch(info, torch.__version__, torch.version.cuda, _python())
+    difference = mismatch(info, torch.__version__, torch.version.cuda, python)
     return BuildMismatchError(f"{NAME}: {difference}; {remedy}") if difference else None
 
 
@@ -199,16 +106,50 @@ def _installed() -> Path | None:
     return None
 
 
-def _choose() -> tuple[Path, TolariaError | None]:
-    """The folder to take the extension from, or what stands against taking the installed one."""
-    here = importlib.machinery.PathFinder.find_spec(NAME, [str(FOLDER)])
-    installed = _installed() if here is None and is_checkout(FOLDER) else None
+def _is_present(folder: Path) -> bool:
+    """Whether there is an extension for this Python in a folder."""
+    return importlib.machinery.PathFinder.find_spec(NAME, [str(folder)]) is not None
+
+
+def _candidates() -> Iterator[Path]:
+    """Where to look: the package, an installation that it hides, the cache; of two, the later build first."""
+    cached = newest_build(torch.__version__, torch.version.cuda, csrc(FOLDER))
+    is_later = cached is not None and _built_at(cached) > _built_at(FOLDER)
+    if cached is not None and is_later:
+        yield cached
+    yield FOLDER
+    installed = _hidden_by_this_tree()
+    if installed is not None and _has_these_sources(installed):
+        yield installed
+    if cached is not None and not is_later:
+        yield cached
+
+
+def _built_at(folder: Path) -> float:
+    """When the extension in a folder was built; 0 if there is none."""
+    try:
+        return (folder / FILE_NAME).stat().st_mtime if _is_present(folder) else 0.0
+    except OSError:
+        return 0.0
+
+
+def _hidden_by_this_tree() -> Path | None:
+    """The installed extension, if this is a source tree without one of its own."""
+    return _installed() if is_checkout(FOLDER) and not _is_present(FOLDER) else None
+
+
+def _has_these_sources(folder: Path) -> bool:
+    """Whether the extension in a folder was built from the sources that belong to this package."""
+    info = read_build_info(folder)
+    return info is not None and info.sources == source_digest(csrc(FOLDER))
+
+
+def _hidden() -> TolariaError | None:
+    """That this is a source tree without an extension, before an installed tolaria with another one."""
+    installed = _hidden_by_this_tree()
     if installed is None:
-        return FOLDER, None
-    info = read_build_info(installed)
-    if info is not None and info.sources == source_digest(FOLDER.parent / "csrc"):
-        return installed, None
-    return FOLDER, ExtensionMissingError(
+        return None
+    return ExtensionMissingError(
         f"{NAME}: the source tree {FOLDER.parent} has no extension and hides the tolaria installed in "
         f"{installed.parent}, whose extension was built from other sources; run {rebuild_command(FOLDER)}, "
         "or start Python in another folder"
@@ -228,25 +169,39 @@ def _import(folder: Path) -> None:
     sys.modules[NAME] = module
 
 
-def _load() -> tuple[BuildInfo | None, Path, TolariaError | None]:
-    """Load the extension if it fits; the build info found, the folder it is from, and what went wrong."""
-    folder, error = _choose()
+def _attempt(folder: Path) -> tuple[BuildInfo | None, TolariaError | None]:
+    """Load the extension in a folder if it fits; its build info, and what went wrong."""
     info = read_build_info(folder)
-    present = importlib.machinery.PathFinder.find_spec(NAME, [str(folder)]) is not None
-    error = error or _check(folder, info, present)
+    error = _check(folder, info, _is_present(folder))
     if error is None:
         try:
             _import(folder)
         except ImportError as failure:
             reason = str(failure).strip().split("\n")[0]
-            error = BuildMismatchError(f"{NAME}: cannot be loaded ({reason}); run {rebuild_command(folder)}")
-        else:
-            with_cuda = info is not None and info.cuda is not None
-            error = _older((*OPS, *CUDA_OPS) if with_cuda else OPS, CALLS)
+            anew = "`tolaria build --force`" if folder != FOLDER else rebuild_command(folder)
+            return info, BuildMismatchError(f"{NAME}: cannot be loaded ({reason}); run {anew}")
+        with_cuda = info is not None and info.cuda is not None
+        error = _older((*OPS, *CUDA_OPS) if with_cuda else OPS, CALLS)
+    return info, error
+
+
+def _load() -> tuple[BuildInfo | None, Path, TolariaError | None]:
+    """Load the first extension that fits; the build info, the folder it is from, and what went wrong."""
+    failed: list[tuple[BuildInfo | None, Path, TolariaError]] = []
+    for folder in _candidates():
+        info, error = _attempt(folder)
+        if error is None:
             outdated = outdated_sentence(FOLDER)
-            if error is None and outdated is not None:
+            if outdated is not None:
                 warnings.warn(f"{NAME}: {outdated}", RuntimeWarning, stacklevel=1)
-    return info, folder, error
+            return info, folder, None
+        failed.append((info, folder, error))
+        if NAME in sys.modules:  # its ops are registered, which those of a second one cannot be
+            break
+    misfits = [each for each in failed if isinstance(each[2], BuildMismatchError)]
+    if not misfits and (hidden := _hidden()):
+        return failed[0][0], FOLDER, hidden
+    return (misfits or failed)[0]
 
 
 def _older(ops: Iterable[str], calls: Iterable[str] = ()) -> TolariaError | None:
@@ -267,7 +222,7 @@ def _not_loaded(*_: object) -> NoReturn:
 INFO: BuildInfo | None
 """What the extension was built of and for; None without any record of a build."""
 PLACE: Path
-"""The folder with the extension: :data:`FOLDER`, or that of the installed tolaria, which this tree hides."""
+"""The folder with the extension: :data:`FOLDER`, one of the cache, or of the tolaria that this tree hides."""
 LOAD_ERROR: TolariaError | None
 """Why the extension could not be loaded, with the remedy; None when it is loaded."""
 INFO, PLACE, LOAD_ERROR = _load()

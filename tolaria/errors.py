@@ -20,6 +20,10 @@ class ExtensionMissingError(TolariaError):
     """The compiled extension was asked for but is not built."""
 
 
+class BuildError(TolariaError):
+    """The compiled extension cannot be built here; the message is one sentence that ends with the remedy."""
+
+
 class MissingDependencyError(TolariaError):
     """An optional package is needed for this feature and is not installed."""
 

@@ -82,6 +82,10 @@ def test_pure_build_asks_for_nothing(monkeypatch):
     assert backend._requirements() == []
 
 
+def test_oldest_setuptools_is_that_of_pyproject():
+    assert f'requires = ["setuptools>={backend.OLDEST_SETUPTOOLS}"' in backend.PYPROJECT.read_text()
+
+
 @pytest.mark.parametrize(
     ("version", "fits"), [("65.5.0", False), ("76.1", False), ("77.0.3", True), ("84", True)]
 )

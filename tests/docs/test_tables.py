@@ -89,7 +89,7 @@ def test_kinds_of_events():
     assert kinds - words(section(page("governor"), "Telemetry")) == set()
 
 
-@pytest.mark.parametrize("command", ["train", "chaos", "doctor"])
+@pytest.mark.parametrize("command", ["train", "chaos", "build", "doctor"])
 def test_options_that_pages_name_are_there(command):
     """Each ``--option`` in a code span that belongs to a command of ours."""
     known = set(re.findall(r"--[a-z][a-z-]+", build_parser(command).format_help()))

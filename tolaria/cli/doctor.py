@@ -7,14 +7,15 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 from dataclasses import asdict, dataclass
 
 import torch
+from packaging.version import Version
 
 import tolaria
 from tolaria import _backend, _extension
-from tolaria._extension import BuildInfo
+from tolaria._build.cache import cache_folder
+from tolaria._build.info import BuildInfo
 from tolaria.errors import BuildMismatchError, ExtensionMissingError
 
 _TRAIN = {"rich": "13", "matplotlib": "3.8", "scikit-learn": "1.4", "safetensors": "0.4"}
@@ -42,6 +43,8 @@ class DoctorReport:
     """What the extension was built of and for; None if there is no record of a build."""
     extension_loaded: bool
     """Whether the compiled extension is loaded."""
+    extension_folder: str
+    """Where it is, or was looked for first."""
     extension_error: str | None
     """Why it is not, with the remedy."""
     backend: str
@@ -78,13 +81,8 @@ def _missing(packages: dict[str, str]) -> tuple[str, ...]:
     return tuple(
         name if version is None else f"{name} (at least {least}, got {version})"
         for (name, least), version in zip(packages.items(), found.values(), strict=True)
-        if version is None or _release(version) < _release(least)
+        if version is None or Version(version).release < Version(least).release
     )
-
-
-def _release(version: str) -> list[int]:
-    """The numbers that a version begins with."""
-    return [int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version, maxsplit=1)[0])]
 
 
 def _devices() -> tuple[str, ...]:
@@ -139,7 +137,8 @@ def _advice(info: BuildInfo | None, missing: dict[str, tuple[str, ...]]) -> tupl
     rebuild = _extension.rebuild_command(_extension.FOLDER)
     if isinstance(_extension.LOAD_ERROR, ExtensionMissingError):
         advice.append(f"every op runs in pure PyTorch: {_extension.LOAD_ERROR}")
-    if _extension.LOADED and _extension.PLACE != _extension.FOLDER:
+    is_cached = cache_folder() in _extension.PLACE.parents
+    if _extension.LOADED and not is_cached and _extension.PLACE != _extension.FOLDER:
         advice.append(
             f"this is the source tree {_extension.FOLDER.parent} with the extension installed in "
             f"{_extension.PLACE}; both are of the same csrc"
@@ -155,10 +154,8 @@ def _advice(info: BuildInfo | None, missing: dict[str, tuple[str, ...]]) -> tupl
     if torch.version.cuda and torch.cuda.device_count() == 0:
         advice.append(f"torch is built for CUDA {torch.version.cuda} but sees no device; check nvidia-smi")
     if missing["train"]:
-        packages = ", ".join(missing["train"])
-        advice.append(
-            f'`tolaria train` needs {packages}; run `pip install ".[train]"` in a checkout of tolaria'
-        )
+        wanted = " ".join(f'"{name}>={least}"' for name, least in _TRAIN.items())
+        advice.append(f"`tolaria train` needs {', '.join(missing['train'])}; run `pip install {wanted}`")
     return tuple(advice)
 
 
@@ -181,6 +178,7 @@ def doctor() -> DoctorReport:
         },
         build=info,
         extension_loaded=_extension.LOADED,
+        extension_folder=str(_extension.PLACE),
         extension_error=None if _extension.LOAD_ERROR is None else str(_extension.LOAD_ERROR),
         backend=tolaria.current_mode(),
         ops=_ops(),
@@ -206,6 +204,7 @@ def render(report: DoctorReport) -> str:
         lines.append(
             f"{'extension':<12}{state}; built for torch {build.torch}, {kind}, Python {build.python}"
         )
+        lines.append(f"{'':<12}in {report.extension_folder}")
         lines.append(f"{'':<12}{build.reason}; {build.compiler}")
         lines.append(f"{'':<12}commit {build.git or 'unknown'}; {' '.join(build.cxx_flags)}")
     lines.append(f"{'backend':<12}{report.backend}")

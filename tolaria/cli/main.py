@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "tolaria.cli.chaos",
         "break training runs in every way there is, and print what the governor made of it",
     ),
+    "build": (
+        "tolaria.cli.build",
+        "compile the fused ops for the torch that is installed, into a cache",
+    ),
     "doctor": (
         "tolaria.cli.doctor",
         "report versions, build, backends, devices, and what to do",

@@ -14,17 +14,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tolaria.errors import BuildError
+
 WANTED_ARCHS = ((8, 0), (9, 0))
 """Compute capabilities built by default; the newest also as PTX, which newer devices compile themselves."""
 
-NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off", "-Xptxas=-warn-spills"]
-"""No contraction, so that CUDA and CPU agree bit for bit; a register that does not fit is a warning."""
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fmad=false",  # no contraction, so that CUDA and CPU agree bit for bit
+    "-Xcompiler=-ffp-contract=off",
+    "-Xcompiler=-fvisibility=hidden",
+    "-Xptxas=-warn-spills",  # a register that does not fit is a warning
+]
 
 Arch = tuple[int, int]
-
-
-class BuildError(Exception):
-    """The build cannot go on; the message is one sentence that ends with the remedy."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Toolkit:
     version: tuple[int, int]
     include_dirs: tuple[Path, ...]
     library_dirs: tuple[Path, ...]
+    cudart: str = "cudart"
+    """The runtime as the linker is to look for it: pip's packages have no ``libcudart.so``, only one with a number."""
 
     @property
     def nvcc(self) -> Path:
@@ -63,7 +69,7 @@ def _output(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def candidates(environ: Mapping[str, str], default: Path) -> Iterator[tuple[str, Path]]:
+def candidates(environ: Mapping[str, str], *others: tuple[str, Path]) -> Iterator[tuple[str, Path]]:
     """Folders that may hold the toolkit, best first, each with where it comes from."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(name):
@@ -75,7 +81,7 @@ def candidates(environ: Mapping[str, str], default: Path) -> Iterator[tuple[str,
         if top is not None:
             yield "nvcc --dryrun", Path(top.group(1).strip())
         yield "nvcc on PATH", Path(nvcc).resolve().parent.parent
-    yield "default", default
+    yield from others
 
 
 def _distinct(folders: Iterable[Path]) -> tuple[Path, ...]:
@@ -88,7 +94,8 @@ def inspect(root: Path) -> Toolkit | str:
     includes = [root / "include", *sorted(root.glob("targets/*/include"))]
     libraries = [root / "lib64", root / "lib", *sorted(root.glob("targets/*/lib"))]
     include_dirs = _distinct(folder for folder in includes if (folder / "cuda_runtime.h").is_file())
-    library_dirs = _distinct(folder for folder in libraries if (folder / "libcudart.so").exists())
+    runtimes = sorted((path for folder in libraries for path in folder.glob("libcudart.so*")), key=_by_length)
+    library_dirs = _distinct(path.parent for path in runtimes)
     nvcc = root / "bin" / "nvcc"
     parts = {"cuda_runtime.h": include_dirs, "libcudart.so": library_dirs, "bin/nvcc": nvcc.is_file()}
     missing = [name for name, found in parts.items() if not found]
@@ -97,19 +104,38 @@ def inspect(root: Path) -> Toolkit | str:
     release = re.search(r"release (\d+)\.(\d+)", _output(str(nvcc), "--version"))
     if release is None:
         return "bin/nvcc does not tell its version"
-    return Toolkit(root, (int(release.group(1)), int(release.group(2))), include_dirs, library_dirs)
+    name = runtimes[0].name
+    return Toolkit(
+        root,
+        (int(release.group(1)), int(release.group(2))),
+        include_dirs,
+        library_dirs,
+        "cudart" if name == "libcudart.so" else f":{name}",
+    )
 
 
-def find_toolkit(environ: Mapping[str, str] | None = None, default: Path = Path("/usr/local/cuda")) -> Search:
+def _by_length(path: Path) -> int:
+    """Orders ``libcudart.so`` before ``libcudart.so.13`` before ``libcudart.so.13.0.96``."""
+    return len(path.name)
+
+
+def find_toolkit(
+    environ: Mapping[str, str] | None = None,
+    default: Path = Path("/usr/local/cuda"),
+    pip: Path | None = None,
+) -> Search:
     """Look for a complete toolkit.
 
     Args:
         environ: where ``CUDA_HOME``, ``CUDA_PATH`` and ``PATH`` are read; default ``os.environ``.
         default: the folder tried last.
+        pip: the folder where pip's packages of the wanted CUDA are (``nvidia/cu13``): complete if the one
+            with nvcc is among them. Tried before ``default``, as it belongs to the environment built for.
     """
     search = Search()
     seen: set[Path] = set()
-    for source, folder in candidates(os.environ if environ is None else environ, default):
+    others = ([("pip", pip)] if pip is not None else []) + [("default", default)]
+    for source, folder in candidates(os.environ if environ is None else environ, *others):
         root = folder.resolve()
         if root in seen:
             continue

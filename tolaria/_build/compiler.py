@@ -12,37 +12,41 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from cuda_home import BuildError
+from tolaria.errors import BuildError
 
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
+WITHOUT = "or do without: every op then runs in pure PyTorch (TOLARIA_BUILD=0 installs so)"
 
 
 def find_compiler() -> list[str]:
     """The command of the C++ compiler: ``$CXX``, else the one Python was built with, else ``c++``.
 
     Raises:
-        BuildError: no compiler, or no Python headers to compile against.
+        BuildError: no compiler, one that does not know C++20, or no Python headers to compile against.
     """
-    without = "or set TOLARIA_BUILD=0 to install without the extension (pure PyTorch)"
     named = os.environ.get("CXX")
     for command in (named,) if named else (sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"):
         words = shlex.split(command or "")
+        words = words if named else words[:1]  # flags of Python's own build are setuptools' to add
         if words and shutil.which(words[0]):
             break
     else:
         what = f"CXX={named}, which is not on PATH" if named else "none on PATH"
-        raise BuildError(f"expected a C++ compiler, found {what}; install g++ or clang++, {without}")
+        raise BuildError(f"expected a C++ compiler, found {what}; install g++ or clang++, {WITHOUT}")
+    if not supports(words, "int main() {}\n", "-std=c++20"):
+        got = describe(words)
+        raise BuildError(f"expected a compiler for C++20, got {got}; point CXX at a newer one, {WITHOUT}")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        raise BuildError(f"expected the Python headers, found no {header}; install {package}, {without}")
+        raise BuildError(f"expected the Python headers, found no {header}; install {package}, {WITHOUT}")
     return words
 
 
 def describe(compiler: list[str]) -> str:
     """The first line of ``--version``."""
     done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
-    return (done.stdout or done.stderr).strip().split("\n")[0]
+    return (done.stdout or done.stderr).strip().split("\n")[0] or shlex.join(compiler)
 
 
 def supports(compiler: list[str], source: str, *flags: str) -> bool:
