@@ -104,6 +104,21 @@ PyObject* set_last_level_cache(PyObject*, PyObject* bytes) {
   return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(assume_last_level_cache(size));
 }
 
+// memory_limit() -> bytes
+PyObject* tell_memory_limit(PyObject*, PyObject*) { return PyLong_FromLongLong(memory_limit()); }
+
+// assume_memory_limit(bytes) -> bytes
+PyObject* set_memory_limit(PyObject*, PyObject* bytes) {
+  const int64_t limit = PyLong_AsLongLong(bytes);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(assume_memory_limit(limit));
+}
+
+// control_group_limit(root) -> bytes
+PyObject* tell_control_group_limit(PyObject*, PyObject* root) {
+  const char* folder = PyUnicode_AsUTF8(root);
+  return folder == nullptr ? nullptr : PyLong_FromLongLong(control_group_limit(folder));
+}
+
 }  // namespace
 }  // namespace tolaria
 
@@ -113,6 +128,9 @@ extern "C" PyObject* PyInit__C() {
       {"recording", &tolaria::tell_recording, METH_O, nullptr},
       {"last_level_cache", &tolaria::tell_last_level_cache, METH_NOARGS, nullptr},
       {"assume_last_level_cache", &tolaria::set_last_level_cache, METH_O, nullptr},
+      {"memory_limit", &tolaria::tell_memory_limit, METH_NOARGS, nullptr},
+      {"assume_memory_limit", &tolaria::set_memory_limit, METH_O, nullptr},
+      {"control_group_limit", &tolaria::tell_control_group_limit, METH_O, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);

@@ -55,7 +55,15 @@ OPS = (
 CUDA_OPS = ("page_locked",)
 """What one with CUDA kernels registers beside them."""
 
-CALLS = ("assume_last_level_cache", "judge", "last_level_cache", "recording")
+CALLS = (
+    "assume_last_level_cache",
+    "assume_memory_limit",
+    "control_group_limit",
+    "judge",
+    "last_level_cache",
+    "memory_limit",
+    "recording",
+)
 """What its module itself offers, beside torch's dispatcher."""
 
 
@@ -287,3 +295,9 @@ assume_last_level_cache: Callable[[int], int] = (
     sys.modules[NAME].assume_last_level_cache if LOADED else _not_loaded
 )
 """For tests: sets what :data:`last_level_cache` says, returns the former; 0 makes every pass a large one."""
+memory_limit: Callable[[], int] = sys.modules[NAME].memory_limit if LOADED else _not_loaded
+"""Bytes of memory this process may have, by the machine and by its container, as the ops see it."""
+assume_memory_limit: Callable[[int], int] = sys.modules[NAME].assume_memory_limit if LOADED else _not_loaded
+"""For tests: sets what :data:`memory_limit` says, returns the former."""
+control_group_limit: Callable[[str], int] = sys.modules[NAME].control_group_limit if LOADED else _not_loaded
+"""What the control groups allow, read below another root folder: for tests."""
