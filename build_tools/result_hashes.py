@@ -231,11 +231,11 @@ def results() -> dict[str, dict[str, object]]:
     """All of them."""
     exact: dict[str, object] = {}
     for size in ("", " past the caches"):
-        before = _extension.assume_last_level_cache(0) if size else None
+        before = _extension.set_stream_above(0) if size else None
         for kind in (blends, gates, snapshots):
             exact |= {name + size: digest(found) for name, found in kind()}
         if before is not None:
-            _extension.assume_last_level_cache(before)
+            _extension.set_stream_above(before)
     for kind in (statistics, governors):
         exact |= {name: digest(found) for name, found in kind()}
     bounded: dict[str, object] = {}
