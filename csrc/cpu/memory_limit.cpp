@@ -1,5 +1,5 @@
-// How much memory this process may have: the machine's, or what a container allows. Control groups as cgroups(7) and the
-// kernel's documentation have them, mountinfo as proc(5).
+// How much memory this process may have: the machine's, or what a container allows. Control groups as cgroups(7) and
+// the kernel's documentation have them, mountinfo as proc(5).
 #include <algorithm>
 #include <atomic>
 #include <charconv>
@@ -85,11 +85,11 @@ std::optional<std::string> find_group(const std::string& root, bool is_version_2
   return std::nullopt;
 }
 
-// A group's path below the mount's folder; empty, the folder itself, where the mount does not show that group: a container
-// often sees its own alone, under the path that it has outside.
+// A group's path below the mount's folder; empty, the folder itself, where the mount does not show that group: a
+// container often sees its own alone, under the path that it has outside.
 std::string path_below(const Mount& mount, const std::string& group) {
   const std::string top = mount.top == "/" ? "" : mount.top;
-  const bool is_inside = group.compare(0, top.size(), top) == 0 && (group.size() == top.size() || group[top.size()] == '/');
+  const bool is_inside = (group + "/").compare(0, top.size() + 1, top + "/") == 0;
   if (!is_inside || (group + "/").find("/../") != std::string::npos) return "";
   const std::string path = group.substr(top.size());
   return path.size() > 1 && path[0] == '/' ? path : "";
