@@ -17,6 +17,16 @@ using TensorTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // Gives back to the system what the pool of large CPU outputs keeps idle; bytes.
 int64_t release_idle_outputs();
 
+// Bytes of memory that this process may have, found once: the machine's, or less where a container allows less; 4 GiB if
+// nobody tells.
+int64_t memory_limit();
+// Sets it instead, for a test; returns the former.
+int64_t assume_memory_limit(int64_t bytes);
+// What the control groups of this process allow: the lowest of memory.max and memory.high (version 2) and of
+// memory.limit_in_bytes (version 1) over its groups and all that they lie in, as far as they can be seen from here; the
+// largest int64_t where nothing limits it or nothing can be read. All files are looked for below the folder `root`.
+int64_t control_group_limit(const std::string& root);
+
 // Bytes of the last cache before memory that one core sees, as the system tells; found once.
 int64_t last_level_cache();
 // A pass that reads and writes more bytes than this writes past the caches.

@@ -107,6 +107,21 @@ PyObject* change_stream_above(PyObject*, PyObject* bytes) {
   return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(set_stream_above(value));
 }
 
+// memory_limit() -> bytes
+PyObject* tell_memory_limit(PyObject*, PyObject*) { return PyLong_FromLongLong(memory_limit()); }
+
+// assume_memory_limit(bytes) -> bytes
+PyObject* set_memory_limit(PyObject*, PyObject* bytes) {
+  const int64_t limit = PyLong_AsLongLong(bytes);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(assume_memory_limit(limit));
+}
+
+// control_group_limit(root) -> bytes
+PyObject* tell_control_group_limit(PyObject*, PyObject* root) {
+  const char* folder = PyUnicode_AsUTF8(root);
+  return folder == nullptr ? nullptr : PyLong_FromLongLong(control_group_limit(folder));
+}
+
 }  // namespace
 }  // namespace tolaria
 
@@ -115,6 +130,9 @@ PyMODINIT_FUNC PyInit__C() {  // the one symbol that is not hidden
       {"judge", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&tolaria::judge)), METH_FASTCALL, nullptr},
       {"recording", &tolaria::tell_recording, METH_O, nullptr},
       {"last_level_cache", &tolaria::tell_last_level_cache, METH_NOARGS, nullptr},
+      {"memory_limit", &tolaria::tell_memory_limit, METH_NOARGS, nullptr},
+      {"assume_memory_limit", &tolaria::set_memory_limit, METH_O, nullptr},
+      {"control_group_limit", &tolaria::tell_control_group_limit, METH_O, nullptr},
       {"set_stream_above", &tolaria::change_stream_above, METH_O, nullptr},
       {"stream_above", &tolaria::tell_stream_above, METH_NOARGS, nullptr},
       {nullptr, nullptr, 0, nullptr}};

@@ -58,7 +58,16 @@ OPS = (
 CUDA_OPS = ("page_locked",)
 """What one with CUDA kernels registers beside them."""
 
-CALLS = ("judge", "last_level_cache", "recording", "set_stream_above", "stream_above")
+CALLS = (
+    "assume_memory_limit",
+    "control_group_limit",
+    "judge",
+    "last_level_cache",
+    "memory_limit",
+    "recording",
+    "set_stream_above",
+    "stream_above",
+)
 """What its module itself offers, beside torch's dispatcher."""
 
 
@@ -242,3 +251,9 @@ stream_above: Callable[[], int] = sys.modules[NAME].stream_above if LOADED else 
 """A CPU op that reads and writes more bytes than this in one pass writes past the caches."""
 set_stream_above: Callable[[int], int] = sys.modules[NAME].set_stream_above if LOADED else _not_loaded
 """Changes :data:`stream_above`, returns the former; 0 makes every pass a large one."""
+memory_limit: Callable[[], int] = sys.modules[NAME].memory_limit if LOADED else _not_loaded
+"""Bytes of memory this process may have, by the machine and by its container, as the ops see it."""
+assume_memory_limit: Callable[[int], int] = sys.modules[NAME].assume_memory_limit if LOADED else _not_loaded
+"""For tests: sets what :data:`memory_limit` says, returns the former."""
+control_group_limit: Callable[[str], int] = sys.modules[NAME].control_group_limit if LOADED else _not_loaded
+"""What the control groups allow, read below another root folder: for tests."""

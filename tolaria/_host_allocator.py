@@ -50,9 +50,10 @@ class HostAllocatorTuning:
 def release_host_memory() -> int:
     """Give back to the system what the ops keep of large outputs on the CPU and no tensor uses any more.
 
-    The ops keep up to 512 MiB, or what they needed at once if that was more (up to an eighth of the machine's
-    memory), since fresh memory costs more than their arithmetic; a block that nothing fits for a while goes
-    by itself. Worth a call between two jobs of one process, not between two steps.
+    The ops keep up to 512 MiB, or what they needed at once if that was more, but at most an eighth of the
+    memory that the machine has or its container allows, since fresh memory costs more than their arithmetic;
+    a block that nothing fits for a while goes by itself. Worth a call between two jobs of one process, not
+    between two steps.
 
     Returns:
         How many bytes that were.

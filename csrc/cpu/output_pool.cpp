@@ -24,16 +24,16 @@
 #if defined(__unix__) || defined(__APPLE__)
 #define TOLARIA_HAS_FORK 1
 #include <pthread.h>
-#include <unistd.h>
 #endif
 
 namespace tolaria {
 namespace {
 
-// What may lie idle in any case. More may where the outputs of one time have been larger, see OutputPool::allowance: three
-// of 256 MiB, forward and backward of blend with grad_alpha, took 490 ms and with all of them kept 54.
+// What may lie idle on a large machine in any case. More may where the outputs of one time have been larger, see
+// OutputPool::allowance: three of 256 MiB, forward and backward of blend with grad_alpha, took 490 ms and with all of them
+// kept 54.
 constexpr size_t kIdleBytes = size_t(512) << 20;
-constexpr size_t kMemoryShare = 8;   // and then at most this part of the machine's memory
+constexpr int64_t kMemoryShare = 8;  // at most this part of the memory that the process may have
 constexpr uint64_t kPatience = 256;  // allocations that an idle block waits for one that it fits
 
 // The address of a block's bytes is all that a tensor's storage knows of it, as with torch's own allocator: a lazy copy asks
@@ -72,14 +72,6 @@ void permit(void* memory, size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(memory, by
 void forbid(void*, size_t) {}
 void permit(void*, size_t) {}
 #endif
-
-size_t machine_memory() {
-#if defined(__linux__)
-  static const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
-  if (pages > 0 && page > 0) return static_cast<size_t>(pages) * static_cast<size_t>(page);
-#endif
-  return 0;
-}
 
 // Nobody waits for anybody: who finds the pool in use goes to torch's allocator.
 class OutputPool final : public c10::Allocator {
@@ -168,10 +160,11 @@ class OutputPool final : public c10::Allocator {
     }
   }
 
-  // How much may lie idle beside what is in use: with it no more than was in use at once at the peak.
+  // How much may lie idle beside what is in use: with it no more than was in use at once at the peak, or 512 MiB. In a
+  // small container far less: its limit kills, no allocation fails first.
   size_t allowance(size_t used) const {
     const size_t peak = peak_, below_peak = peak > used ? peak - used : 0;
-    return std::max(kIdleBytes, std::min(below_peak, machine_memory() / kMemoryShare));
+    return std::min(std::max(kIdleBytes, below_peak), static_cast<size_t>(memory_limit() / kMemoryShare));
   }
 
   void trim(Blocks& freed, size_t used) {

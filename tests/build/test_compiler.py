@@ -73,3 +73,50 @@ def test_the_compiler_that_is_found_is_the_one_that_compiles(monkeypatch, tmp_pa
     monkeypatch.setenv("TOLARIA_CUDA", "0")
     plan.make_plan()
     assert plan.os.environ["CXX"] == "clang++"
+
+
+GIB = 1 << 30
+V2 = "30 23 0:26 {top} /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
+V1 = "35 31 0:32 {top} /sys/fs/cgroup rw - cgroup cgroup rw,memory\n"
+MEMORY = "MemTotal: 99999999 kB\nMemAvailable: 67108864 kB\n"  # 64 GiB
+
+
+@pytest.mark.parametrize(
+    ("mounts", "groups", "files", "free"),
+    [
+        (V2, "0::/\n", {}, 64),
+        (V2, "0::/\n", {"memory.max": f"{4 * GIB}", "memory.current": f"{GIB}"}, 3),
+        (V2, "0::/\n", {"memory.max": "max", "memory.high": f"{4 * GIB}", "memory.current": f"{GIB}"}, 3),
+        (
+            V2,
+            "0::/a/b\n",
+            {"a/memory.max": f"{4 * GIB}", "a/memory.current": "0", "a/b/memory.max": "max"},
+            4,
+        ),
+        (V2, "0::/../a\n", {"memory.max": f"{4 * GIB}", "memory.current": "0"}, 4),
+        (V2, "nonsense\n", {"memory.max": f"{4 * GIB}", "memory.current": "0"}, 64),
+        (V1, "3:cpu:/a\n2:memory:/b\n", {"memory.limit_in_bytes": "0"}, 64),  # no usage: not ours to read
+        (V1, "2:memory:/b\n", {"memory.limit_in_bytes": f"{4 * GIB}", "memory.usage_in_bytes": f"{GIB}"}, 3),
+        (
+            V1.format(top="/b"),
+            "2:memory:/b\n",
+            {"memory.limit_in_bytes": f"{GIB}", "memory.usage_in_bytes": "0"},
+            1,
+        ),
+        ("", "0::/\n", {}, 64),
+    ],
+)
+def test_free_memory_is_that_of_the_container(tmp_path, mounts, groups, files, free):
+    texts = {
+        "proc/meminfo": MEMORY,
+        "proc/self/mountinfo": mounts.format(top="/"),
+        "proc/self/cgroup": groups,
+    }
+    for name, text in (texts | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert compiler._free_gib(tmp_path) == free
+
+
+def test_free_memory_is_unlimited_where_nobody_tells(tmp_path):
+    assert compiler._free_gib(tmp_path) == float("inf")

@@ -166,6 +166,7 @@ KNOWN: dict[str, Known] = {
     "python build_tools/mutants.py --backend cuda --share 0.2 --launcher path/to/vgpu/run": _VGPU,
     "python build_tools/mutants.py --file csrc/cpu/stats.cpp": _HOURS,
     "python build_tools/mutants.py --list": Known(),
+    "python build_tools/processors.py": Known(long=True),
     "python build_tools/sanitize.py": _HOURS,
     "python build_tools/wheels.py": Known(long=True, installs=True),
     "python build_tools/ptxas_report.py": Known(long=True, needs=("nvcc", "a CUDA build of torch")),

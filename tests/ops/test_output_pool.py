@@ -104,9 +104,8 @@ def test_no_more_is_kept_than_was_in_use_at_once():
     host, seed = torch.randn(2, 1 << 26)  # 256 MiB
     outs = [straight_through(host, seed) for _ in range(3)]
     del outs
-    is_linux = sys.platform == "linux"
-    eighth = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 if is_linux else 0
-    assert tolaria.release_host_memory() == (3 if eighth >= 3 << 28 else 2) << 28
+    eighth = _extension.memory_limit() // 8
+    assert tolaria.release_host_memory() == min(3, eighth >> 28) << 28
     for part in (1, 0.8, 0.62):  # 256, 205 and 159 MiB: one at a time, and no block serves another
         n = int(part * len(host))
         straight_through(host[:n], seed[:n])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tolaria.errors import BuildError
@@ -63,20 +65,47 @@ def openmp_flags(compiler: list[str]) -> list[str]:
     return ["-fopenmp"] if supports(compiler, OPENMP_PROBE, "-fopenmp") else []
 
 
-def _free_gib() -> float:
-    """Memory free for compilers, with the limit of a container taken into account; infinite if unknown."""
+def _control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Folders of this process's control groups, from its own up, with their files of limits and of usage.
+
+    What csrc/cpu/memory_limit.cpp reads; see there.
+    """
+    mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        is_version_2 = controllers == ""
+        if not is_version_2 and "memory" not in controllers.split(","):
+            continue
+        for mount in mounts:
+            before, _, behind = mount.partition(" - ")
+            top, folder = before.split()[3:5]
+            kind, _, options = behind.split()[:3]
+            if kind != ("cgroup2" if is_version_2 else "cgroup"):
+                continue
+            if not is_version_2 and "memory" not in options.split(","):
+                continue
+            names = ("memory.max", "memory.high", "memory.current")
+            is_shown = ".." not in group.split("/") and f"{group}/".startswith(f"{top.rstrip('/')}/")
+            inside = Path(group).relative_to(top) if is_shown else Path()
+            for path in (inside, *inside.parents):
+                here = root / folder.lstrip("/") / path
+                yield here, names if is_version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _free_gib(root: Path = Path("/")) -> float:
+    """Memory free for compilers, as the system and the limits of a container say; infinite if unknown."""
     free = float("inf")
-    try:
-        available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    with contextlib.suppress(OSError, ValueError):
+        available = re.search(r"^MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
         if available is not None:
-            free = int(available.group(1)) / 2**20
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit.isdigit():
-            free = min(free, (int(limit) - int((group / "memory.current").read_text())) / 2**30)
-    except OSError:
-        pass
-    return free
+            free = int(available.group(1)) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        for folder, (*limits, usage) in _control_groups(root):
+            for limit in limits:
+                with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+                    allowed = int((folder / limit).read_text())
+                    free = min(free, allowed - int((folder / usage).read_text()))
+    return free / 2**30
 
 
 def max_jobs() -> int:
