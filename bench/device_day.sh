@@ -25,7 +25,7 @@ scratch=$(mktemp -d) || exit 2
 trap 'rm -rf "$scratch"' EXIT
 python=${PYTHON:-python3} total=${DAY_SECONDS:-530} tests=${DAY_TESTS:-tests}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
-declare -A budget=([build]=200 [kernels]=30 [tests]=120 [sanitize]=160 [bench]=$total)
+declare -A budget=([build]=300 [kernels]=30 [tests]=120 [sanitize]=160 [bench]=$total)
 failed=0
 : >"$folder/summary.txt"
 
