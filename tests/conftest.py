@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -81,18 +81,18 @@ def _absent_package(error: BaseException | None) -> str | None:
     return None
 
 
-def _or_skip() -> Iterator[object]:
-    """Skip a test by name that needs a package which this machine lacks, itself or by a fixture."""
-    try:
-        return (yield)
-    except Exception as error:
-        name = _absent_package(error)
-        if name is None:
-            raise
-        pytest.skip(f"needs {name}, which is not installed")
-
-
-pytest_pyfunc_call = pytest_fixture_setup = pytest.hookimpl(wrapper=True)(_or_skip)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that needs a package which this machine lacks, itself or by a fixture, is skipped by its name."""
+    report = yield
+    name = _absent_package(call.excinfo.value) if call.excinfo is not None and report.failed else None
+    if name is not None:
+        report.outcome = "skipped"
+        reason = f"Skipped: needs {name}, which is not installed"
+        report.longrepr = (str(item.path), (item.location[1] or 0) + 1, reason)
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,8 @@ def test_property_tests_are_skipped_by_name_and_others_run(tmp_path):
 
 
 def test_what_needs_a_package_is_skipped_by_name(tmp_path):
-    said = run(tmp_path, "tests/runs/test_storage.py", "tests/runs/test_plot.py", "tests/tasks/test_data.py")
+    said = run(
+        tmp_path, "tests/runs/test_storage.py", "tests/runs/test_run_folder.py", "tests/runs/test_plot.py"
+    )
     for name in ("safetensors", "matplotlib", "sklearn"):
         assert f"needs {name}, which is not installed" in said or f"could not import '{name}" in said
