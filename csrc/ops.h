@@ -17,10 +17,12 @@ using TensorTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // Gives back to the system what the pool of large CPU outputs keeps idle; bytes.
 int64_t release_idle_outputs();
 
-// Bytes of the last cache before memory that one core sees, found once.
+// Bytes of the last cache before memory that one core sees, as the system tells; found once.
 int64_t last_level_cache();
-// Sets it instead, so that small tensors take the way of large ones in a test; returns the former.
-int64_t assume_last_level_cache(int64_t bytes);
+// A pass that reads and writes more bytes than this writes past the caches.
+int64_t stream_above();
+// Sets that; returns the former.
+int64_t set_stream_above(int64_t bytes);
 
 // blend: host and seed of the backward are only needed for grad_alpha; a gradient not asked for is undefined.
 at::Tensor blend_cpu(const at::Tensor& host, const at::Tensor& seed, const at::Tensor& alpha);

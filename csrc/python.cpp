@@ -98,10 +98,13 @@ PyObject* tell_recording(PyObject*, PyObject* device) {
 // last_level_cache() -> bytes
 PyObject* tell_last_level_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(last_level_cache()); }
 
-// assume_last_level_cache(bytes) -> bytes
-PyObject* set_last_level_cache(PyObject*, PyObject* bytes) {
-  const int64_t size = PyLong_AsLongLong(bytes);
-  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(assume_last_level_cache(size));
+// stream_above() -> bytes
+PyObject* tell_stream_above(PyObject*, PyObject*) { return PyLong_FromLongLong(stream_above()); }
+
+// set_stream_above(bytes) -> bytes
+PyObject* change_stream_above(PyObject*, PyObject* bytes) {
+  const int64_t value = PyLong_AsLongLong(bytes);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(set_stream_above(value));
 }
 
 }  // namespace
@@ -112,7 +115,8 @@ extern "C" PyObject* PyInit__C() {
       {"judge", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&tolaria::judge)), METH_FASTCALL, nullptr},
       {"recording", &tolaria::tell_recording, METH_O, nullptr},
       {"last_level_cache", &tolaria::tell_last_level_cache, METH_NOARGS, nullptr},
-      {"assume_last_level_cache", &tolaria::set_last_level_cache, METH_O, nullptr},
+      {"set_stream_above", &tolaria::change_stream_above, METH_O, nullptr},
+      {"stream_above", &tolaria::tell_stream_above, METH_NOARGS, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);

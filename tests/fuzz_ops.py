@@ -364,12 +364,12 @@ def run_call(seed: int, number: int, device: str = "cpu", only: str | None = Non
     """One random call; its op's name. Every other one of those on the CPU writes past the caches."""
     name = only or SCHEDULE[number % len(SCHEDULE)]
     draw = Draw(seed * 1_000_003 + number, device)
-    former = _extension.assume_last_level_cache(0) if device == "cpu" and draw.chance(0.5) else None
+    former = _extension.set_stream_above(0) if device == "cpu" and draw.chance(0.5) else None
     try:
         FUZZERS[name](draw)
     finally:
         if former is not None:
-            _extension.assume_last_level_cache(former)
+            _extension.set_stream_above(former)
     return name
 
 

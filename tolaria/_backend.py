@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from types import TracebackType
 from typing import Literal, get_args
@@ -28,6 +29,27 @@ def _checked(mode: str, source: str) -> Mode:
         raise ExtensionMissingError(f"{source}: 'fused' needs the extension. {_extension.LOAD_ERROR}")
     return mode  # type: ignore[return-value]
 
+
+def _as_bytes(text: str, source: str) -> int:
+    """``text`` as a number of bytes: ``"16777216"``, ``"16M"``, ``"inf"``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d{1,12})([KMG]?)|inf", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{source}: expected bytes, such as 16777216, 16M, 0 or inf, got {text!r}")
+    if match[1] is None:
+        return _NEVER
+    return min(_NEVER, int(match[1]) << 10 * " KMG".index(match[2].upper() or " "))
+
+
+_NEVER = 2**63 - 1
+_stream_above = os.environ.get("TOLARIA_STREAM_ABOVE")
+if _stream_above is not None:
+    _bytes = _as_bytes(_stream_above, "TOLARIA_STREAM_ABOVE")
+    if _extension.LOADED:
+        _extension.set_stream_above(_bytes)
 
 _mode: Mode = _checked(os.environ.get("TOLARIA_BACKEND", "auto"), "TOLARIA_BACKEND")
 _warned = set[str]()

@@ -55,7 +55,7 @@ OPS = (
 CUDA_OPS = ("page_locked",)
 """What one with CUDA kernels registers beside them."""
 
-CALLS = ("assume_last_level_cache", "judge", "last_level_cache", "recording")
+CALLS = ("judge", "last_level_cache", "recording", "set_stream_above", "stream_above")
 """What its module itself offers, beside torch's dispatcher."""
 
 
@@ -282,8 +282,8 @@ judge: Callable[..., bool] = sys.modules[NAME].judge if LOADED else _not_loaded
 recording: Callable[[int], int] = sys.modules[NAME].recording if LOADED else _not_loaded
 """The number of the CUDA graph recording that a device's current stream takes part in; 0: none."""
 last_level_cache: Callable[[], int] = sys.modules[NAME].last_level_cache if LOADED else _not_loaded
-"""Bytes of the last cache before memory; CPU ops that move more than half of it write past the caches."""
-assume_last_level_cache: Callable[[int], int] = (
-    sys.modules[NAME].assume_last_level_cache if LOADED else _not_loaded
-)
-"""For tests: sets what :data:`last_level_cache` says, returns the former; 0 makes every pass a large one."""
+"""Bytes of the last cache before memory, as the system tells."""
+stream_above: Callable[[], int] = sys.modules[NAME].stream_above if LOADED else _not_loaded
+"""A CPU op that reads and writes more bytes than this in one pass writes past the caches."""
+set_stream_above: Callable[[int], int] = sys.modules[NAME].set_stream_above if LOADED else _not_loaded
+"""Changes :data:`stream_above`, returns the former; 0 makes every pass a large one."""

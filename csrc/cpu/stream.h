@@ -64,28 +64,22 @@ TOLARIA_INLINE void store_pack(T* target, const T (&values)[n]) {
   for (size_t l = 0; l < n; ++l) target[l] = values[l];  // GCC would take a memcpy through the stack
 }
 
-// Asks for the pack that a streamed pass reads kStreamAhead later, for one use: it drives nothing else out.
+// Asks for the pack that a streamed pass reads kStreamAhead later. Into all caches: the hint for one use (prefetchnta) made
+// such a pass two to three times slower on a Sapphire Rapids server.
 template <bool kStreams, int64_t n, typename T>
 TOLARIA_INLINE void prefetch_pack([[maybe_unused]] const T* pack) {
-#if defined(__GNUC__)
   if constexpr (kStreams) {
     const char* ahead = reinterpret_cast<const char*>(pack) + kStreamAhead;
-    for (int64_t at = 0; at < n * static_cast<int64_t>(sizeof(T)); at += kLine) __builtin_prefetch(ahead + at, 0, 0);
+    for (int64_t at = 0; at < n * static_cast<int64_t>(sizeof(T)); at += kLine) prefetch(ahead + at);
   }
-#endif
 }
 
 TOLARIA_INLINE bool is_streamable(const void* target) {
   return target != nullptr && reinterpret_cast<uintptr_t>(target) % kStreamAlign == 0;
 }
 
-// Whether a pass moves so much that what it writes is better not kept in the caches: more than half of the last one, since
-// a training step has other tensors in there. Forward and backward of blend and an op that reads the gradients took 0.93
-// to 0.98 times as long so on 8 MiB (24 MiB a forward), 1.20 to 1.25 times on 4 MiB; without the reader 0.84 to 0.92 and
-// 1.09 to 1.18 times (32 MiB of cache, Zen 3).
-inline bool outgrows_caches(int64_t bytes) {
-  return bytes > last_level_cache() / 2;
-}
+// Whether a pass moves so much that what it writes is better not kept in the caches.
+inline bool outgrows_caches(int64_t bytes) { return bytes > stream_above(); }
 
 // Streamed stores are seen by other threads after this; call it before the region ends.
 TOLARIA_INLINE void stream_fence() {

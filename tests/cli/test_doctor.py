@@ -36,6 +36,40 @@ def test_last_level_cache_is_what_a_core_sees():
         pytest.skip("the system does not tell")
     mebibytes = int(sizes[-1].read_text().strip().removesuffix("K")) / 1024
     assert f", {mebibytes:g} MiB of last-level cache" in doctor().devices[0]
+    assert _extension.last_level_cache() == mebibytes * 2**20
+
+
+@pytest.mark.skipif(not _extension.LOADED, reason="the extension asks for it")
+@pytest.mark.parametrize(
+    ("text", "above", "said"),
+    [
+        (None, None, "writes past it in passes of more than "),
+        ("0", 0, "more than 0 MiB (TOLARIA_STREAM_ABOVE)"),
+        ("5000", 5000, "(TOLARIA_STREAM_ABOVE)"),
+        ("3m", 3 << 20, "more than 3 MiB (TOLARIA_STREAM_ABOVE)"),
+        ("999999999999G", 2**63 - 1, "never writes past it"),
+        ("inf", 2**63 - 1, "never writes past it (TOLARIA_STREAM_ABOVE)"),
+    ],
+)
+def test_passes_write_past_the_caches_from_a_size_on(text, above, said):
+    code = "from tolaria import _extension; from tolaria.cli.doctor import doctor;"
+    code += "print(_extension.stream_above(), doctor().devices[0])"
+    env = {k: v for k, v in os.environ.items() if k != "TOLARIA_STREAM_ABOVE"}
+    env |= {} if text is None else {"TOLARIA_STREAM_ABOVE": text}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    found, line = result.stdout.strip().split(" ", 1)
+    usual = min(_extension.last_level_cache(), 32 << 20) // 2
+    assert int(found) == (usual if above is None else above)
+    assert said in line
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "1.5M", "1T", "nan"])
+def test_a_size_that_is_none_is_an_error(text):
+    env = {**os.environ, "TOLARIA_STREAM_ABOVE": text}
+    result = subprocess.run([sys.executable, "-c", "import tolaria"], env=env, capture_output=True, text=True)
+    assert result.returncode == 1
+    said = f"TOLARIA_STREAM_ABOVE: expected bytes, such as 16777216, 16M, 0 or inf, got {text!r}"
+    assert said in result.stderr
 
 
 def test_extras_are_those_of_the_project():

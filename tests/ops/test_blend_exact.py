@@ -31,10 +31,10 @@ def kernel(request):
     if not _extension.LOADED:
         pytest.skip("needs the compiled extension")
     device, _, way = request.param.partition(", ")
-    former = _extension.assume_last_level_cache(0) if way else None
+    former = _extension.set_stream_above(0) if way else None
     yield torch.device(device)
     if former is not None:
-        _extension.assume_last_level_cache(former)
+        _extension.set_stream_above(former)
 
 
 def operands(shape, host_dtype, seed_dtype, device, layouts=("contiguous",) * 3):

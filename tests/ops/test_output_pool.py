@@ -59,8 +59,8 @@ def test_a_gradient_in_the_pools_memory_is_written_over():
     ids=str,
 )
 def test_what_is_written_past_the_caches_has_the_same_bits(alpha, offset, dtype, seed_dtype):
-    """A pass over more than half of the last cache against its pieces, each of which stays in."""
-    n = _extension.last_level_cache() // 2 // (2 * dtype.itemsize) + 4321
+    """A pass over more than the caches take against its pieces, each of which stays in."""
+    n = _extension.stream_above() // (2 * dtype.itemsize) + 4321
     host, grad = (torch.randn(n).to(dtype) for _ in range(2))
     seed, alpha = torch.randn(n).to(seed_dtype), torch.tensor(alpha)
     if offset:  # an in-place backward writes where the gradient lies

@@ -42,7 +42,7 @@ def test_opcheck(order):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64], ids=[*DTYPE_IDS, "int64"])
 def test_copies_have_the_bits_and_find_what_is_not_finite(dtype, is_large):
     """What moves more than half of the last cache is written past the caches."""
-    size = (_extension.last_level_cache() // 4 if is_large else 1 << 12) // dtype.itemsize + 77
+    size = (_extension.stream_above() // 2 if is_large else 1 << 12) // dtype.itemsize + 77
     memory = torch.randint(-100, 100, (size + 1,)).to(dtype)
     live = [memory[1:], torch.tensor(3.0, dtype=torch.float64)]  # the first is not aligned
     pairs = [(torch.zeros_like(t), torch.zeros_like(t)) for t in live]

@@ -92,12 +92,25 @@ def _devices() -> tuple[str, ...]:
     instructions = torch.backends.cpu.get_cpu_capability()
     names = [f"cpu: {platform.machine()} ({instructions}), {torch.get_num_threads()} threads"]
     if _extension.LOADED:
-        names[0] += f", {_extension.last_level_cache() / 2**20:g} MiB of last-level cache"
+        names[0] += f", {_extension.last_level_cache() / 2**20:g} MiB of last-level cache, {_streams()}"
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         memory = facts.total_memory / 2**30
         names.append(f"cuda:{index}: {facts.name}, compute {facts.major}.{facts.minor}, {memory:.0f} GiB")
     return tuple(names)
+
+
+def _streams() -> str:
+    """From where on CPU ops write past the caches, and why."""
+    above = _extension.stream_above()
+    if above >= 2**62:
+        return "never writes past it (TOLARIA_STREAM_ABOVE)"
+    said = f"writes past it in passes of more than {above / 2**20:g} MiB"
+    if "TOLARIA_STREAM_ABOVE" in os.environ:
+        return f"{said} (TOLARIA_STREAM_ABOVE)"
+    if above < _extension.last_level_cache() // 2:
+        return f"{said} (half of what one program may count on; others share the cache)"
+    return f"{said} (half of it)"
 
 
 def _ops() -> dict[str, str]:
