@@ -85,7 +85,7 @@ def _absent_package(error: BaseException | None) -> str | None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A test that needs a package which this machine lacks, itself or by a fixture, is skipped by its name."""
+    """A test that needs a package which this machine lacks, itself or by a fixture, is skipped by name."""
     report = yield
     name = _absent_package(call.excinfo.value) if call.excinfo is not None and report.failed else None
     if name is not None:
