@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import bars
-import pictures
 from summary import Group, Session, Timing
 
 NOT_RIVALS = ("fused", "reference", "compiled", "every 10", "unguarded", "unguarded again")
@@ -270,7 +270,13 @@ def everything(session: Session) -> Iterable[list[object]]:
 def write(session: Session, docs: Path) -> None:
     """Write the page, the pictures and the table of everything below ``docs``."""
     (docs / "images").mkdir(parents=True, exist_ok=True)
-    drawn = pictures.draw(session, docs / "images")
+    drawn: list[tuple[str, str]] = []
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: there is no matplotlib")
+    else:
+        import pictures
+
+        drawn = pictures.draw(session, docs / "images")
     parts = [
         [INTRODUCTION, "", *machine(session)],
         ["## The bars", "", *bars.table(session)],

@@ -55,10 +55,11 @@ def main() -> int:
     )
     parser.add_argument("only", nargs="*", help="parts of names: blend, stats, steps, ... (default: all)")
     parser.add_argument("--quick", action="store_true", help="the most telling cases, in two minutes")
+    parser.add_argument("--smoke", action="store_true", help="a tiny case of each file, to see that it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the JSON files")
     parser.add_argument(
-        "--docs", type=Path, help="where the page goes (default: docs/, with --quick beside the JSON)"
+        "--docs", type=Path, help="where the page goes (default: docs/, if not full beside the JSON)"
     )
     arguments = parser.parse_args()
     start = time.monotonic()
@@ -67,14 +68,15 @@ def main() -> int:
     wanted = [f for f in files if not arguments.only or any(part in f.stem for part in arguments.only)]
     if not wanted:
         parser.error(f"only: expected parts of {', '.join(f.stem for f in files)}, got {arguments.only}")
-    options = ["--quick"] if arguments.quick else []
+    is_full = not (arguments.quick or arguments.smoke)
+    options = [option for option in ("--quick", "--smoke") if getattr(arguments, option[2:])]
     options += [f"--bench-device={arguments.device}"] if arguments.device else []
     is_right = True
     for name, is_alone in (("ops", False), ("steps", True)):
         ours = [path for path in wanted if (path.stem in ALONE) == is_alone]
         is_right &= not ours or run(name, ours, arguments.out, options)
     found = [str(path) for path in sorted(arguments.out.glob("bench_*.json"))]
-    docs = arguments.docs or (arguments.out if arguments.quick else BENCH.parent / "docs")
+    docs = arguments.docs or (BENCH.parent / "docs" if is_full else arguments.out)
     report = [sys.executable, str(BENCH / "report.py"), "--bars", f"--docs={docs}"]
     subprocess.run([*report, *found], check=True)
     print(f"total: {time.monotonic() - start:.0f} s")

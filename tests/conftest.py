@@ -5,18 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
 import tolaria
 from tolaria import _extension
 
+if PathFinder.find_spec("hypothesis") is None:
+    import without_hypothesis
+
+    without_hypothesis.install()
+
+from hypothesis import settings
+
 REQUIRE_CUDA = os.environ.get("TOLARIA_REQUIRE_CUDA", "0") == "1"
+OPTIONAL = {"matplotlib", "rich", "safetensors", "sklearn", "tensorboard", "expecttest"}
+"""What a machine that runs the tests may lack."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,6 +69,30 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     missing = _missing(item)
     if missing is not None:
         (pytest.fail if REQUIRE_CUDA else pytest.skip)(missing)
+
+
+def _absent_package(error: BaseException | None) -> str | None:
+    """The optional package that an error, or what caused it, could not import since it is not installed."""
+    while error is not None:
+        name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if name in OPTIONAL and PathFinder.find_spec(name) is None:
+            return name
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that needs a package which this machine lacks, itself or by a fixture, is skipped by name."""
+    report = yield
+    name = _absent_package(call.excinfo.value) if call.excinfo is not None and report.failed else None
+    if name is not None:
+        report.outcome = "skipped"
+        reason = f"Skipped: needs {name}, which is not installed"
+        report.longrepr = (str(item.path), (item.location[1] or 0) + 1, reason)
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -125,6 +125,7 @@ _SMOKE = "python -m pytest bench --smoke -q --benchmark-json=smoke.json"
 KNOWN: dict[str, Known] = {
     "bash .ci/run": _CI,
     "bash .ci/run --all": _CI,
+    "bash bench/device_day.sh": Known(long=True),
     "NVCC_APPEND_FLAGS=-lineinfo pip install .": _INSTALLED,
     'pip install ".[bench]" && python bench/run.py': Known(
         run="python bench/run.py", long=True, installs=True
@@ -149,6 +150,7 @@ KNOWN: dict[str, Known] = {
     'python -m pytest -m "not slow"': Known(long=True),
     "python -m pytest -m cuda": Known(),
     "python -m venv .venv && . .venv/bin/activate": _INSTALLED,
+    "python bench/every_kernel.py [--device cuda]": Known(run="python bench/every_kernel.py"),
     "python bench/report.py --bars JSON...": Known(
         run=f"{_SMOKE} && python bench/report.py --bars smoke.json"
     ),
@@ -169,6 +171,7 @@ KNOWN: dict[str, Known] = {
     "python build_tools/processors.py": Known(long=True),
     "python build_tools/sanitize.py": _HOURS,
     "python build_tools/wheels.py": Known(long=True, installs=True),
+    "python build_tools/matrix.py --write floor newest 2.11.0": _HOURS,
     "python build_tools/ptxas_report.py": Known(long=True, needs=("nvcc", "a CUDA build of torch")),
     "python examples/drop_in.py": Known(),
     "python examples/ops_alone.py": Known(),
