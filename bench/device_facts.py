@@ -41,7 +41,7 @@ def extension() -> str:
         SystemExit: it is not what this tree and this machine need; says why.
     """
     from tolaria import _extension
-    from tolaria._sources import source_digest
+    from tolaria._build.sources import source_digest
 
     root, info = Path(__file__).resolve().parent.parent, _extension.INFO
     if info is None or not _extension.LOADED:
