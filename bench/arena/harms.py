@@ -181,9 +181,9 @@ class PoisonedMoment(Poison):
 
     @torch.no_grad()
     def after_update(self, learner: Learner, step: int) -> None:
-        optimizer = learner.optimizers[-1]
-        moments = next(iter(optimizer.state.values()))
-        self._in(next(t for key, t in moments.items() if key != "step" and torch.is_tensor(t)))
+        for moments in learner.optimizers[-1].state.values():  # a contestant may have thrown all of it away
+            self._in(next(t for key, t in moments.items() if key != "step" and torch.is_tensor(t)))
+            return
 
 
 class PoisonedBuffer(Poison):
