@@ -1,7 +1,7 @@
 """Who catches runs that break, and leaves alone those that do not: real runs, hurt in many ways.
 
     python bench/train/arena.py --seeds 0 1 --workers 2
-    python bench/train/arena.py --seeds 1 --share 0.01 --only balanced default
+    python bench/train/arena.py --seeds 1 --share 0.01 --only "GovernorConfig.balanced()"
 
 The first takes hours: about forty minutes of a core for a seed and four contestants. Even seeds are for
 tuning a rule, odd ones are held out of it. What becomes of a run without a governor is its truth. A row

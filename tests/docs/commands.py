@@ -162,7 +162,7 @@ KNOWN: dict[str, Known] = {
     "python bench/run.py --quick": Known(long=True),
     "python bench/run.py [--quick]": Known(run="python bench/run.py --quick", long=True),
     "python bench/train/arena.py --seeds 0 1 --workers 2": _HOURS_OF_ARENA,
-    "python bench/train/arena.py --seeds 1 --share 0.01 --only balanced default": Known(long=True),
+    'python bench/train/arena.py --seeds 1 --share 0.01 --only "GovernorConfig.balanced()"': Known(long=True),
     "python bench/train/drift.py --runs 1000": Known(long=True),
     "python bench/train/growth.py --task digits --seeds 5": Known(long=True),
     "python build_tools/mutants.py --backend cuda --share 0.2 --launcher path/to/vgpu/run": _VGPU,

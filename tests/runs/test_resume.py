@@ -339,14 +339,15 @@ def test_a_new_run_removes_the_states_of_the_former(run: Path) -> None:
 @pytest.mark.parametrize(
     "option",
     [["digits"], ["--lr", "1e-2"], ["--rng-seed", "0"], ["--epochs", "9"], ["--device", "cpu"], ["--no-grow"],
-     ["--out", "x"], ["--overwrite"], ["--inject", "spike@9"], ["--strict"], ["--steps", "0"]],
+     ["--out", "x"], ["--overwrite"], ["--inject", "spike@9"], ["--strict"], ["--steps", "0"],
+     ["--preset", "default"]],
 )  # fmt: skip
 def test_options_of_the_run_are_refused(
     option: list[str], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(run)
     assert main(["train", *option, "--resume", str(run)]) == 2
-    name = option[0] if option[0].startswith("--") else "TASK"
+    name = {"digits": "TASK", "--strict": "--preset"}.get(option[0], option[0])
     assert f"tolaria train: {name}: expected not to come with --resume" in capsys.readouterr().err
     assert content(run) == before
 

@@ -9,11 +9,10 @@ from tolaria.governor.config import Preset
 
 
 def add_preset(parser: argparse._ActionsContainer) -> None:
-    """``--preset NAME``, and ``--strict`` in short."""
+    """``--preset NAME``, and ``--strict`` in short; None if neither is given."""
     parser.add_argument(
         "--preset",
         choices=get_args(Preset),
-        default="default",
         help="the governor's settings (default: default)",
     )
     parser.add_argument(

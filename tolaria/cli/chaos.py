@@ -85,7 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace, printer: _Printer) -> ChaosTable:
     device, spec = validate_device(arguments.device), get_task(arguments.task)
-    config = governor_config_for(spec, preset=arguments.preset, snapshot_interval=arguments.snapshot_interval)
+    config = governor_config_for(
+        spec, preset=arguments.preset or "default", snapshot_interval=arguments.snapshot_interval
+    )
     if arguments.random is not None and arguments.random < 1:
         raise ValueError(f"random: expected an integer >= 1, got {arguments.random}")
     if arguments.random is not None:

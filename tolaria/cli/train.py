@@ -191,7 +191,8 @@ def _train(arguments: argparse.Namespace, folder: Path, display: QuietDisplay) -
         device=arguments.device, rng_seed=arguments.rng_seed, backend=arguments.backend,
         threads=arguments.threads, amp=arguments.amp, data_dir=arguments.data_dir,
         steps=arguments.steps, epochs=arguments.epochs,
-        grow_seed=not arguments.no_grow, use_governor=not arguments.no_governor, preset=arguments.preset,
+        grow_seed=not arguments.no_grow, use_governor=not arguments.no_governor,
+        preset=arguments.preset or "default",
         governor_options=options, inject=arguments.inject, observers=[display], **changes,
     )  # fmt: skip
 
