@@ -28,6 +28,11 @@ PyMODINIT_FUNC PyInit__C() {
 DEADLINE = 120
 
 
+def hear_ctrl_c() -> None:
+    """What is started in the background inherits that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Site:
     """An installed package with small sources, a cache of its own, and a folder to be in."""
 
@@ -56,7 +61,13 @@ class Site:
         }
         settings.pop("TOLARIA_BACKEND", None)
         return subprocess.Popen(
-            command, cwd=self.cwd, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=self.cwd,
+            env=settings,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=hear_ctrl_c,
         )
 
     def build(self, *words: str, **environment: str) -> tuple[int, str]:
