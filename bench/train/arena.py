@@ -3,11 +3,11 @@
     python bench/train/arena.py --seeds 0 1 --workers 2
     python bench/train/arena.py --seeds 1 --share 0.01 --only "GovernorConfig.balanced()"
 
-The first takes hours: about forty minutes of a core for a seed and four contestants. Even seeds are for
-tuning a rule, odd ones are held out of it. What becomes of a run without a governor is its truth. A row
-tells for one contestant: broken runs that it caught, runs rolled back that would have recovered by
-themselves, false alarms in 10,000 healthy steps, steps until it caught, points lost at the end of caught
-runs. Packages that are not installed are left out by name. ``--truth`` finds the truth alone, and writes it.
+The first takes hours. Even seeds are for tuning a rule, odd ones are held out of it. What becomes of a
+run without a governor is its truth. A row tells for one contestant: broken runs that it caught, runs
+rolled back that would have recovered by themselves, false alarms in 10,000 healthy steps, steps until it
+caught, points lost at the end of caught runs. Packages that are not installed are left out by name.
+``--truth`` finds the truth alone, and writes it.
 """
 
 from __future__ import annotations

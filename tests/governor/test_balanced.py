@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tolaria
 from tolaria import ops
+from tolaria.errors import ConfigError
 from tolaria.governor import GovernorConfig, TolariaGovernor
 from tolaria.ops import Order, PanicReason, StateField
 
@@ -193,3 +194,16 @@ def test_losses_that_rise_with_a_warm_restart_are_expected() -> None:
     assert restarted(losses, high_again) == 0
     assert restarted(losses, [0.1] * 400) > 0
     assert restarted(losses, [0.01] * (START - 1) + [0.1] * 151) > 0  # a burst
+
+
+@pytest.mark.parametrize("name", ["Balanced", "", None, 1, ["strict"]])
+def test_a_preset_that_is_none_is_refused(name: object) -> None:
+    with pytest.raises(ConfigError, match="preset: expected one of default, balanced, strict, classic, got "):
+        GovernorConfig.preset(name)  # type: ignore[arg-type]
+
+
+def test_presets_by_name_are_those_of_their_own() -> None:
+    assert GovernorConfig.preset("default") == GovernorConfig()
+    assert GovernorConfig.preset("balanced", window=30) == GovernorConfig.balanced(window=30)
+    assert GovernorConfig.preset("strict") == GovernorConfig.strict()
+    assert GovernorConfig.preset("classic") == GovernorConfig.classic()

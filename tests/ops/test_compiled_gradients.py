@@ -80,6 +80,5 @@ def test_every_function_of_ours_is_differentiated_here():
         straight_through_reference._StraightThrough,
     }
     ours = {f for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith(tolaria.__name__)}
-    under_transforms = {f for f in ours if f.__module__ == transforms.__name__}  # not compiled
-    assert ours - under_transforms == here
-    assert len(under_transforms) == len(here)
+    assert ours == here | {transforms._Transformable}  # never compiled: tests/ops/test_transforms.py
+    assert len(transforms._Transformable.__subclasses__()) == len(here)

@@ -319,7 +319,7 @@ class GovernorConfig:
         made: dict[str, Callable[..., GovernorConfig]] = {
             "default": cls, "balanced": cls.balanced, "strict": cls.strict, "classic": cls.classic
         }  # fmt: skip
-        if name not in made:
+        if not isinstance(name, str) or name not in made:
             raise ConfigError(f"preset: expected one of {', '.join(made)}, got {name!r}")
         return made[name](**overrides)
 

@@ -28,20 +28,24 @@ def _zeros_for(tangent: Tensor | None, primal: Tensor) -> Tensor:
     return torch.zeros_like(primal) if tangent is None else tangent
 
 
-class _Blend(torch.autograd.Function):
+class _Transformable(torch.autograd.Function):
+    """With derivatives in both directions, made of operations that vmap knows."""
+
     generate_vmap_rule = True
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ANN401
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+
+class _Blend(_Transformable):
     @staticmethod
     def forward(host: Tensor, seed: Tensor, alpha: Tensor) -> Tensor:
         dtype = _checks.arithmetic_dtype(host, seed)
         a = alpha.to(dtype)
         mixed = torch.lerp(host.to(dtype), seed.to(dtype), a).to(host.dtype)
         return torch.where(a <= 0, host, torch.where(a >= 1, seed.to(host.dtype), mixed))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN401
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401
@@ -61,23 +65,15 @@ class _Blend(torch.autograd.Function):
             torch.where(a <= 0, 0.0, of_host) * (1 - weight) + torch.where(a >= 1, 0.0, of_seed) * weight
         )
         moved = torch.where(a <= 0, of_host, torch.where(a >= 1, of_seed, between))
-        turn = _zeros_for(alpha_t, alpha).to(
-            dtype
-        )  # an alpha that stands still must not meet a NaN as 0 * NaN
+        turn = _zeros_for(alpha_t, alpha).to(dtype)
+        # an alpha that stands still must not meet a NaN as 0 * NaN
         return (moved + torch.where(is_live & (turn != 0), turn * step, 0.0)).to(host.dtype)
 
 
-class _SeedGate(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _SeedGate(_Transformable):
     @staticmethod
     def forward(features: Tensor, alpha: Tensor) -> Tensor:
         return features.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN401
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
@@ -94,17 +90,10 @@ def _gated(derivative: Tensor, features: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(alpha.to(_checks.arithmetic_dtype(features)) <= 0, 0.0, derivative)
 
 
-class _StraightThrough(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _StraightThrough(_Transformable):
     @staticmethod
     def forward(host: Tensor, seed: Tensor) -> Tensor:
         return host.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN401
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
