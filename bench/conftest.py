@@ -25,7 +25,7 @@ OPTIONAL = ("compiled", *detectors.DETECTORS)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much to run, and where."""
     parser.addoption("--quick", action="store_true", help="the most telling cases alone, in two minutes")
-    parser.addoption("--smoke", action="store_true", help="the first case of each file, to see that it runs")
+    parser.addoption("--smoke", action="store_true", help="the first case of each bench, to see that it runs")
     parser.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda if there is one")
 
 
@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--smoke"):
         seen: set[str] = set()
         for item in ours:
-            (dropped.append(item) if str(item.path) in seen else seen.add(str(item.path)))
+            bench = item.nodeid.partition("[")[0]
+            (dropped.append(item) if bench in seen else seen.add(bench))
     elif config.getoption("--quick"):
         dropped = [item for item in ours if item.get_closest_marker("slow")]
     if dropped:

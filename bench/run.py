@@ -38,7 +38,8 @@ def run(name: str, paths: list[Path], out: Path, options: list[str]) -> bool:
             if re.match(r"bench_\w+: ", line):
                 print(line, end="", flush=True)
     if process.returncode:
-        print(f"{name}: FAILED, see {log}", flush=True)
+        print("".join(log.read_text().splitlines(keepends=True)[-60:]), end="")
+        print(f"{name}: FAILED, its last lines are above; all of it: {log}", flush=True)
     if together.is_file() and together.stat().st_size:
         data = json.loads(together.read_text())
         for path in paths:
@@ -55,7 +56,7 @@ def main() -> int:
     )
     parser.add_argument("only", nargs="*", help="parts of names: blend, stats, steps, ... (default: all)")
     parser.add_argument("--quick", action="store_true", help="the most telling cases, in two minutes")
-    parser.add_argument("--smoke", action="store_true", help="a tiny case of each file, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a tiny case of each bench, to see that it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the JSON files")
     parser.add_argument(

@@ -30,13 +30,12 @@ from tolaria.ops import StatusField
 class Guarded(Trainee):
     """A copy with a governor; keeps how long each ``governor.step`` took and whether it captured."""
 
-    def __init__(self, workload, device, *, interval, backend="auto"):
+    def __init__(self, workload, device, *, interval, backend="auto", **settings):
         super().__init__(workload, device)
         self.backend = backend
+        config = GovernorConfig(snapshot_interval=interval, **settings)
         with tolaria.backend(backend):
-            self.governor = TolariaGovernor(
-                self.model, self.optimizer, config=GovernorConfig(snapshot_interval=interval)
-            )
+            self.governor = TolariaGovernor(self.model, self.optimizer, config=config)
         self.stalls, self.captured = [], []
         self.captures = 0
 
@@ -204,11 +203,12 @@ def bench_clean_governor_step(name, record, effort, device):
 @pytest.mark.parametrize("name", list(WORKLOADS))
 def bench_rollback(name, record, effort, device):
     """A capture and a rollback as the user calls them, bookkeeping included, beside what people write."""
-    guarded = Guarded(WORKLOADS[name], device, interval=10**9)
+    often = 10**9
+    guarded = Guarded(
+        WORKLOADS[name], device, interval=often, max_rollbacks=often, max_restores_of_one_capture=often
+    )
     loss = guarded.step()
     governor, model, optimizer = guarded.governor, guarded.model, guarded.optimizer
-    governor.config = governor.config.replace(max_rollbacks=10**9)
-    governor._attached.policy._config = governor.config
     before = [p.detach().clone() for p in model.parameters()]
     governor.snapshot()
     for _ in range(3):
