@@ -159,7 +159,8 @@ class PlainRule:
         return scale, shifted
 
     def move_level(self, x: float, scale: float, norm: float | None) -> None:
-        if not self.shift_horizon or self.shift > 0.15 * self.shift_threshold:
+        climbs = self.shift > 0.15 * self.shift_threshold
+        if not self.shift_horizon or (climbs and not self.typical < 0):
             return
         knows = self.seen >= self.shift_horizon / 2
         seen = min(self.seen + 1, self.shift_horizon)
@@ -171,7 +172,11 @@ class PlainRule:
         wider = self.deviation + (away - self.deviation) / seen
         lately = self.lately + (self.typical + distance - self.lately) / min(seen, 10)
         wandering = self.wandering + (max(0.0, lately - moved) - self.wandering) / (4.0 * self.shift_horizon)
-        if all(map(math.isfinite, (moved, wider, lately, wandering))):
+        if not all(map(math.isfinite, (moved, wider, lately, wandering))):
+            return
+        if climbs:
+            self.typical += 0.5 * (distance / seen)
+        else:
             self.seen, self.typical, self.deviation, self.lately = seen, moved, wider, lately
             if norm is not None:
                 heard = min(norm, 4.0 * self.loudness) if knows and self.loudness > 0 else norm

@@ -118,6 +118,7 @@ constexpr double kShiftSlower = 4.0;      // horizons over which the wandering i
 constexpr double kShiftFaint = 0.25;      // of its level: a gradient below it is one from which little is learnt
 constexpr double kShiftFaintness = 1.0;   // what that adds to a loss above the level
 constexpr double kShiftSuspicion = 0.15;  // of the threshold: from here on nothing is learnt and nothing promoted
+constexpr double kShiftBelowZero = 0.5;   // of its pace: how a level below zero follows even then
 constexpr double kShiftArmed = 80.0;      // losses for which a spike of the gradient makes the test keener
 constexpr double kShiftKeener = 3.0;      // by which its threshold is then divided; its slack is 0
 constexpr int kCaptureParts = 2;      // 0: what others mutate, on the current stream; 1: parameters and optimizer state

@@ -212,8 +212,9 @@ TOLARIA_LANEWISE auto is_climbing(const double* c, const Real& sum) {
   return sum > spread<Real>(kShiftSuspicion * c[config::shift_threshold]);
 }
 
-// Remembers what was found; a loss that has joined moves level and spread while nothing is suspicious. A shift that was
-// told is learnt: where nothing is put back, the next losses are the level.
+// Remembers what was found; a loss that has joined moves level and spread while nothing is suspicious. A level below zero
+// follows even then, slowly: a surrogate (a policy gradient's) rises towards zero as its policy becomes sure. A shift that
+// was told is learnt: where nothing is put back, the next losses are the level.
 template <class Column, class Real>
 TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shift<Column>& t, const Real& x,
                                      const typename Column::Mask& joins) {
@@ -236,9 +237,10 @@ TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shi
   const Real heard = select(t.is_ready & (usual > 0.0) & (norm > loudest), loudest, norm);
   const Real tuned = select(usual > 0.0, usual + (heard - usual) / count, heard);
   const auto fits = is_bounded(moved) & is_bounded(wider) & is_bounded(faster) & is_bounded(farther);
-  const auto moves = joins & !is_climbing(c, t.sum) & fits;
+  const auto climbs = is_climbing(c, t.sum), moves = joins & !climbs & fits;
+  const auto follows = joins & climbs & fits & (level < 0.0);
   g.live(memory::shift_count) = select(t.found, zero, select(moves, count, before));
-  g.live(memory::shift_level) = select(moves, moved, level);
+  g.live(memory::shift_level) = select(moves, moved, select(follows, level + kShiftBelowZero * (d / count), level));
   g.live(memory::shift_spread) = select(moves, wider, spread_);
   g.live(memory::shift_top) = select(moves & !t.is_ready & (moved > top), moved, top);
   g.live(memory::shift_fast) = select(moves, faster, fast);

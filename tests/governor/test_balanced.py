@@ -71,6 +71,36 @@ def test_losses_around_zero_and_below_are_judged(level: float) -> None:
     assert [reason for _, reason in told(losses)][:1] == ["DRIFT"]
 
 
+def policy_gradient(seed: int, steps: int = 350) -> tuple[Tensor, Tensor]:
+    """Surrogate losses and norms of a policy that learns which of five arms a context favours."""
+    source = torch.Generator().manual_seed(seed)
+    arms = torch.randn(16, 5, generator=source)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        policy = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 5))
+    optimizer, losses, norms = torch.optim.Adam(policy.parameters(), 0.01), [], []
+    for _ in range(steps):
+        context = torch.randn(128, 16, generator=source)
+        chances = policy(context).log_softmax(1)
+        chosen = torch.multinomial(chances.detach().exp(), 1, generator=source)
+        reward = (context @ arms).gather(1, chosen).squeeze(1)
+        loss = -(chances.gather(1, chosen).squeeze(1) * (reward - reward.mean())).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None]))
+        losses.append(loss.detach())
+        optimizer.step()
+    return torch.stack(losses).double(), torch.stack(norms)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_surrogate_that_rises_to_zero_is_no_shift(seed: int) -> None:
+    losses, norms = policy_gradient(seed)
+    assert told(losses, norms) == []
+    losses[250:] += 3.0
+    assert [reason for _, reason in told(losses, norms)][:1] == ["DRIFT"]
+
+
 @pytest.mark.parametrize(("by", "length"), [(1e6, 1), (50.0, 5), (2.0, 12), (0.3, 15)])
 def test_what_passes_is_left_alone(by: float, length: int) -> None:
     assert told(shifted(by, length)) == []

@@ -21,7 +21,7 @@ _WORSE_THAN_CHANCE = 0.25
 _SHIFT_MOST, _SHIFT_LEAST, _SHIFT_CLIP, _SHIFT_RANGE = 2.0, -1.0, 4.0, 0.02
 _SHIFT_FAST, _SHIFT_WANDER, _SHIFT_SLOWER = 10.0, 8.0, 4.0
 _SHIFT_FAINT, _SHIFT_FAINTNESS = 0.25, 1.0
-_SHIFT_SUSPICION, SHIFT_ARMED, _SHIFT_KEENER = 0.15, 80.0, 3.0
+_SHIFT_SUSPICION, SHIFT_ARMED, _SHIFT_KEENER, _SHIFT_BELOW_ZERO = 0.15, 80.0, 3.0, 0.5
 
 
 def window_moments(window: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,8 @@ def is_climbing(g: Governors, total: Tensor) -> Tensor:
 def remember_shift(g: Governors, rows: Tensor, shift: Shift, x: Tensor, joins: Tensor) -> None:
     """Remember what was found; a loss that has joined moves level and spread while nothing is suspicious.
 
-    A shift that was told is learnt: where nothing is put back, the next losses are the level.
+    A level below zero follows even then, slowly. A shift that was told is learnt: where nothing is put back,
+    the next losses are the level.
     """
     rows = rows & (g.setting(ConfigField.shift_horizon) != 0)
     horizon, most = g.setting(ConfigField.shift_horizon), _SHIFT_CLIP * shift.scale
@@ -162,8 +163,14 @@ def remember_shift(g: Governors, rows: Tensor, shift: Shift, x: Tensor, joins: T
     loudest = _SHIFT_CLIP * usual
     heard = torch.where(shift.is_ready & (usual > 0) & (shift.norm > loudest), loudest, shift.norm)
     tuned = torch.where(usual > 0, usual + (heard - usual) / count, heard)
-    moves = rows & joins & ~is_climbing(g, shift.total)
-    moves = moves & moved.isfinite() & wider.isfinite() & faster.isfinite() & farther.isfinite()
+    fits = moved.isfinite() & wider.isfinite() & faster.isfinite() & farther.isfinite()
+    climbs = is_climbing(g, shift.total)
+    moves = rows & joins & fits & ~climbs
+    g.put(
+        g.memory(_M.shift_level),
+        rows & joins & fits & climbs & (level < 0),
+        level + _SHIFT_BELOW_ZERO * (d / count),
+    )
     g.put(g.memory(_M.shift_count), moves, count)
     g.put(g.memory(_M.shift_count), rows & shift.found, 0.0)
     g.put(g.memory(_M.shift_level), moves, moved)
