@@ -41,9 +41,7 @@ struct BlendForward {
       case BlendBranch::kHigh:
         streams ? mixed<false, true>(host, seed, out, n, alpha) : mixed<false, false>(host, seed, out, n, alpha);
         break;
-      case BlendBranch::kSeed:
-        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<host_t>(seed[i]);
-        break;
+      case BlendBranch::kSeed: cpu::convert(out, seed, n); break;
     }
   }
 
@@ -104,9 +102,10 @@ struct BlendBackward {
   // At an end a gradient is grad's bits or zeros.
   TOLARIA_INLINE double end(int64_t offset, int64_t n, acc_t alpha, bool is_live) const {
     const host_t* grad = grad_data + offset;
-    if (grad_seed != nullptr) {
-      seed_t* C10_RESTRICT out = grad_seed + offset;
-      for (int64_t i = 0; i < n; ++i) out[i] = math::blend_grad_seed<seed_t>(grad[i], alpha);
+    if (grad_seed != nullptr && alpha >= acc_t(1)) {
+      cpu::convert(grad_seed + offset, grad, n);
+    } else if (grad_seed != nullptr) {
+      std::memset(static_cast<void*>(grad_seed + offset), 0, n * sizeof(seed_t));
     }
     const double sum = is_live ? pass<true, false>(offset, n, alpha, nullptr, nullptr) : 0;
     if (grad_host != nullptr && alpha >= acc_t(1)) {
