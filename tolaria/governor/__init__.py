@@ -6,6 +6,7 @@ from tolaria import _moved
 from tolaria.governor.bank import GovernorBank
 from tolaria.governor.config import GovernorConfig, Preset
 from tolaria.governor.governor import TolariaGovernor
+from tolaria.governor.optimizer_guard import guard
 from tolaria.governor.resume import load_snapshot
 from tolaria.ops import PanicReason
 from tolaria.telemetry.events import (
@@ -51,6 +52,7 @@ __all__ = [
     "Verdict",
     "VerdictEvent",
     "Verification",
+    "guard",
     "load_snapshot",
 ]
 
