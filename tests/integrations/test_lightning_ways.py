@@ -240,3 +240,20 @@ def test_metrics_of_torchmetrics_are_freed(tmp_path: Path) -> None:
     module.training_step = told
     trainer = fit(PACKAGE, tmp_path, module, TolariaCallback(config()), checkpoints=False, epochs=3)
     assert math.isfinite(trainer.callback_metrics["mean_loss"])
+
+
+def test_the_mean_of_the_epoch_lacks_the_bad_batch_alone(tmp_path: Path) -> None:
+    module = runs.make_module(PACKAGE, fault="loss")
+    losses: list[float] = []
+    inner = module.training_step
+
+    def told(batch: Any, batch_idx: int) -> Any:
+        loss = inner(batch, batch_idx)
+        losses.append(loss.item())
+        return loss
+
+    module.training_step = told
+    trainer = fit(PACKAGE, tmp_path, module, TolariaCallback(config()), checkpoints=False, epochs=3)
+    good = [loss for loss in losses[2 * runs.STEPS_AN_EPOCH :] if math.isfinite(loss)]
+    assert len(good) == runs.STEPS_AN_EPOCH - 1
+    assert float(trainer.callback_metrics["train_loss_epoch"]) == pytest.approx(sum(good) / len(good))

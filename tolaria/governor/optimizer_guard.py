@@ -54,6 +54,15 @@ class Guard(TolariaGovernor):
         else:
             self.step(None)
 
+    def step_if_left_out(self) -> None:
+        """Judge the losses of a step that a GradScaler has left out, of which no hook has heard, if any.
+
+        For whoever knows that a step is over: without it a run whose every step is left out, since its
+        weights are not finite, would be judged no more.
+        """
+        if self._attached.judge.losses.count:
+            self.step()
+
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """As for any governor; its steps are judged, too."""
         super().add_optimizer(optimizer)
@@ -64,7 +73,7 @@ class Guard(TolariaGovernor):
         try:
             super().close()
         finally:
-            if self._attached.running is None:
+            if self.is_closed:
                 for handle in self._handles.values():
                     handle.remove()
                 self._handles.clear()

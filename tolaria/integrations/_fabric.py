@@ -47,6 +47,11 @@ class FabricHooks:
             self._setup = _Setup(self, fabric)
         self._setup.modules.append(getattr(module, "module", module))
 
+    def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:  # noqa: ANN401  (Fabric's)
+        """A step that the scaler has left out is over, too."""
+        if isinstance(self.governor, Guard):
+            self.governor.step_if_left_out()
+
     def _attach_to_fabric(self, fabric: Any, modules: list[nn.Module], optimizer: Optimizer) -> None:  # noqa: ANN401
         model = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
         classes = self._num_classes or classes_of(modules[0])
