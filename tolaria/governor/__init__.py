@@ -23,6 +23,7 @@ from tolaria.telemetry.events import (
     ValidationEvent,
     VerdictEvent,
 )
+from tolaria.telemetry.loggers import CsvSink, TrackioSink, WandbSink
 from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
 from tolaria.telemetry.verdict import GovernorReport, Pending, Verdict, Verification
 
@@ -30,6 +31,7 @@ __all__ = [
     "AcceptanceEvent",
     "AttachEvent",
     "CaptureEvent",
+    "CsvSink",
     "DroppedEventsEvent",
     "GovernorBank",
     "GovernorConfig",
@@ -48,10 +50,12 @@ __all__ = [
     "StructureEvent",
     "TensorBoardSink",
     "TolariaGovernor",
+    "TrackioSink",
     "ValidationEvent",
     "Verdict",
     "VerdictEvent",
     "Verification",
+    "WandbSink",
     "guard",
     "load_snapshot",
 ]
