@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainers import is_poisoned, tensors_in
 
 FAULTS = ("loss", "gradient", "weight", "moment", "buffer", "spike", "batch", "collapse", "large-lr")
-AT = 40
+AT = 24
 """The step at which they happen, from 1."""
-STEPS_AN_EPOCH, EPOCHS = 16, 6
+STEPS_AN_EPOCH, EPOCHS = 16, 4
 
 
 def loaders(*, size: int = 8) -> tuple[Any, Any]:
