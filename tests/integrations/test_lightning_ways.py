@@ -138,9 +138,9 @@ def test_a_run_that_is_resumed_at_an_epochs_end_is_the_one_that_was_not_interrup
         return DataLoader(train.dataset, batch_size=8, sampler=OfEpoch()), validation
 
     ends = []
-    for name, stops in (("whole", ()), ("parts", (3,))):
+    for name, stops in (("whole", ()), ("parts", (2,))):
         saved = None
-        for part, last in enumerate((*stops, 6)):
+        for part, last in enumerate((*stops, runs.EPOCHS)):
             module = runs.make_module(PACKAGE, schedule="step", fault="gradient", at=0 if saved else 20)
             callback = TolariaCallback(config())
             folder = tmp_path / name / str(part)
@@ -149,11 +149,11 @@ def test_a_run_that_is_resumed_at_an_epochs_end_is_the_one_that_was_not_interrup
         form = callback.state_dict()
         ends.append((runs.state_of(trainer, module), form))
         assert json.loads(json.dumps(form, allow_nan=False)) == form
-        assert trainer.global_step == runs.STEPS_AN_EPOCH * 6
+        assert trainer.global_step == runs.STEPS_AN_EPOCH * runs.EPOCHS
     assert same(ends[0][0], ends[1][0])
-    assert callback.governor.step_count == runs.STEPS_AN_EPOCH * 6
+    assert callback.governor.step_count == runs.STEPS_AN_EPOCH * runs.EPOCHS
     assert callback.governor.rollback_count == 1  # of the first part
-    assert callback.governor.lifetime["count"] == runs.STEPS_AN_EPOCH * 6 - 1  # all but the bad one
+    assert callback.governor.lifetime["count"] == runs.STEPS_AN_EPOCH * runs.EPOCHS - 1  # all but the bad one
 
 
 @pytest.mark.parametrize("at", [20, 31])
@@ -251,7 +251,7 @@ def test_the_mean_of_the_epoch_lacks_the_bad_batch_alone(tmp_path: Path) -> None
         return loss
 
     module.training_step = told
-    trainer = fit(PACKAGE, tmp_path, module, TolariaCallback(config()), checkpoints=False, epochs=3)
-    good = [loss for loss in losses[2 * runs.STEPS_AN_EPOCH :] if math.isfinite(loss)]
+    trainer = fit(PACKAGE, tmp_path, module, TolariaCallback(config()), checkpoints=False, epochs=2)
+    good = [loss for loss in losses[runs.STEPS_AN_EPOCH :] if math.isfinite(loss)]
     assert len(good) == runs.STEPS_AN_EPOCH - 1
     assert float(trainer.callback_metrics["train_loss_epoch"]) == pytest.approx(sum(good) / len(good))
