@@ -190,3 +190,5 @@ def test_bad_arguments_are_named() -> None:
         guard(model, model, optimizer)
     with pytest.raises(TypeError, match="config: expected GovernorConfig or None, got str"):
         guard(accelerator, model, optimizer, config="balanced")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="config: expected skip_anomalous_steps=False, got True"):
+        guard(accelerator, model, optimizer, config=GovernorConfig(skip_anomalous_steps=True))

@@ -217,6 +217,8 @@ def test_ranks_go_back_together(tmp_path: Path) -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(TypeError, match="config: expected GovernorConfig or None, got str"):
         TolariaCallback("balanced")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="config: expected skip_anomalous_steps=False, got True"):
+        TolariaCallback(config(skip_anomalous_steps=True))
     with pytest.raises(ValueError, match="on_save: expected 'verify' or 'trust', got 'never'"):
         TolariaCallback(on_save="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="schedules: expected 'keep' or 'rewind', got 'hold'"):

@@ -79,6 +79,23 @@ class Guard(TolariaGovernor):
                 self._handles.clear()
 
 
+def judged_after(config: GovernorConfig | None) -> GovernorConfig:
+    """Settings for whoever judges after the step; None: :meth:`GovernorConfig.balanced`.
+
+    Raises:
+        TypeError: they are something else.
+        ValueError: they ask for ``skip_anomalous_steps``, which needs a judgement before the step.
+    """
+    check_optional("config", config, GovernorConfig)
+    config = config or GovernorConfig.balanced()
+    if config.skip_anomalous_steps:
+        raise ValueError(
+            "config: expected skip_anomalous_steps=False, got True; here a step is judged once it is taken, "
+            "use TolariaGovernor and check_vital_signs to leave them out"
+        )
+    return config
+
+
 def guard(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
@@ -125,13 +142,7 @@ def guard(
             judgement before the step.
         TypeError, RuntimeError: as for :class:`TolariaGovernor`.
     """
-    check_optional("config", config, GovernorConfig)
-    config = config or GovernorConfig.balanced()
-    if config.skip_anomalous_steps:
-        raise ValueError(
-            "config: expected skip_anomalous_steps=False, got True; a guard judges after the step, use "
-            "TolariaGovernor and check_vital_signs to leave steps out"
-        )
+    config = judged_after(config)
     return Guard(
         model, optimizer,
         config=config, scaler=scaler, schedulers=schedulers, extras=extras, schedules=schedules, sinks=sinks,

@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tolaria._arguments import check_optional
 from tolaria._optional import require
 from tolaria.governor import GovernorConfig, GovernorEvent, Sink
-from tolaria.governor.optimizer_guard import Guard
+from tolaria.governor.optimizer_guard import Guard, judged_after
 from tolaria.integrations._found import classes_of, say, world
 from tolaria.snapshot.parts import ScheduleChoice
 from tolaria.snapshot.protocols import Stateful
@@ -64,19 +63,19 @@ def guard(
 
     Raises:
         TypeError: one is of another kind.
-        ValueError, RuntimeError: as for :class:`TolariaGovernor`.
+        ValueError, RuntimeError: as for :func:`tolaria.guard`.
         MissingDependencyError: Accelerate is not installed.
     """
     package = require("accelerate", feature="accelerate.guard", package="accelerate", extra="accelerate")
     if not isinstance(accelerator, package.Accelerator):
         raise TypeError(f"accelerator: expected an Accelerator, got {type(accelerator).__name__}")
-    check_optional("config", config, GovernorConfig)
+    config = judged_after(config)
     inner = accelerator.unwrap_model(model)
     schedulers = _listed(scheduler)
     classes = num_classes or classes_of(inner)
     governor = Guard(
         inner, optimizer,
-        config=config or GovernorConfig.balanced(), num_classes=classes, scaler=accelerator.scaler,
+        config=config, num_classes=classes, scaler=accelerator.scaler,
         schedulers=schedulers, extras=extras, schedules=schedules, process_group=world(),
         sinks=[lambda event: _track(accelerator, event), *sinks],
     )  # fmt: skip

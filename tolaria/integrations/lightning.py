@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from tolaria._arguments import check_choice, check_optional
+from tolaria._arguments import check_choice
 from tolaria.governor import GovernorConfig, GovernorEvent, RollbackEvent, Sink, TolariaGovernor, VerdictEvent
 from tolaria.governor.batches import BatchDebt
+from tolaria.governor.optimizer_guard import judged_after
 from tolaria.integrations import _lightning_parts as parts
 from tolaria.integrations._fabric import FabricHooks
 from tolaria.integrations._found import classes_of, say, world
@@ -39,6 +40,11 @@ class TolariaCallback(FabricHooks, parts.callback_class()):  # type: ignore[misc
         schedules: ``"keep"``: a rollback leaves schedules where the trainer counts on; ``"rewind"``.
         sinks: called with every event.
 
+    Raises:
+        TypeError: ``config`` is something else.
+        ValueError: it asks for ``skip_anomalous_steps``, as steps are judged once they are taken; or a word
+            is no choice.
+
     Attributes:
         governor: that of the run; None before it begins.
     """
@@ -53,11 +59,10 @@ class TolariaCallback(FabricHooks, parts.callback_class()):  # type: ignore[misc
         sinks: Sequence[Sink] = (),
     ) -> None:
         super().__init__()
-        check_optional("config", config, GovernorConfig)
         check_choice("on_save", on_save, ("verify", "trust"))
         check_choice("schedules", schedules, ("keep", "rewind"))
         self.governor: TolariaGovernor | None = None
-        self._config, self._num_classes = config or GovernorConfig.balanced(), num_classes
+        self._config, self._num_classes = judged_after(config), num_classes
         self._verifies, self._schedules, self._sinks = on_save == "verify", schedules, tuple(sinks)
         self._saved: Mapping[str, Any] | None = None
         self._ended: Mapping[str, Any] | None = None
