@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainers import need, poisoned_files, same
 
 accelerate = need("accelerate")
+need("accelerate.tracking")
 
 from tolaria import GovernorConfig  # noqa: E402  (behind the look for what it needs)
 from tolaria.governor import RollbackEvent  # noqa: E402
@@ -180,6 +182,32 @@ def test_what_is_returned_need_not_be_kept_and_ends_with_close(tmp_path: Path) -
     known.close()
     run.epoch(saves=False)
     assert known.step_count == 16
+
+
+def test_trackers_get_the_numbers_and_what_was_found_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[Any, Any]] = []
+
+    class Tracker(accelerate.tracking.GeneralTracker):  # type: ignore[misc, name-defined]
+        name, requires_logging_directory = "told", False
+        tracker = property(lambda self: self)
+
+        def log(self, values: Any, step: Any = None, **_: Any) -> None:
+            told.append((step, values))
+
+    with caplog.at_level(logging.INFO, "tolaria.integrations"):
+        run = Run(tmp_path)
+    run.accelerator.trackers = [Tracker()]
+    for _ in range(3):
+        run.epoch(fault="loss", saves=False)
+    assert (8, {"governor/capture": 2.0}) in told
+    assert (AT, {"governor/rollbacks": 1.0, "governor/steps_lost": 9.0}) in told
+    lines = [record.getMessage() for record in caplog.records if record.name == "tolaria.integrations"]
+    assert lines == [
+        "tolaria in Accelerate: optimizers AcceleratedOptimizer, schedulers AcceleratedScheduler, "
+        "scaler none, extras none, classes 3, ranks 1"
+    ]
 
 
 def test_bad_arguments_are_named() -> None:

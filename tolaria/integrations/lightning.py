@@ -81,10 +81,8 @@ class TolariaCallback(FabricHooks, parts.callback_class()):  # type: ignore[misc
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach: optimizers are there, and a checkpoint is loaded."""
         self._close()
-        averages, scaler = (
-            parts.averages_of(trainer.callbacks),
-            getattr(trainer.precision_plugin, "scaler", None),
-        )
+        averages = parts.averages_of(trainer.callbacks)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
         classes = self._num_classes or classes_of(pl_module)
         self._results = parts.TrainingResults(trainer.fit_loop.epoch_loop)
