@@ -26,6 +26,7 @@ ALLOWED = {
     "governor": {"snapshot", "telemetry", "ops", "_extension", "_moved", *BASE},
     "tasks": {"nn", *BASE},
     "data": {"governor", *BASE},
+    "integrations": {"data", "governor", "snapshot", "telemetry", *BASE},
     "train": {"data", "tasks", "nn", "governor", "snapshot", "ops", *BASE},
     "runs": {"snapshot", "train", "tasks", "nn", "governor", "_backend", *BASE},
     "chaos": {"train", "data", "tasks", "nn", "governor", "ops", *BASE},

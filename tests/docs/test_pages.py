@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+RUN_ELSEWHERE = "integrations"  # with the packages that they are about: tests/integrations
 BLOCKS = [
     pytest.param(code, id=f"{page.name}-{number}")
     for page in PAGES
+    if page.parent.name != RUN_ELSEWHERE
     for number, code in enumerate(
         re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     )

@@ -6,6 +6,7 @@ from tolaria import _moved
 from tolaria.governor.bank import GovernorBank
 from tolaria.governor.config import GovernorConfig, Preset
 from tolaria.governor.governor import TolariaGovernor
+from tolaria.governor.optimizer_guard import guard
 from tolaria.governor.resume import load_snapshot
 from tolaria.ops import PanicReason
 from tolaria.telemetry.events import (
@@ -22,6 +23,7 @@ from tolaria.telemetry.events import (
     ValidationEvent,
     VerdictEvent,
 )
+from tolaria.telemetry.loggers import CsvSink, TrackioSink, WandbSink
 from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
 from tolaria.telemetry.verdict import GovernorReport, Pending, Verdict, Verification
 
@@ -29,6 +31,7 @@ __all__ = [
     "AcceptanceEvent",
     "AttachEvent",
     "CaptureEvent",
+    "CsvSink",
     "DroppedEventsEvent",
     "GovernorBank",
     "GovernorConfig",
@@ -47,10 +50,13 @@ __all__ = [
     "StructureEvent",
     "TensorBoardSink",
     "TolariaGovernor",
+    "TrackioSink",
     "ValidationEvent",
     "Verdict",
     "VerdictEvent",
     "Verification",
+    "WandbSink",
+    "guard",
     "load_snapshot",
 ]
 

@@ -217,7 +217,7 @@ class Attachment:
                 self.skipper.hook(new)
             if self.judge.norms is not None:
                 self.judge.norms.hook(new)
-        return True
+        return bool(added)
 
     # -- under another's statistics --------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from tolaria.governor.validation import as_metric
 from tolaria.governor.verifying import roll_back, verify
 from tolaria.ops import PanicReason
 from tolaria.snapshot.inference import outside_inference
+from tolaria.snapshot.inner_optimizers import seen_through
 from tolaria.snapshot.parts import check_schedulers
 from tolaria.snapshot.protocols import Stateful
 from tolaria.telemetry.delivery import Telemetry
@@ -315,7 +316,7 @@ class CallsByHand(Readings):
 
     def remove_optimizer(self, optimizer: Optimizer) -> None:
         """Stop covering an optimizer (one that is not covered is ignored), and say nothing of its steps."""
-        uncovered.dismiss(optimizer)
+        uncovered.dismiss(seen_through(optimizer))
         self._engine.remove_optimizer(optimizer)
 
     def add_scheduler(self, scheduler: Stateful) -> None:

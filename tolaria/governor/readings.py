@@ -54,6 +54,11 @@ class Readings:
         return self._telemetry.labels.name
 
     @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`close` was called: then it watches no more."""
+        return self._attached.running is None
+
+    @property
     def step_count(self) -> int:
         """Losses judged so far."""
         return self._attached.row.status(StatusField.step)

@@ -1,4 +1,4 @@
-"""Optimizers that wrap others: Lookahead and its kin, those with one optimizer for each kind of parameter."""
+"""Optimizers that wrap others: Lookahead and its kin, those with one for each kind of parameter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from types import MethodType
 from typing import Any
 
 from torch.optim import Optimizer
+
+_TRAINERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+"""Packages whose wrappers decide when the optimizer inside steps, and keep nothing of their own."""
+
+
+def seen_through(optimizer: Optimizer) -> Optimizer:
+    """What steps: ``optimizer``, or the one inside if a trainer has wrapped it for its own purposes.
+
+    Such a wrapper (AcceleratedOptimizer, that of Fabric, LightningOptimizer) has no hooks, or lends those of
+    the one inside, which calls them with itself; and it is asked to step where no step is due.
+    """
+    while any(kind.__module__.partition(".")[0] in _TRAINERS for kind in type(optimizer).__mro__):
+        inside = [v for name, v in vars(optimizer).items() if name in ("optimizer", "_optimizer")]
+        if not inside or not isinstance(inside[0], Optimizer):
+            break
+        optimizer = inside[0]
+    return optimizer
 
 
 def inner_optimizers(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
@@ -47,11 +64,11 @@ def complete(optimizer: Optimizer) -> None:
 
 
 def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """The optimizers and those that they wrap, each once and :func:`complete`."""
+    """The optimizers and those that they wrap, each once and :func:`complete`; trainers' are seen through."""
     found: list[Optimizer] = []
     waiting = list(optimizers)
     while waiting:
-        optimizer = waiting.pop(0)
+        optimizer = seen_through(waiting.pop(0))
         if not any(optimizer is known for known in found):
             complete(optimizer)
             found.append(optimizer)

@@ -15,6 +15,7 @@ from tolaria.telemetry.events import (
     ValidationEvent,
     VerdictEvent,
 )
+from tolaria.telemetry.loggers import CsvSink, TrackioSink, WandbSink
 from tolaria.telemetry.sinks import JsonLinesSink, LoggingSink, Sink, TensorBoardSink
 from tolaria.telemetry.verdict import GovernorReport, Pending, Verdict, Verification
 
@@ -22,6 +23,7 @@ __all__ = [
     "AcceptanceEvent",
     "AttachEvent",
     "CaptureEvent",
+    "CsvSink",
     "DroppedEventsEvent",
     "GovernorEvent",
     "GovernorReport",
@@ -36,8 +38,10 @@ __all__ = [
     "Sink",
     "StructureEvent",
     "TensorBoardSink",
+    "TrackioSink",
     "ValidationEvent",
     "Verdict",
     "VerdictEvent",
     "Verification",
+    "WandbSink",
 ]

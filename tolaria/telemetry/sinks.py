@@ -10,14 +10,8 @@ from types import TracebackType
 from typing import IO, Protocol
 
 from tolaria._arguments import check_each
-from tolaria.telemetry.events import (
-    CaptureEvent,
-    GovernorEvent,
-    PromotionEvent,
-    RollbackEvent,
-    ValidationEvent,
-    VerdictEvent,
-)
+from tolaria.telemetry.events import GovernorEvent, RollbackEvent, ValidationEvent, VerdictEvent
+from tolaria.telemetry.scalars import scalars_of, step_of
 
 _log = logging.getLogger("tolaria.governor")
 
@@ -105,8 +99,7 @@ class ScalarWriter(Protocol):
 class TensorBoardSink:
     """Writes rollbacks, anomalies, captures and promotions as scalars to a TensorBoard ``SummaryWriter``.
 
-    They are called ``governor/rollbacks`` and so on, ``governor/NAME/rollbacks`` of a governor with a name,
-    and stand at the step's tag if that is a number, else at the governor's own step.
+    Their names, and where they stand: :mod:`tolaria.telemetry.scalars`.
     """
 
     def __init__(self, writer: ScalarWriter) -> None:
@@ -114,16 +107,5 @@ class TensorBoardSink:
 
     def __call__(self, event: GovernorEvent, /) -> None:
         """Write the scalars of ``event`` at its step, or its tag."""
-        scalars: dict[str, float] = {}
-        if isinstance(event, RollbackEvent):
-            scalars = {"rollbacks": event.report.rollback_count, "steps_lost": event.report.steps_lost}
-        elif isinstance(event, VerdictEvent):
-            scalars = {"panic_reason": float(event.reason), "panic_loss": event.loss}
-        elif isinstance(event, CaptureEvent):
-            scalars = {"capture": float(event.capture_id)}
-        elif isinstance(event, PromotionEvent):
-            scalars = {"last_known_good_step": float(event.capture_step)}
-        whose = "governor" if event.governor is None else f"governor/{event.governor}"
-        step = event.tag if isinstance(event.tag, int) else event.step
-        for name, value in scalars.items():
-            self._writer.add_scalar(f"{whose}/{name}", value, step)
+        for name, value in scalars_of(event).items():
+            self._writer.add_scalar(name, value, step_of(event))
