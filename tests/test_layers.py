@@ -28,6 +28,7 @@ ALLOWED = {
     "data": {"governor", *BASE},
     "train": {"data", "tasks", "nn", "governor", "snapshot", "ops", *BASE},
     "runs": {"snapshot", "train", "tasks", "nn", "governor", "_backend", *BASE},
+    "report": {"runs", "governor", "ops", "_backend", *BASE},
     "chaos": {"train", "data", "tasks", "nn", "governor", "ops", *BASE},
 }
 CSRC = {
