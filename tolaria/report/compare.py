@@ -98,6 +98,8 @@ def _pair(
     now: dict[str, str], seeds: dict[str, int],
 ) -> str:  # fmt: skip
     changed = [key for key in dict.fromkeys((*was, *now)) if was.get(key) != now.get(key)]
+    groups = [key.partition(".")[0] for key in changed]  # many settings of one part are called by the part
+    changed = list(dict.fromkeys(g if groups.count(g) > 3 else k for g, k in zip(groups, changed, strict=True)))
     label = f"{names[next(iter(seeds.values()))]} against {names[next(iter(base.values()))]}"
     what = f"{label} (they differ in {', '.join(map(plain, changed[:4]))}{' ...' if len(changed) > 4 else ''})"
     scores = {seed: (end_score(runs[base[seed]]), end_score(runs[at])) for seed, at in seeds.items() if seed in base}

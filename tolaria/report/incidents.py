@@ -17,6 +17,15 @@ from tolaria.runs.record import RunRecord
 _PAIRED = ("fault", "verdict", "rollback")
 _TOLD = "SUSPICIOUS_STATE"
 _ONE_POINT = 1.0
+_FAULTS = {
+    "nan-loss": "the loss was made NaN",
+    "spike": "the loss, and with it the gradient, was made a thousand times larger",
+    "nan-weight": "NaN was put into a weight",
+    "nan-buffer": "NaN was put into a buffer, such as a running mean",
+    "nan-gradient": "NaN was put into a gradient",
+    "lobotomy": "the last layer was set to zero, so that the network forgets",
+}
+"""What those of :mod:`tolaria.train` do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +118,8 @@ class _Teller:
     def _what(self, incident: Incident, fault: str, verdict: Line | None, report: Line | None) -> list[str]:
         said = []
         if incident.faults:
-            said.append(f"A fault was injected on purpose at step {int(incident.faults[0]):,}: {fault}.")
+            done = f"{fault}, {_FAULTS[fault]}" if fault in _FAULTS else fault
+            said.append(f"A fault was injected on purpose at step {int(incident.faults[0]):,}: {done}.")
         if verdict is None:
             whom = "The governor noticed nothing." if self._run.config.get("governor") else "Nobody watched."
             return [*said, whom]

@@ -98,7 +98,7 @@ class Watched:
         return path if name in known and path.is_file() else None
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     daemon_threads = True
     watched: Watched
     hosts: frozenset[str]
@@ -130,7 +130,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
+    server: Server
     timeout = _PATIENCE_S
     server_version, sys_version = "tolaria", ""
     _HEADERS: ClassVar[dict[str, str]] = {
@@ -209,7 +209,7 @@ def watch_run(
         raise ValueError(f"port: expected 0 to 65535, got {port}")
     watched = Watched(run)
     render({"runs": [], "comparison": None, "live": True, "version": ""})  # fail now if there is no plotly
-    with _Server((address, port), watched) as server:
+    with Server((address, port), watched) as server:
         reader = threading.Thread(target=watched.follow, name="tolaria-watch", daemon=True)
         reader.start()
         shown = f"[{address}]" if ":" in address else address

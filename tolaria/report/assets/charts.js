@@ -33,13 +33,6 @@ const OUTCOMES = {
   unnoticed: {symbol: "x-thin-open", color: "purple"}, told: {symbol: "circle-open", color: "blue"},
 };
 
-function hoverText(incident) {
-  const rows = incident.details.map(([name, value]) => `${inert(name)}: ${inert(value)}`);
-  return `<b>${inert(incident.title)}</b>, ${inert(incident.outcome)}<br>${wrapped(incident.what, 64)}<br>` +
-    `Lost: ${inert(incident.lost)}<br>${wrapped(incident.mattered, 64)}` + (rows.length ? "<br>" + rows.join("<br>") : "") +
-    "<br><i>click: to the table</i>";
-}
-
 function layoutOf(panel, c, height) {
   const narrow = window.innerWidth < 600;
   return {
@@ -80,13 +73,12 @@ function upper(panel, c, run, traces, layout) { // what stands at the top of a p
       yaxis: "y2", marker: {symbol: "x", size: 8, color: c.red}, hovertemplate: "NaN or infinity"});
   }
   if (panel.incidents) {
-    const wide = window.innerWidth >= 600;
     for (const [outcome, look] of Object.entries(OUTCOMES)) {
       const those = run.incidents.filter((each) => each.outcome === outcome).slice(0, 300);
       if (!those.length) continue;
       marks.push({type: "scatter", name: inert(outcome), mode: "markers", x: those.map((i) => i.end), y: those.map(() => 0.97), yaxis: "y2",
         marker: {symbol: look.symbol, size: 11, color: c[look.color], line: {width: 2, color: c[look.color]}},
-        customdata: those.map((i) => i.id), text: those.map((i) => (wide ? hoverText(i) : inert(i.title))), hovertemplate: "%{text}"});
+        customdata: those.map((i) => i.id), text: those.map((i) => inert(i.title)), hovertemplate: "%{text}"});
     }
     for (const [low, high] of run.undone) {
       layout.shapes.push({type: "rect", xref: "x", yref: "paper", x0: low, x1: high, y0: 0, y1: 1, fillcolor: c.gone, line: {width: 0}, layer: "below"});
@@ -138,7 +130,7 @@ function drawLane(id, element, run) {
     const those = run.incidents.filter((each) => each.outcome === outcome).slice(0, 2000);
     if (!those.length) continue;
     traces.push({type: "scatter", mode: "markers", x: those.map((i) => i.end), y: those.map(() => 0), name: inert(outcome), customdata: those.map((i) => i.id),
-      marker: {symbol: look.symbol, size: 11, color: c[look.color], line: {width: 2, color: c[look.color]}}, text: those.map(hoverText), hovertemplate: "%{text}<extra></extra>"});
+      marker: {symbol: look.symbol, size: 11, color: c[look.color], line: {width: 2, color: c[look.color]}}, text: those.map((i) => inert(i.title)), hovertemplate: "%{text}<extra></extra>"});
   }
   layout.hovermode = "closest";
   const rows = window.innerWidth < 600 ? ["inc.", "capt.", "seed"] : ["incidents", "captures", "seed"];
@@ -152,6 +144,8 @@ function place(id, element, traces, layout, panel, run, log) {
   layout.xaxis.autorange = false;
   const fitted = ui.range && panel.series.length ? fit(panel, ui.range, log) : null;
   if (fitted) layout.yaxis.range = fitted;
+  const whole = log ? fit(panel, ui.range || [-Infinity, Infinity], log) : null;
+  if (whole && whole[1] - whole[0] > 2 && whole[1] - whole[0] < 9) layout.yaxis.dtick = 1; // a label for each power
   const rows = legendRows(traces, element.clientWidth || 800);
   layout.margin.t = 10 + 19 * rows;
   layout.height += 19 * rows;
@@ -164,7 +158,7 @@ function place(id, element, traces, layout, panel, run, log) {
 }
 
 function legendRows(traces, width) { // one row, or columns as wide as the longest name
-  const wide = traces.filter((trace) => trace.showlegend !== false).map((trace) => 46 + 6.6 * trace.name.length);
+  const wide = traces.filter((trace) => trace.showlegend !== false).map((trace) => 42 + 6 * trace.name.length);
   const room = width - 84;
   if (wide.reduce((sum, each) => sum + each, 0) <= room) return 1;
   return Math.ceil(wide.length / Math.max(1, Math.floor(room / Math.max(...wide))));
@@ -196,9 +190,15 @@ function listen(id, element) {
     const key = `${id}/${event.data[event.curveNumber].name}`;
     ui.hidden[key] = !ui.hidden[key];
   });
-  element.on("plotly_click", (event) => {
+  const incidentAt = (event) => {
     const point = event.points.find((each) => each.customdata !== undefined && OUTCOMES[each.data.name]);
-    if (point) goTo(point.customdata);
+    return point && current().incidents.find((each) => each.id === point.customdata);
+  };
+  element.on("plotly_hover", (event) => peek(incidentAt(event), element, event.event));
+  element.on("plotly_unhover", () => peek(null));
+  element.on("plotly_click", (event) => {
+    const incident = incidentAt(event);
+    if (incident) { peek(null); goTo(incident.id); }
   });
 }
 

@@ -151,7 +151,9 @@ function setTheme(theme) {
 
 function fillAll() {
   const run = current();
-  put(get("name"), run.name + (run.task ? ` (${run.task})` : ""));
+  const title = run.name + (run.task && run.task !== run.name ? ` (${run.task})` : "");
+  put(get("name"), data.comparison ? `${data.runs.length} runs` : title);
+  put(get("which-run"), title).hidden = !data.comparison;
   put(get("verdict"), run.verdict).className = run.kind;
   fillTiles(run);
   const now = JSON.stringify([chosen, run.incidents]);

@@ -55,6 +55,24 @@ function card(incident) {
   return box;
 }
 
+// What hovering over an incident tells; the chart library's own labels neither wrap nor fit.
+function peek(incident, element, event) {
+  const box = get("peek");
+  box.hidden = !incident;
+  if (!incident) return;
+  const table = make("table");
+  fillTable(table, null, [["Lost", incident.lost], ...incident.details]);
+  const what = make("p"), mattered = make("p");
+  what.append(sentence(incident.what));
+  mattered.append(sentence(incident.mattered));
+  box.replaceChildren(make("strong", `${incident.title}, ${incident.outcome}`), what, mattered, table, make("p", "Click: to the table", "quiet"));
+  const chart = element.getBoundingClientRect(), mine = box.getBoundingClientRect();
+  const at = event && event.clientX !== undefined ? event.clientX : chart.left + chart.width / 2;
+  box.style.left = `${Math.max(6, Math.min(at - mine.width / 2, document.documentElement.clientWidth - mine.width - 6))}px`;
+  const below = chart.bottom - 24;
+  box.style.top = `${below + mine.height < window.innerHeight ? below : Math.max(6, chart.top - mine.height)}px`;
+}
+
 const MOST_CARDS = 200;
 
 function fillIncidents(run) {

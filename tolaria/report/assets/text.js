@@ -35,15 +35,6 @@ function inert(text) {
   return shorten(text)[0].replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 
-function wrapped(text, width) { // for hover labels, which do not wrap by themselves
-  const lines = [""];
-  for (const word of String(text).slice(0, 700).split(" ")) {
-    if (lines[lines.length - 1].length + word.length > width && lines[lines.length - 1]) lines.push("");
-    lines[lines.length - 1] += (lines[lines.length - 1] ? " " : "") + word.slice(0, CUT);
-  }
-  return lines.map(inert).join("<br>");
-}
-
 function download(name, text, type) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], {type}));

@@ -10,7 +10,7 @@ import time
 import urllib.request
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_PATIENCE_S = 60.0
+_PATIENCE_S = 20.0
 
 
 class Page:
