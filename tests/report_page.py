@@ -63,7 +63,13 @@ class Page:
 
     def look(self, *, width=1280, height=900, dark=False):
         """The size and the colours that the reader has."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -76,8 +82,10 @@ class Page:
 
     def picture(self, path, *, whole=True):
         if whole:  # charts draw themselves when they come into sight
-            self.js("(async () => { for (let y = 0; y < document.body.scrollHeight; y += 500) "
-                    "{ scrollTo(0, y); await new Promise(r => setTimeout(r, 120)); } scrollTo(0, 0); })()")
+            self.js(
+                "(async () => { for (let y = 0; y < document.body.scrollHeight; y += 500) "
+                "{ scrollTo(0, y); await new Promise(r => setTimeout(r, 120)); } scrollTo(0, 0); })()"
+            )
         shot = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -88,7 +96,8 @@ def chromium(folder):
     import websocket
 
     command = [
-        PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--no-first-run",
         "--remote-debugging-port=0", "--remote-allow-origins=*", f"--user-data-dir={folder}", "about:blank",
     ]  # fmt: skip
     with open(folder / "log", "wb") as log:

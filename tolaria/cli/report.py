@@ -11,8 +11,8 @@ from tolaria.report import write_report
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tolaria report``."""
     parser.description = (
-        "Write one HTML page about a run, or about several beside each other. It holds its data, its script and "
-        "the chart library: it needs no network and no server. Exit status: 0, 2 for a bad option."
+        "Write one HTML page about a run, or about several beside each other. It holds its data, its script "
+        "and the chart library: it needs no network and no server. Exit status: 0, 2 for a bad option."
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run folder, or a .jsonl file that a JsonLinesSink wrote"

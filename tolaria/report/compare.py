@@ -88,7 +88,11 @@ def _pairs(runs: Sequence[RunReading], names: Sequence[str]) -> list[str]:
         if run.config and "rng_seed" in run.config:
             kinds.setdefault(_variant(run), {}).setdefault(str(run.config["rng_seed"]), at)
     if len(kinds) < 2:
-        return ["All runs have the same settings but for their seeds: there is nothing to pair."] if kinds else []
+        return (
+            ["All runs have the same settings but for their seeds: there is nothing to pair."]
+            if kinds
+            else []
+        )
     (first, base), *others = kinds.items()
     return [_pair(runs, names, dict(first), base, dict(kind), seeds) for kind, seeds in others]
 
@@ -99,10 +103,16 @@ def _pair(
 ) -> str:  # fmt: skip
     changed = [key for key in dict.fromkeys((*was, *now)) if was.get(key) != now.get(key)]
     groups = [key.partition(".")[0] for key in changed]  # many settings of one part are called by the part
-    changed = list(dict.fromkeys(g if groups.count(g) > 3 else k for g, k in zip(groups, changed, strict=True)))
+    changed = list(
+        dict.fromkeys(g if groups.count(g) > 3 else k for g, k in zip(groups, changed, strict=True))
+    )
     label = f"{names[next(iter(seeds.values()))]} against {names[next(iter(base.values()))]}"
-    what = f"{label} (they differ in {', '.join(map(plain, changed[:4]))}{' ...' if len(changed) > 4 else ''})"
-    scores = {seed: (end_score(runs[base[seed]]), end_score(runs[at])) for seed, at in seeds.items() if seed in base}
+    what = (
+        f"{label} (they differ in {', '.join(map(plain, changed[:4]))}{' ...' if len(changed) > 4 else ''})"
+    )
+    scores = {
+        seed: (end_score(runs[base[seed]]), end_score(runs[at])) for seed, at in seeds.items() if seed in base
+    }
     both = [(a, b) for a, b in scores.values() if a is not None and b is not None and a[0] == b[0]]
     if not both:
         return f"{what}: no seed in common with a score of the same kind."

@@ -30,6 +30,8 @@ def checked(line: Line) -> Line | None:
     elif kind == "verdict":
         event = _judged(line, step)
         event["rollback"] = line.get("rollback") is True
+    elif kind == "fault":
+        event["name"] = str(line.get("name", "fault"))
     elif kind in ("capture", "promotion"):
         for name in ("capture_step", "capture_id"):
             event[name] = whole(line.get(name))
@@ -49,9 +51,15 @@ def _judged(line: Line, step: int) -> Line:
     three = line.get("thresholds")
     values = [number(each) for each in three] if isinstance(three, list) else []
     found["thresholds"] = [math.nan if v is None else v for v in [*values, None, None, None][:3]]
-    name = line.get("tensor_name")
-    found["tensor_name"] = None if name is None else str(name)
+    tensor = line.get("tensor_name")
+    found["tensor_name"] = None if tensor is None else str(tensor)
     return found
+
+
+def _key(event: Line) -> tuple[Any, ...]:
+    """What is the same on all ranks."""
+    reason = event.get("reason") or event.get("report", {}).get("reason")
+    return event["kind"], event["step"], str(reason)
 
 
 class EventLog:
@@ -79,10 +87,13 @@ class EventLog:
         self.last_step = 0
         self.attach: Line | None = None
         self._stamp: tuple[int, float] | None = None
+        self._keys, self._of_ranks = set[tuple[Any, ...]](), set[tuple[Any, ...]]()
 
     def add(self, event: Line) -> None:
-        """One more, checked."""
+        """One more, checked; what another rank has told already is not told again."""
         kind, step = event["kind"], event["step"]
+        if _key(event) in self._of_ranks:
+            return
         self.counts[kind if kind in self.counts or len(self.counts) < 100 else "other"] += 1
         self.last_step = max(self.last_step, step)
         self._clock(step, number(event.get("time_s")))
@@ -113,15 +124,10 @@ class EventLog:
 
     def add_rank(self, event: Line) -> None:
         """An event of another rank's file: what its governor did is the same, so it is told once."""
-        if event["kind"] in ("verdict", "rollback") and self._key(event) not in self._keys():
+        if event["kind"] in ("verdict", "rollback") and _key(event) not in self._keys:
+            if len(self._of_ranks) < MOST_INCIDENTS:
+                self._of_ranks.add(_key(event))
             self._incident(event)
-
-    def _key(self, event: Line) -> tuple[Any, ...]:
-        reason = event.get("reason") or event.get("report", {}).get("reason")
-        return event["kind"], event["step"], reason
-
-    def _keys(self) -> set[tuple[Any, ...]]:
-        return {self._key(event) for event in self.incidents}
 
     def _settle(self, fate: str) -> None:
         if self.pending is not None:
@@ -138,6 +144,7 @@ class EventLog:
             self.anomalies += 1
         if len(self.incidents) < MOST_INCIDENTS:
             self.incidents.append(event)
+            self._keys.add(_key(event))
         else:
             self.dropped += 1
 

@@ -47,12 +47,12 @@ def panels(run: RunReading) -> list[Line]:
     covered = _series("state that a capture covers", "memory", at, covers, shape="hv")
     resident = _curve("memory of the process", log.resident, "memory2")
     found.append(_panel("memory", "Memory", "B", [covered, resident]))
-    return [panel for panel in found if any(len(each["x"]) for each in panel["series"])]
+    return [panel for panel in found if panel["series"] or panel.get("odd")]
 
 
 def _panel(name: str, title: str, unit: str, series: list[Line], **more: Any) -> Line:  # noqa: ANN401 (JSON)
     return {
-        "id": name, "title": title, "unit": unit, "series": [s for s in series if len(s["x"]) or s.get("odd")],
+        "id": name, "title": title, "unit": unit, "series": [s for s in series if len(s["x"])],
         **more,
     }  # fmt: skip
 

@@ -130,7 +130,7 @@ class _Teller:
             return [*said, f"{bad} not yet a reason to go back: nothing was done."]
         if report["step"] > verdict["step"]:
             said.append(
-                f"At step {report['step']:,}, after {count(many, 'bad verdict')}, the governor had seen enough."
+                f"At step {report['step']:,}, after {count(many, 'bad verdict')}, the governor had enough."
             )
         wait = report["step"] - int(incident.faults[0]) if incident.faults else 0
         if wait and report["step"] == verdict["step"]:
@@ -188,7 +188,7 @@ class _Teller:
             return None
         what = "validation accuracy" if score.is_accuracy else plain(score.name)
         said.append(f"{what} {score.words(then)} before, {score.words(now)} after")
-        return now[1] - then[1]
+        return float(now[1] - then[1])
 
     def _details(self, verdict: Line | None, report: Line | None) -> list[list[str]]:
         rows: list[list[str]] = [["Governor", self._whose]] if self._several else []
@@ -233,8 +233,8 @@ def _found(verdict: Line) -> str:
         "LOBOTOMY": f"The loss fell back to that of guessing, {loss}, at step {step}{usual}.",
         "ANOMALY": f"The loss was {loss} at step {step}{usual} (thresholds {absolute}, {statistical}, "
         f"{multiplier}).",
-        "NON_FINITE_STATE": f"At step {step} NaN or infinity was found in {tensor}; the loss, {loss}, did not "
-        "have to show it.",
+        "NON_FINITE_STATE": f"At step {step} NaN or infinity was found in {tensor}; the loss, {loss}, did "
+        "not have to show it.",
         "GRADIENT_NORM": f"The gradient's norm was {figure(verdict['gradient_norm'])} at step {step}, with a "
         f"threshold of {figure(verdict['gradient_threshold'])}.",
         "DRIFT": f"By step {step} the losses had stayed above their level too long (loss {loss}{usual}).",

@@ -32,7 +32,8 @@ def verdict_of(run: RunReading, incidents: list[Line]) -> tuple[str, str]:
     if rollbacks:
         times = "once" if rollbacks == 1 else f"{rollbacks:,} times"
         taken = max(run.last_step, run.log.last_step, 1)
-        again = f"{count(run.log.steps_lost, 'step')} of training were lost ({percent(run.log.steps_lost / taken)})"
+        lost = run.log.steps_lost
+        again = f"{count(lost, 'step')} of training were lost ({percent(lost / taken)})"
         kind = "good" if worst <= {"no"} else "warn"
         said = f"Healed {times}{', with no lasting harm' if kind == 'good' else ''}; {again}."
     elif incidents:
@@ -55,8 +56,10 @@ def tiles(run: RunReading) -> list[Line]:
     captures = run.log.counts["promotion"]
     if run.config.get("governor") or run.log.counts:
         rollbacks = count(run.log.rollbacks, "rollback")
-        found.append(_tile("Training lost", percent(share) if lost else "nothing", f"{count(lost, 'step')}, {rollbacks}"))
-        found.append(_tile("Known good states", f"{captures:,}", f"of {count(run.log.counts['capture'], 'capture')}"))
+        note = f"{count(lost, 'step')}, {rollbacks}"
+        found.append(_tile("Training lost", percent(share) if lost else "nothing", note))
+        made = count(run.log.counts["capture"], "capture")
+        found.append(_tile("Known good states", f"{captures:,}", f"of {made}"))
     found += _scores(run)
     if run.steps:
         found.append(_tile("Last loss", figure(run.last_loss), f"at step {run.last_step:,}"))
@@ -83,7 +86,8 @@ def _scores(run: RunReading) -> Iterator[Line]:
     test, host = run.summary.get("test"), run.summary.get("host_test")
     value = number(test.get("val_accuracy")) if isinstance(test, dict) else None
     if value is not None and not math.isnan(value):
-        yield _tile("Test accuracy, with the seed" if host else "Test accuracy", f"{value:.2f}%", "at the end")
+        label = "Test accuracy, with the seed" if host else "Test accuracy"
+        yield _tile(label, f"{value:.2f}%", "at the end")
         alone = number(host.get("val_accuracy")) if isinstance(host, dict) else None
         if alone is not None:
             step = whole(run.summary.get("host_test_step"))
@@ -106,8 +110,8 @@ def judge_note(run: RunReading) -> str:
     if judge.different:
         where = ", ".join(f"{step:,}" for step in judge.differed[:5])
         return (
-            f"{said}. {judge.different} verdicts come out otherwise than recorded (steps {where}): the curves "
-            "are near what the judge went by there, not the same."
+            f"{said}. {judge.different} verdicts come out otherwise than recorded (steps {where}): there the "
+            "curves are near what the judge went by, not the same."
         )
     if not judge.agreed:
         return f"{said}; there is no recorded verdict to check it against."

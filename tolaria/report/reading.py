@@ -71,6 +71,7 @@ class RunReading:
 
     def _begin(self) -> None:
         self.config, self._config_fault = read_object(self.folder / "config.json")
+        self._mend_config()
         self.summary: Line = {}
         self.log = EventLog()
         self.loss, self.smooth = MinMax(self._buckets), MinMax(self._buckets // 2)
@@ -86,6 +87,11 @@ class RunReading:
         self._smoother, self._restarts = Smoother(), set[int]()
         self.aftermath = Aftermath()
         self.judge, self.judge_fault = self._make_judge()
+
+    def _mend_config(self) -> None:
+        """Settings of a governor are an object, or there are none."""
+        if not isinstance(self.config.get("governor", {}), dict):
+            self.config["governor"] = None
 
     def _make_judge(self) -> tuple[OfflineJudge | None, str | None]:
         recorded = self.config.get("governor")
@@ -139,6 +145,7 @@ class RunReading:
             config, self._config_fault = read_object(self.folder / "config.json")
             if config and not self.steps:
                 self.config = config
+                self._mend_config()
                 self.judge, self.judge_fault = self._make_judge()
                 is_new = True
         self.version += is_new

@@ -83,7 +83,8 @@ class MinMax:
 
     def odd_steps(self) -> Floats:
         """A step of each bucket in which a value was not finite."""
-        return self._odd_at[~np.isnan(self._odd_at)]
+        found: Floats = self._odd_at[~np.isnan(self._odd_at)]
+        return found
 
 
 class Thinned:

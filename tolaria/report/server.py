@@ -35,8 +35,8 @@ def loopback(host: str) -> str:
         address = None
     if address is None or not address.is_loopback:
         raise ValueError(
-            f"host: expected a loopback address, such as 127.0.0.1 or ::1, got {host!r}: whoever reaches the page "
-            "reads the run"
+            f"host: expected a loopback address, such as 127.0.0.1 or ::1, got {host!r}: whoever reaches the "
+            "page reads the run"
         )
     return str(address)
 
@@ -99,6 +99,8 @@ class Watched:
 
 
 class Server(ThreadingHTTPServer):
+    """Answers on one loopback address, to at most sixteen connections at a time."""
+
     daemon_threads = True
     watched: Watched
     hosts: frozenset[str]
@@ -114,12 +116,14 @@ class Server(ThreadingHTTPServer):
         self.places = threading.BoundedSemaphore(_MOST_CONNECTIONS)
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 (the base class's)
+        """Take a connection, unless there are too many."""
         if not self.places.acquire(blocking=False):
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 (likewise)
+        """Answer it, and make room."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -141,7 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page, its data, or a raw file."""
-        if self.headers.get("Host", "").lower() not in self.server.hosts:  # a name that somebody else points here
+        # whoever points a name of their own here would else read the run from their page
+        if self.headers.get("Host", "").lower() not in self.server.hosts:
             self._send(HTTPStatus.FORBIDDEN, b"this page is for the machine it runs on\n", "text/plain")
             return
         url = urlsplit(self.path)
@@ -181,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
         self.end_headers()
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
+    def log_message(self, format: str, *args: object) -> None:
         """Nobody reads a line for each look."""
 
 

@@ -16,6 +16,6 @@ def memory_in_use() -> dict[str, int]:
         found["resident_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         pass
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["device_bytes"] = torch.cuda.memory_allocated()
     return found
