@@ -113,10 +113,19 @@ def test_a_network_that_came_back_worse(make_run):
 def test_nothing_went_wrong(make_run):
     run = read(
         make_run(
-            metrics=[{"kind": "step", "step": s, "loss": 1.0} for s in range(1, 30)], summary={"steps": 29}
+            metrics=[{"kind": "step", "step": s, "loss": 1.0} for s in range(1, 30)],
+            config={"governor": {}},
+            summary={"steps": 29},
         )
     )
     assert verdict_of(run, tell(run)) == ("Healthy: nothing went wrong.", "good")
+
+
+def test_a_run_that_nobody_watched_is_not_called_healthy(make_run):
+    run = read(make_run(metrics=[{"kind": "step", "step": s, "loss": "nan"} for s in range(1, 30)]))
+    assert verdict_of(run, tell(run)) == ("No incident is recorded, but 29 losses were not finite.", "bad")
+    run = read(make_run(metrics=[{"kind": "step", "step": 1, "loss": 1.0}], name="other"))
+    assert verdict_of(run, tell(run)) == ("Nobody watched this run: no incident is recorded.", "none")
 
 
 @pytest.mark.parametrize("out", ["a folder", "another file", "no folder"])

@@ -39,6 +39,13 @@ def verdict_of(run: RunReading, incidents: list[Line]) -> tuple[str, str]:
     elif incidents:
         bad = count(anomalies, "bad step") if anomalies else count(len(incidents), "incident")
         said, kind = f"No rollback; {bad} told.", "good" if worst <= {"no"} else "warn"
+    elif run.loss.odd:
+        said, kind = (
+            f"No incident is recorded, but {count(run.loss.odd, 'loss was', 'losses were')} not finite.",
+            "bad",
+        )
+    elif not run.config.get("governor") and not run.log.counts["attach"]:
+        said, kind = "Nobody watched this run: no incident is recorded.", "none"
     if "yes" in worst:
         said, kind = f"{said} Not everything came back to where it had been.", "warn"
     if run.summary.get("interrupted"):
