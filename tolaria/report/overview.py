@@ -44,7 +44,7 @@ def verdict_of(run: RunReading, incidents: list[Line]) -> tuple[str, str]:
             f"No incident is recorded, but {count(run.loss.odd, 'loss was', 'losses were')} not finite.",
             "bad",
         )
-    elif not run.config.get("governor") and not run.log.counts["attach"]:
+    elif run.config.get("governor") is None and not run.log.counts["attach"]:
         said, kind = "Nobody watched this run: no incident is recorded.", "none"
     if "yes" in worst:
         said, kind = f"{said} Not everything came back to where it had been.", "warn"
