@@ -262,6 +262,9 @@ def _slot_paths(
             raise ValueError(
                 f"slots: expected injection points of {type(host).__name__} ({there}), got {unknown}"
             )
+        twice = sorted({name for name in slots if list(slots).count(name) > 1})
+        if twice:
+            raise ValueError(f"slots: expected each injection point once, got {twice} more than once")
         paths = {name: points[name] for name in slots}
     modules = dict(host.named_modules())
     for name, path in paths.items():

@@ -108,6 +108,8 @@ class SeedSlot(nn.Module):
         return type(output)(*changed) if hasattr(output, "_fields") else changed
 
     def _run(self, seed: nn.Module, features: Tensor) -> Tensor:
+        if self._traits.needs_contiguous:
+            features = features.contiguous()
         if self._traits.mutates_input:
             features = features.clone()
         if self._stream is None:

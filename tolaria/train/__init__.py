@@ -7,6 +7,7 @@ from tolaria.train.epochs import (
     train_epoch_normal,
 )
 from tolaria.train.faults import Fault, InjectedFault, list_faults, parse_fault
+from tolaria.train.learner import Learner
 from tolaria.train.observers import (
     GrowthObserver,
     PhaseRecord,
@@ -15,7 +16,7 @@ from tolaria.train.observers import (
     StoryContext,
     ValidationRecord,
 )
-from tolaria.train.step import Learner, StepHooks, StepPlan, train_step
+from tolaria.train.step import StepHooks, StepPlan, StepResult, train_step
 from tolaria.train.story import GrowthResult, governor_config_for, grow
 from tolaria.train.validate import Metrics, validate_and_get_metrics
 
@@ -32,6 +33,7 @@ __all__ = [
     "StepHooks",
     "StepPlan",
     "StepRecord",
+    "StepResult",
     "StoryContext",
     "ValidationRecord",
     "governor_config_for",
