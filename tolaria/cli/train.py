@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tolaria.cli.arguments import add_preset
 from tolaria.cli.display import QuietDisplay, choose_display, print_table
+from tolaria.cli.task_name import add_task, settle_task
 from tolaria.errors import MissingDependencyError
 from tolaria.runs import default_folder, resume_task, run_task
 from tolaria.tasks import get_task, list_tasks
@@ -62,11 +63,7 @@ _HELP = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tolaria train``."""
     parser.usage = "%(prog)s [TASK] [options]"
-    parser.add_argument(
-        "task",
-        nargs="?",
-        help=f"one of {', '.join(list_tasks())}, or list (default: digits)",
-    )
+    add_task(parser, "digits", more=", list")
     length = parser.add_argument_group("length")
     length.add_argument(
         "--steps", type=int, metavar="N", help="optimizer steps in all; the phases keep their shares"
@@ -121,6 +118,11 @@ def _letter(kind: type) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; 0 if the run ended as planned, 1 if it diverged, 2 for a bad option, 130 after Ctrl-C."""
+    try:
+        settle_task(arguments)
+    except ValueError as error:
+        print(f"tolaria train: {error}", file=sys.stderr)
+        return 2
     if arguments.task == "list":
         for name in list_tasks():
             print(f"{name:<10} {get_task(name).summary}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tolaria.nn.features import features_of
 from tolaria.nn.nest import Inputs, call_with, check_inputs, to_device
+from tolaria.nn.plain import to_plain
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
 from tolaria.nn.slot import SeedFactory, SeedSlot
@@ -144,9 +145,15 @@ class MorphogeneticModel(nn.Module):
         chosen.start_training()
         return chosen
 
-    def blend(self, slot: str, steps: int, kind: ScheduleKind = "cosine") -> AlphaSchedule:
-        """TRAINING -> BLENDING; returns the schedule that raises alpha."""
-        return self.slot(slot).start_blending(steps, kind)
+    def blend(
+        self, slot: str, steps: int, kind: ScheduleKind = "cosine", *, target: float = 1.0
+    ) -> AlphaSchedule:
+        """TRAINING -> BLENDING; returns the schedule that raises alpha to ``target``."""
+        return self.slot(slot).start_blending(steps, kind, end=target)
+
+    def ramp(self, slot: str, target: float, steps: int, kind: ScheduleKind = "cosine") -> AlphaSchedule:
+        """While BLENDING: alpha goes from where it is to ``target``; see :meth:`SeedSlot.ramp`."""
+        return self.slot(slot).ramp(target, steps, kind)
 
     def fossilize(self, slot: str) -> SeedSlot:
         """BLENDING -> FOSSILIZED."""
@@ -159,6 +166,19 @@ class MorphogeneticModel(nn.Module):
         chosen = self.slot(slot)
         chosen.cull()
         return chosen
+
+    def to_plain(self) -> nn.Module:
+        """The network as it is now as an ordinary module without slots.
+
+        A copy; this model stays as it is. A fossil stands behind the host's submodule in a module that holds
+        both (``stages.0`` becomes ``stages.0.host`` and ``stages.0.seed``); a seed that incubates is left
+        out, since it does not count. Outputs are equal bit for bit in eval mode, and in train mode, too,
+        unless a seed rolls dice: those come from the global stream then.
+
+        Raises:
+            ValueError: a seed is BLENDING.
+        """
+        return to_plain(self.host, self.slots, self._paths)
 
     # ------------------------------------------------------------------ saving
 

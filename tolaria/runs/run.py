@@ -162,7 +162,7 @@ def _check_unguarded(**given: object) -> None:
 
 def default_folder(task: str) -> Path:
     """``runs/<task>-<time>-<process>``, with a number behind it where that exists already."""
-    base = Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    base = Path("runs") / f"{task.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     chosen, number = base, 1
     while chosen.exists():
         number += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -229,13 +230,19 @@ def register_task(spec: TaskSpec, *, replace: bool = False) -> TaskSpec:
 
 
 def get_task(name: str) -> TaskSpec:
-    """The task called ``name``.
+    """The task called ``name``; ``"module:attribute"`` names one in a module of your own.
+
+    The attribute is a TaskSpec, or is called without arguments and returns one; the task then has this name,
+    by which a run is resumed.
 
     Raises:
-        TypeError: not a string.  ValueError: no such task; the message lists those there are.
+        TypeError: not a string.  ValueError: no such task; the message lists those there are, or says what is
+            wrong with the module.
     """
     if not isinstance(name, str):
         raise TypeError(f"task: expected the name of a task or a TaskSpec, got {type(name).__name__}")
+    if name not in _TASKS and ":" in name:
+        _TASKS[name] = _imported(name)
     if name not in _TASKS:
         if name not in _BUILT_IN:
             close = difflib.get_close_matches(name, list_tasks(), n=1)
@@ -243,6 +250,23 @@ def get_task(name: str) -> TaskSpec:
             raise ValueError(f"task: expected one of {', '.join(list_tasks())}, got {name!r}{hint}")
         _TASKS[name] = importlib.import_module(_BUILT_IN[name]).make_spec()
     return _TASKS[name]
+
+
+def _imported(name: str) -> TaskSpec:
+    module, _, attribute = name.partition(":")
+    try:
+        found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"task: expected 'module:attribute', importable from here, got {name!r} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    spec = found if isinstance(found, TaskSpec) or not callable(found) else found()
+    if not isinstance(spec, TaskSpec):
+        raise ValueError(  # noqa: TRY004  (a name that was typed)
+            f"task: expected {name!r} to be a TaskSpec, or to return one, got {type(spec).__name__}"
+        )
+    return replace(spec, name=name)
 
 
 def list_tasks() -> list[str]:
