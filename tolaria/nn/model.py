@@ -50,7 +50,7 @@ class MorphogeneticModel(nn.Module):
         if not isinstance(host, nn.Module):
             raise TypeError(f"MorphogeneticModel: host: expected an nn.Module, got {type(host).__name__}")
         own = [m.name for m in host.modules() if isinstance(m, SeedSlot)]
-        paths = _slot_paths(host, slots, has_own=bool(own))
+        paths = slot_paths(host, slots, has_own=bool(own))
         twice = sorted({name for name in own if own.count(name) > 1 or name in paths})
         if twice:
             raise ValueError(
@@ -260,7 +260,7 @@ class MorphogeneticModel(nn.Module):
         return seen[0]
 
 
-def _slot_paths(
+def slot_paths(
     host: nn.Module, slots: Sequence[str] | Mapping[str, str] | None, has_own: bool
 ) -> dict[str, str]:
     """Slot name to submodule path, checked."""

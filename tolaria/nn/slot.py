@@ -313,6 +313,25 @@ class SeedSlot(SlotState):
             self._resume(stage, structure["schedule"])
         self.generation = int(structure["generation"])
 
+    def return_to(self, structure: Mapping[str, Any]) -> None:
+        """Take the seed that is in place to the stage that ``structure`` describes for it.
+
+        Args:
+            structure: what :meth:`structure` returned of this very seed.
+
+        Raises:
+            ValueError: a field is wrong. Nothing has changed then.
+        """
+        named = {**structure, "blueprint": structure["blueprint"] or "", "generation": self.generation}
+        stage = check_structure(self.name, named)
+        self._stage, self.schedule = SeedStage.GERMINATED, None
+        self._set_alpha(0.0, limit=1.0)
+        self._resume(stage, structure["schedule"])
+
+    def clear(self) -> None:
+        """Take whatever is in place out, a fossil, too: another state is about to be loaded."""
+        self._drop(SeedStage.DORMANT)
+
     def _resume(self, stage: SeedStage, schedule: Mapping[str, Any] | None) -> None:
         if stage is SeedStage.GERMINATED:
             return
