@@ -45,7 +45,7 @@ _HELP = {
     "slot": "where the seed is grafted",
     "blueprint": "what is grafted: conv, depthwise, squeeze_excite, norm; mlp, low_rank, attention",
     "alpha_kind": "the ramp: linear, cosine, sigmoid",
-    "min_gain": "share of the validation loss that a seed must save to be kept",
+    "min_gain": "share of the loss of the host alone that a seed must save to be kept",
     "max_germinations": "seeds to try, should a rollback take one away",
     "validate_every": "steps between looks at the validation data",
     "snapshot_interval": "steps between captures",

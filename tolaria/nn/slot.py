@@ -63,6 +63,8 @@ class SeedSlot(SlotState):
                 return features
             beside = ops.straight_through(features, self._run(seed, features.detach()))
             return with_strides_of(features, beside)
+        if self._shares is not None:
+            return self._by_sample(seed, features, self._shares)
         if stage is SeedStage.FOSSILIZED and not features.is_cuda:
             return self._run(seed, features).to(features.dtype)  # which may differ under autocast
         grown = self._run(seed, ops.seed_gate(features, self.alpha))
@@ -87,6 +89,28 @@ class SeedSlot(SlotState):
             return seed(features)  # type: ignore[no-any-return]
         with self._stream.swapped_in():
             return seed(features)  # type: ignore[no-any-return]
+
+    def _by_sample(self, seed: nn.Module, features: Tensor, shares: Tensor) -> Tensor:
+        if not features.dim() or features.shape[0] != shares.shape[0]:
+            raise ValueError(
+                f"slot {self.name!r}: expected features whose first dimension is the batch of "
+                f"{shares.shape[0]}, got shape {tuple(features.shape)}"
+            )
+        alpha = (self.alpha * shares).view(-1, *[1] * (features.dim() - 1))
+        return ops.blend(features, self._run(seed, features), alpha)
+
+    @contextmanager
+    def shared(self, shares: Tensor) -> Iterator[None]:
+        """Inside, each sample of a batch has its own share of alpha (to measure what the seed contributes).
+
+        Args:
+            shares: (B,) float32, 0 to 1; at 0 a sample passes as if there were no seed, bit for bit.
+        """
+        self._shares = shares
+        try:
+            yield
+        finally:
+            self._shares = None
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:

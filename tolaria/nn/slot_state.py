@@ -49,6 +49,7 @@ class SlotState(nn.Module):
         self._stage = SeedStage.DORMANT
         self._traits = SeedTraits()
         self._stream: RandomStream | None = None
+        self._shares: Tensor | None = None
         self.register_buffer("alpha", torch.zeros((), dtype=torch.float32))
         # What a device-side rollback zeroes beside alpha, so that a schedule that still runs cannot raise it
         # again.

@@ -77,8 +77,8 @@ class TrainSettings:
     accumulation_steps: int = 1
     """Batches per optimizer step."""
     min_gain: float = 0.0
-    """A seed is kept if blending it in lowered the validation loss by this share of it, and it does
-    contribute."""
+    """A seed is kept if the validation loss is by more than this share below that of the host alone for the
+    same steps, with a confidence of 95% over the validation samples."""
     max_germinations: int = 2
     """Seeds to try, should a rollback take one away; 0: the host stays alone."""
 

@@ -1,5 +1,6 @@
 """Training: one step, three loops, validation, and the whole story of a growing network."""
 
+from tolaria.train.contributions import seed_contributions
 from tolaria.train.epochs import (
     EpochStats,
     train_epoch_blended,
@@ -16,6 +17,7 @@ from tolaria.train.observers import (
     StoryContext,
     ValidationRecord,
 )
+from tolaria.train.samples import Gain
 from tolaria.train.step import StepHooks, StepPlan, StepResult, train_step
 from tolaria.train.story import GrowthResult, governor_config_for, grow
 from tolaria.train.validate import Metrics, validate_and_get_metrics
@@ -23,6 +25,7 @@ from tolaria.train.validate import Metrics, validate_and_get_metrics
 __all__ = [
     "EpochStats",
     "Fault",
+    "Gain",
     "GrowthObserver",
     "GrowthResult",
     "InjectedFault",
@@ -40,6 +43,7 @@ __all__ = [
     "grow",
     "list_faults",
     "parse_fault",
+    "seed_contributions",
     "train_epoch_blended",
     "train_epoch_incubator_mode",
     "train_epoch_normal",

@@ -90,9 +90,9 @@ def validate_and_get_metrics(
     arguments.check_count("num_classes", num_classes, 1)
     arguments.check_count("train_batches", train_batches, 0, optional=True)
     where = validate_device(device)
-    generators = [*_own_generators(trainloader), *_own_generators(testloader)]
+    generators = [*own_generators(trainloader), *own_generators(testloader)]
     autocast = torch.autocast(where.type, dtype=amp_dtype) if amp_dtype is not None else nullcontext()
-    with preserve_random_state(*generators), _eval_mode(model), torch.no_grad(), autocast:
+    with preserve_random_state(*generators), eval_mode(model), torch.no_grad(), autocast:
         with undisturbed(testloader) as batches:
             test = _Tally(criterion, task_type).over(model, batches, where)
         with undisturbed(trainloader) as batches:
@@ -211,7 +211,7 @@ def _perplexity(loss: float) -> float:
         return math.inf
 
 
-def _own_generators(loader: object) -> list[torch.Generator]:
+def own_generators(loader: object) -> list[torch.Generator]:
     """Generators that a DataLoader, its sampler or its batch sampler draws from."""
     samplers = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
     inner = getattr(samplers[2], "sampler", None)
@@ -220,7 +220,7 @@ def _own_generators(loader: object) -> list[torch.Generator]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every submodule's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
