@@ -119,15 +119,24 @@ class Absorbed(nn.Module):
 def test_a_seed_that_the_host_only_leans_on_is_culled_and_the_host_alone_is_told_beside() -> None:
     register_blueprint("absorbed", Absorbed, replace=True)
     result = grow(
-        "digits", blueprint="absorbed", host_steps=120, incubate_steps=20, blend_steps=40, finish_steps=20
+        "digits",
+        blueprint="absorbed",
+        host_steps=150,
+        incubate_steps=20,
+        blend_steps=40,
+        finish_steps=60,
+        trial_steps=40,
     )
     assert result.outcome == "culled"
-    assert "of the host alone for the same steps" in result.seeds[-1].reason
-    assert result.control_test is not None
+    assert "beside the host alone for the same steps" in result.seeds[-1].reason
+    alone = grow(
+        "digits", host_steps=150, incubate_steps=20, blend_steps=40, finish_steps=60, max_germinations=0
+    )
+    assert result.test == result.control_test == alone.test  # it goes on as if there had been no seed
 
 
 def test_the_control_is_the_host_alone_bit_for_bit() -> None:
-    phases = {"host_steps": 30, "incubate_steps": 10, "blend_steps": 20, "finish_steps": 15}
+    phases = {"host_steps": 30, "incubate_steps": 10, "blend_steps": 20, "finish_steps": 15, "trial_steps": 5}
     grown = grow("digits", min_gain=-10.0, **phases)
     alone = grow("digits", max_germinations=0, **phases)
     assert grown.outcome == "fossilized"

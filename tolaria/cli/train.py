@@ -19,8 +19,8 @@ _PHASES = ("host_steps", "incubate_steps", "blend_steps", "finish_steps")
 _SETTINGS: dict[str, type] = {
     "batch_size": int, "lr": float, "seed_lr": float, "weight_decay": float, "warmup_steps": int,
     "max_grad_norm": float, "seed_max_grad_norm": float, "accumulation_steps": int, "host_steps": int,
-    "incubate_steps": int, "blend_steps": int, "finish_steps": int, "slot": str, "blueprint": str,
-    "alpha_kind": str, "min_gain": float, "max_germinations": int, "validate_every": int,
+    "incubate_steps": int, "blend_steps": int, "finish_steps": int, "trial_steps": int, "slot": str,
+    "blueprint": str, "alpha_kind": str, "min_gain": float, "max_germinations": int, "validate_every": int,
 }  # fmt: skip
 _GOVERNOR: dict[str, type] = {
     "snapshot_interval": int, "probation": int, "lr_factor": float, "max_rollbacks": int,
@@ -42,10 +42,11 @@ _HELP = {
     "incubate_steps": "steps the seed learns in isolation",
     "blend_steps": "steps over which alpha rises",
     "finish_steps": "steps after that",
+    "trial_steps": "how many of those before the verdict on the seed",
     "slot": "where the seed is grafted",
     "blueprint": "what is grafted: conv, depthwise, squeeze_excite, norm; mlp, low_rank, attention",
     "alpha_kind": "the ramp: linear, cosine, sigmoid",
-    "min_gain": "share of the loss of the host alone that a seed must save to be kept",
+    "min_gain": "share of the host's loss alone that a seed must save to be kept",
     "max_germinations": "seeds to try, should a rollback take one away",
     "validate_every": "steps between looks at the validation data",
     "snapshot_interval": "steps between captures",

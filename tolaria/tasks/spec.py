@@ -51,7 +51,10 @@ class TrainSettings:
     blend_steps: int = 100
     """Steps over which alpha rises from 0 to 1."""
     finish_steps: int = 300
-    """Steps after the seed was fossilised (or culled)."""
+    """Steps after alpha has arrived at 1."""
+    trial_steps: int = 0
+    """How many of these, at most, are taken before the verdict on the seed, whose evidence comes from them
+    (without any, from the second half of the ramp)."""
     lr: float = 3e-3
     """Peak learning rate of the host (AdamW, cosine to nearly nothing over all the steps)."""
     seed_lr: float = 3e-3
@@ -76,9 +79,9 @@ class TrainSettings:
     """Steps between looks at the validation data."""
     accumulation_steps: int = 1
     """Batches per optimizer step."""
-    min_gain: float = 0.0
-    """A seed is kept if the validation loss is by more than this share below that of the host alone for the
-    same steps, with a confidence of 95% over the validation samples."""
+    min_gain: float = 0.01
+    """A seed is kept if the training loss is by more than this share below that of the host alone on the same
+    batches, and the validation loss is not above it, both with a confidence of 95%."""
     max_germinations: int = 2
     """Seeds to try, should a rollback take one away; 0: the host stays alone."""
 
@@ -87,7 +90,15 @@ class TrainSettings:
         counts = dict.fromkeys(positive, 1)
         counts.update(
             dict.fromkeys(
-                ("host_steps", "incubate_steps", "finish_steps", "warmup_steps", "max_germinations"), 0
+                (
+                    "host_steps",
+                    "incubate_steps",
+                    "finish_steps",
+                    "trial_steps",
+                    "warmup_steps",
+                    "max_germinations",
+                ),
+                0,
             )
         )
         bad = [

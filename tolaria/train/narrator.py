@@ -203,7 +203,7 @@ class Narrator:
     def _may_germinate(self) -> bool:
         settings = self.settings
         is_settled = self.result.outcome in ("fossilized", "culled")
-        fits = self._left >= settings.incubate_steps + settings.blend_steps
+        fits = self._left >= settings.incubate_steps + settings.blend_steps + self._trial_steps
         return fits and not is_settled and self.germinations < settings.max_germinations
 
     def _incubate(self) -> None:
@@ -230,20 +230,28 @@ class Narrator:
         self.control = self._new_control()
         self.slot.start_blending(settings.blend_steps, settings.alpha_kind)
         self._tell_seed("alpha rises")
-        self._enter("blend", settings.blend_steps)
+        self._enter("blend", settings.blend_steps + self._trial_steps)
+
+    @property
+    def _trial_steps(self) -> int:
+        return min(self.settings.trial_steps, self.settings.finish_steps)
 
     def _new_control(self) -> Control:
-        return Control(self.trained, self.criterion, self.spec, self.amp_dtype)
+        window = self._trial_steps or self.settings.blend_steps // 2
+        return Control(self.trained, self.criterion, self.spec, self.amp_dtype, window=window)
 
     def _judge_seed(self) -> None:
         """Keep the seed that was blended in, or take it out: by the host alone after as many steps."""
         assert self.control is not None, "it is there from where a seed begins to be blended in"
-        gain = self.control.gain_of(self.model, self.data.validation)
+        fit = self.control.gain_in_training()
+        held_out = self.control.gain_of(self.model, self.data.validation)
+        share = self.settings.min_gain
         figures = (
-            f"validation loss {gain.loss:.4f}, {gain.other:.4f} of the host alone for the same steps, "
-            f"{gain.mean:+.4f} +- {gain.error:.4f} (s.e.) better"
+            f"beside the host alone for the same steps, training loss {fit.loss:.4f} to {fit.other:.4f} "
+            f"({fit.mean:+.4f} +- {fit.error:.4f} better), validation {held_out.loss:.4f} to "
+            f"{held_out.other:.4f} ({held_out.mean:+.4f} +- {held_out.error:.4f})"
         )
-        if gain.is_at_least(self.settings.min_gain):
+        if fit.is_at_least(share) and held_out.upper >= min(share, 0.0) * abs(held_out.other):
             self.slot.fossilize()
             self.result.outcome = "fossilized"
             self._tell_seed(f"earned its place: {figures}")
@@ -251,8 +259,11 @@ class Narrator:
             if self.governor is not None:  # soon a rollback no longer takes the seed away
                 self.governor.snapshot()
         else:
+            if self.governor is not None:
+                self.governor.wait()  # for a capture that reads what is written to
             self.slot.cull()
-            self._release_seed("culled", f"did not earn its place: {figures}")
+            self.control.give_back(self.trained)
+            self._release_seed("culled", f"did not earn its place: {figures}; the host goes on as if alone")
             self._move_on()
 
     def _is_dropped(self) -> bool:
@@ -343,6 +354,8 @@ class Narrator:
     def after_step(self, loss: Tensor, lr: float) -> None:
         """Called by the hooks: count, and tell."""
         self.step, self.is_stepping = self.step + 1, False
+        if self.control is not None:
+            self.control.note(loss)
         record = StepRecord(
             step=self.step, phase=self.phase, loss=loss, alpha=self.slot.alpha, stage=self.slot.stage, lr=lr
         )

@@ -44,6 +44,11 @@ class Gain:
         """What the gain exceeds with a confidence of 95%, by the samples looked at."""
         return self.mean - ONE_SIDED_95 * self.error
 
+    @property
+    def upper(self) -> float:
+        """What the gain stays below with a confidence of 95%."""
+        return self.mean + ONE_SIDED_95 * self.error
+
     def is_at_least(self, share: float) -> bool:
         """Whether, with that confidence, the gain is more than this share of the other's loss."""
         return self.lower > share * abs(self.other)
