@@ -125,7 +125,7 @@ def test_a_seed_that_the_host_only_leans_on_is_culled_and_the_host_alone_is_told
         incubate_steps=20,
         blend_steps=40,
         finish_steps=60,
-        trial_steps=40,
+        trial_steps=30,
     )
     assert result.outcome == "culled"
     assert "beside the host alone for the same steps" in result.seeds[-1].reason

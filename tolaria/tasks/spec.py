@@ -53,8 +53,8 @@ class TrainSettings:
     finish_steps: int = 300
     """Steps after alpha has arrived at 1."""
     trial_steps: int = 0
-    """How many of these, at most, are taken before the verdict on the seed, whose evidence comes from them
-    (without any, from the second half of the ramp)."""
+    """How many of these are taken before the verdict on the seed, whose evidence comes from them; none if
+    that were more than half of them (then it comes from the second half of the ramp)."""
     lr: float = 3e-3
     """Peak learning rate of the host (AdamW, cosine to nearly nothing over all the steps)."""
     seed_lr: float = 3e-3

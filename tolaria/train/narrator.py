@@ -234,7 +234,9 @@ class Narrator:
 
     @property
     def _trial_steps(self) -> int:
-        return min(self.settings.trial_steps, self.settings.finish_steps)
+        """None where the verdict would come too late for the rest of the run to follow from it."""
+        settings = self.settings
+        return settings.trial_steps if 2 * settings.trial_steps <= settings.finish_steps else 0
 
     def _new_control(self) -> Control:
         window = self._trial_steps or self.settings.blend_steps // 2
