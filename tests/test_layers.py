@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"errors", "_arguments", "_build", "_disk", "_optional"}
+BASE = {"errors", "_arguments", "_build", "_disk", "_fossils", "_optional"}
 BACKEND = {"_extension", "_backend", *BASE}
 ALLOWED = {
     "errors": set(),
     "_build": {"errors"},
     "_arguments": set(),
     "_disk": set(),
+    "_fossils": set(),
     "_optional": {"errors"},
     "reference": BASE,
     "_extension": BASE,

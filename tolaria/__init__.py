@@ -29,7 +29,7 @@ from tolaria.governor import (
     guard,
     load_snapshot,
 )
-from tolaria.nn import AlphaSchedule, MorphogeneticModel, SeedSlot, SeedStage
+from tolaria.nn import AlphaSchedule, MorphogeneticModel, SeedSlot, SeedStage, graft
 from tolaria.nn.device import validate_device
 from tolaria.snapshot.snapshot import Snapshot
 from tolaria.tasks import TaskSpec, create_model, get_task, list_tasks, register_task
@@ -73,6 +73,7 @@ __all__ = [
     "create_model",
     "current_mode",
     "get_task",
+    "graft",
     "guard",
     "list_tasks",
     "load_snapshot",

@@ -30,6 +30,8 @@ def test_live_display_shows_seed_and_rollback(tmp_path, monkeypatch):
     for part in ("tolaria train digits", "alpha", "ROLLBACK to step", "seed germinated", "known good"):
         assert part in said
     names = [name for name, _ in display.rows()]
-    assert names == ["host alone, test", "at the end, test", "seed", "parameters", "governor", "steps"]
+    alone = ["host alone, test", "host alone to the end, test"]
+    assert names == [*alone, "at the end, test", "seed", "parameters", "governor", "steps"]
+    assert dict(display.rows())[alone[1]].endswith("(a control: the same steps)")
     assert "1 rollback," in dict(display.rows())["governor"]
     assert dict(display.rows())["host alone, test"].endswith("of this run; no control)")

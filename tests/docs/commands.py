@@ -169,6 +169,7 @@ KNOWN: dict[str, Known] = {
     'python bench/train/arena.py --seeds 1 --share 0.01 --only "GovernorConfig.balanced()"': Known(long=True),
     "python bench/train/drift.py --runs 1000": Known(long=True),
     "python bench/train/growth.py --task digits --seeds 5": Known(long=True),
+    "python bench/train/verdict.py --task digits --seeds 10": Known(long=True),
     "python build_tools/mutants.py --backend cuda --share 0.2 --launcher path/to/vgpu/run": _VGPU,
     "python build_tools/mutants.py --file csrc/cpu/stats.cpp": _HOURS,
     "python build_tools/mutants.py --list": Known(),

@@ -48,7 +48,10 @@ def test_every_op_has_a_row():
 def test_blueprints_and_stages():
     seeds = section(page("growing"), "Seeds")
     built_in = {name for name in list_blueprints() if name in words(seeds)}
-    assert built_in == {"conv", "depthwise", "squeeze_excite", "norm", "mlp", "low_rank", "attention"}
+    assert built_in == {
+        "conv", "depthwise", "squeeze_excite", "norm", "mlp", "low_rank", "attention",
+        "dense", "dense_low_rank",
+    }  # fmt: skip
     rows = re.findall(r"^\| ([A-Z, ]+) \|", page("growing"), re.MULTILINE)
     assert {name.strip() for row in rows for name in row.split(",")} == set(SeedStage.__members__)
     assert all(len(TRANSITIONS[stage]) < 3 for stage in SeedStage)  # as the drawing below the table has it

@@ -100,7 +100,7 @@ def test_seed_not_fossilised_at_capture_is_dropped_even_if_it_is_now(stage: Seed
         run.model.slot.start_blending(3)
     run.train(3, seed=2)
     run.model.slot.fossilize()
-    run.train(2, seed=2)
+    run.train(1, seed=2)  # the capture that this orders is on probation yet
     run.governor.execute_rollback()
     assert run.model.slot.stage is SeedStage.CULLED
     assert float(run.model.slot.alpha) == 0.0
@@ -163,3 +163,35 @@ def test_poisoned_blending_seed_rolls_the_run_back() -> None:
     assert run.model.slot.stage in (SeedStage.CULLED, SeedStage.DORMANT)
     run.train(8, seed=2)
     assert run.governor.rollback_count == 1
+
+
+def test_fossil_is_captured_without_being_asked_for() -> None:
+    run, other = Run(10_000), Run(10_000)
+    run.germinate()
+    run.train(2, seed=1)
+    run.model.slot.start_blending(2)
+    run.train(3, seed=1)
+    run.model.slot.fossilize()
+    run.train(1, seed=2)
+    captured = {k: v.clone() for k, v in run.model.state_dict().items()}
+    run.train(4, seed=2)
+    report = run.governor.execute_rollback()
+    assert run.model.slot.stage is SeedStage.FOSSILIZED
+    assert report.steps_lost == 4
+    assert all(torch.equal(v, captured[k]) for k, v in run.model.state_dict().items())
+    other.train(6, seed=2)  # a governor over another model has heard of it, and has captured nothing
+    assert other.governor.execute_rollback().steps_lost == 6
+
+
+def test_fossil_that_a_rollback_takes_at_once_is_not_captured() -> None:
+    run = Run(10_000)
+    run.germinate()
+    run.train(2, seed=1)
+    run.model.slot.start_blending(2)
+    run.train(3, seed=1)
+    run.model.slot.fossilize()
+    run.governor.execute_rollback()
+    assert run.model.slot.stage is SeedStage.DORMANT
+    run.seed_optimizer = None
+    run.train(5, seed=2)
+    assert run.governor.execute_rollback().steps_lost == 5

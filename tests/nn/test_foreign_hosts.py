@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -163,3 +164,48 @@ def test_bad_seeds_of_models_and_ends_of_schedules_are_named() -> None:
         create_model("digits", rng_seed=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"start: expected a number in .* got 'a'"):
         AlphaSchedule(torch.zeros(()), 3, start="a")  # type: ignore[arg-type]
+
+
+class FunctionalNorm(nn.Module):
+    """Group norm behind a frozen convolution, as a function."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(features.shape[1], features.shape[1], 1).requires_grad_(False)
+        self.weight = nn.Parameter(torch.ones(features.shape[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.group_norm(self.mix(x), 2, self.weight, self.weight)
+
+
+GROUP_NORMS = {
+    "first": lambda f: nn.Sequential(nn.GroupNorm(2, f.shape[1]), nn.Conv2d(f.shape[1], f.shape[1], 1)),
+    "function behind a frozen layer": FunctionalNorm,
+}
+
+
+@pytest.mark.parametrize(
+    "example", [torch.channels_last, torch.contiguous_format], ids=["as trained", "other"]
+)
+@pytest.mark.parametrize("seed", GROUP_NORMS.values(), ids=GROUP_NORMS.keys())
+@pytest.mark.parametrize("frozen", [False, True])
+def test_group_norm_of_a_users_seed_trains_in_channels_last(
+    seed: Callable[[Tensor], nn.Module], example: torch.memory_format, frozen: bool
+) -> None:
+    host = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    host.requires_grad_(not frozen)
+    model = MorphogeneticModel(
+        host, {"mid": "1"}, example_input=torch.zeros(2, 3, 8, 8).to(memory_format=example)
+    )
+    model.germinate("mid", seed)
+    model.incubate("mid")
+    x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    grown = [p for p in model.seed_parameters() if p.requires_grad]
+    for stage in ("incubate", "blend", "fossil"):  # a crash of torch's ends the process
+        if stage == "blend":
+            model.blend("mid", 1).step()
+        elif stage == "fossil":
+            model.fossilize("mid")
+        model.zero_grad()
+        model(x).square().sum().backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in grown)

@@ -428,8 +428,9 @@ def test_probing_leaves_modes_buffers_and_streams_as_found() -> None:
         ({"a.b": "stages.0"}, "without dots"),
         ({"a": "nowhere"}, "path of a submodule"),
         ([], "at least one injection point"),
+        (["stage0", "stage1", "stage0"], r"each injection point once, got \['stage0'\]"),
     ],
-    ids=["unknown", "dots", "path", "none"],
+    ids=["unknown", "dots", "path", "none", "twice"],
 )
 def test_bad_slots_are_refused(slots: object, match: str) -> None:
     with pytest.raises(ValueError, match=match):

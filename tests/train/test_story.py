@@ -128,7 +128,7 @@ def test_a_seed_that_does_not_earn_its_place_is_culled() -> None:
     result = grow(TASK, observers=[diary], min_gain=0.999)
     assert result.outcome == "culled"
     assert diary.stages[-1] is SeedStage.CULLED
-    assert "did not earn its place: validation loss" in result.seeds[-1].reason
+    assert "did not earn its place: beside the host alone for the same steps" in result.seeds[-1].reason
     assert result.model.seed_parameters() == []
     assert result.steps == 80
 

@@ -19,19 +19,18 @@ from tolaria.chaos import (
 )
 from tolaria.chaos.table import header_line, outcome_line
 from tolaria.cli.arguments import add_preset
+from tolaria.cli.task_name import add_task, settle_task
 from tolaria.errors import MissingDependencyError
 from tolaria.nn.device import validate_device
 from tolaria.runs import cpu_threads
-from tolaria.tasks import get_task, list_tasks
+from tolaria.tasks import get_task
 from tolaria.train import governor_config_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tolaria chaos``."""
     parser.usage = "%(prog)s [TASK] [options]"
-    parser.add_argument(
-        "task", nargs="?", default="digits", help=f"one of {', '.join(list_tasks())} (default: digits)"
-    )
+    add_task(parser, "digits")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
         "--faults", metavar="A,B", help=f"some of {', '.join(list_chaos_faults())} (default: all)"
@@ -84,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace, printer: _Printer) -> ChaosTable:
-    device, spec = validate_device(arguments.device), get_task(arguments.task)
+    settle_task(arguments)
+    device, spec = validate_device(arguments.device), get_task(arguments.task or "digits")
     config = governor_config_for(
         spec, preset=arguments.preset or "default", snapshot_interval=arguments.snapshot_interval
     )

@@ -128,6 +128,9 @@ class QuietDisplay(GrowthObserver):
             ("host alone, test", _metrics(result.host_test, context) + _when(result)),
             ("at the end, test", _metrics(result.test, context)),
         ]
+        if result.control_test is not None:
+            alone = _metrics(result.control_test, context)
+            rows.insert(1, ("host alone to the end, test", f"{alone} (a control: the same steps)"))
         rows.append(("seed", self._seed_row(result, context)))
         rows.append(("parameters", f"{hosts:,} host" + (f" + {seeds:,} seed" if seeds else "")))
         governed = "off"

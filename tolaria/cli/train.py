@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tolaria.cli.arguments import add_preset
 from tolaria.cli.display import QuietDisplay, choose_display, print_table
+from tolaria.cli.task_name import add_task, settle_task
 from tolaria.errors import MissingDependencyError
 from tolaria.runs import default_folder, resume_task, run_task
 from tolaria.tasks import get_task, list_tasks
@@ -18,8 +19,8 @@ _PHASES = ("host_steps", "incubate_steps", "blend_steps", "finish_steps")
 _SETTINGS: dict[str, type] = {
     "batch_size": int, "lr": float, "seed_lr": float, "weight_decay": float, "warmup_steps": int,
     "max_grad_norm": float, "seed_max_grad_norm": float, "accumulation_steps": int, "host_steps": int,
-    "incubate_steps": int, "blend_steps": int, "finish_steps": int, "slot": str, "blueprint": str,
-    "alpha_kind": str, "min_gain": float, "max_germinations": int, "validate_every": int,
+    "incubate_steps": int, "blend_steps": int, "finish_steps": int, "trial_steps": int, "slot": str,
+    "blueprint": str, "alpha_kind": str, "min_gain": float, "max_germinations": int, "validate_every": int,
 }  # fmt: skip
 _GOVERNOR: dict[str, type] = {
     "snapshot_interval": int, "probation": int, "lr_factor": float, "max_rollbacks": int,
@@ -41,10 +42,11 @@ _HELP = {
     "incubate_steps": "steps the seed learns in isolation",
     "blend_steps": "steps over which alpha rises",
     "finish_steps": "steps after that",
+    "trial_steps": "how many of those before the verdict on the seed",
     "slot": "where the seed is grafted",
     "blueprint": "what is grafted: conv, depthwise, squeeze_excite, norm; mlp, low_rank, attention",
     "alpha_kind": "the ramp: linear, cosine, sigmoid",
-    "min_gain": "share of the validation loss that a seed must save to be kept",
+    "min_gain": "share of the host's loss alone that a seed must save to be kept",
     "max_germinations": "seeds to try, should a rollback take one away",
     "validate_every": "steps between looks at the validation data",
     "snapshot_interval": "steps between captures",
@@ -62,11 +64,7 @@ _HELP = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tolaria train``."""
     parser.usage = "%(prog)s [TASK] [options]"
-    parser.add_argument(
-        "task",
-        nargs="?",
-        help=f"one of {', '.join(list_tasks())}, or list (default: digits)",
-    )
+    add_task(parser, "digits", more=", list")
     length = parser.add_argument_group("length")
     length.add_argument(
         "--steps", type=int, metavar="N", help="optimizer steps in all; the phases keep their shares"
@@ -121,6 +119,11 @@ def _letter(kind: type) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; 0 if the run ended as planned, 1 if it diverged, 2 for a bad option, 130 after Ctrl-C."""
+    try:
+        settle_task(arguments)
+    except ValueError as error:
+        print(f"tolaria train: {error}", file=sys.stderr)
+        return 2
     if arguments.task == "list":
         for name in list_tasks():
             print(f"{name:<10} {get_task(name).summary}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tolaria._fossils import listen
 from tolaria.governor.engine import Engine
 from tolaria.governor.row import Row
 from tolaria.ops import StatusField
@@ -31,6 +32,12 @@ class ManualCaptures:
         self._made_at: int | None = None
         self._rollbacks = self._promotions = 0
         self._waits = False
+        listen(self)
+
+    def fossilized(self, slot: object) -> None:
+        """A seed is part of a network for good: if of this one, capture soon, so that a rollback keeps it."""
+        if any(module is slot for _, module in self._engine.covered.walk().participants):
+            self._ask_later()
 
     def ask(self) -> None:
         """Capture now, or as soon as that costs no other its probation.
@@ -46,11 +53,17 @@ class ManualCaptures:
         else:
             self._make()
 
+    def _ask_later(self) -> None:
+        """Capture at the end of the coming step, or as soon after it as that costs no other its probation."""
+        self._rollbacks = self._row.status(StatusField.rollback_count)
+        self._waits = True
+        self._engine.look_again()  # so that the coming steps come to `end_step`
+
     def end_step(self) -> None:
         """A step is over: make a capture that waits, if it may be made now."""
         if not self._waits:
             return
-        if self._is_on_probation():
+        if self._is_on_probation() or self._engine.is_recording():
             self._engine.look_again()
         elif self._rollbacks == self._row.status(StatusField.rollback_count):
             self._make()

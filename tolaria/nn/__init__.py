@@ -1,5 +1,6 @@
 """Hosts, seed slots, seed blueprints and alpha schedules."""
 
+from tolaria.nn.graft import graft
 from tolaria.nn.host import CNNHost, TransformerHost, create_host, list_hosts, register_host
 from tolaria.nn.model import MorphogeneticModel
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
@@ -19,6 +20,7 @@ __all__ = [
     "TransformerHost",
     "create_host",
     "get_blueprint",
+    "graft",
     "list_blueprints",
     "list_hosts",
     "register_blueprint",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tolaria.nn.features import features_of
 from tolaria.nn.nest import Inputs, call_with, check_inputs, to_device
+from tolaria.nn.plain import to_plain
 from tolaria.nn.randomness import preserve_random_state
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
 from tolaria.nn.slot import SeedFactory, SeedSlot
@@ -49,7 +50,7 @@ class MorphogeneticModel(nn.Module):
         if not isinstance(host, nn.Module):
             raise TypeError(f"MorphogeneticModel: host: expected an nn.Module, got {type(host).__name__}")
         own = [m.name for m in host.modules() if isinstance(m, SeedSlot)]
-        paths = _slot_paths(host, slots, has_own=bool(own))
+        paths = slot_paths(host, slots, has_own=bool(own))
         twice = sorted({name for name in own if own.count(name) > 1 or name in paths})
         if twice:
             raise ValueError(
@@ -144,9 +145,15 @@ class MorphogeneticModel(nn.Module):
         chosen.start_training()
         return chosen
 
-    def blend(self, slot: str, steps: int, kind: ScheduleKind = "cosine") -> AlphaSchedule:
-        """TRAINING -> BLENDING; returns the schedule that raises alpha."""
-        return self.slot(slot).start_blending(steps, kind)
+    def blend(
+        self, slot: str, steps: int, kind: ScheduleKind = "cosine", *, target: float = 1.0
+    ) -> AlphaSchedule:
+        """TRAINING -> BLENDING; returns the schedule that raises alpha to ``target``."""
+        return self.slot(slot).start_blending(steps, kind, end=target)
+
+    def ramp(self, slot: str, target: float, steps: int, kind: ScheduleKind = "cosine") -> AlphaSchedule:
+        """While BLENDING: alpha goes from where it is to ``target``; see :meth:`SeedSlot.ramp`."""
+        return self.slot(slot).ramp(target, steps, kind)
 
     def fossilize(self, slot: str) -> SeedSlot:
         """BLENDING -> FOSSILIZED."""
@@ -159,6 +166,19 @@ class MorphogeneticModel(nn.Module):
         chosen = self.slot(slot)
         chosen.cull()
         return chosen
+
+    def to_plain(self) -> nn.Module:
+        """The network as it is now as an ordinary module without slots.
+
+        A copy; this model stays as it is. A fossil stands behind the host's submodule in a module that holds
+        both (``stages.0`` becomes ``stages.0.host`` and ``stages.0.seed``); a seed that incubates is left
+        out, since it does not count. Outputs are equal bit for bit in eval mode, and in train mode, too,
+        unless a seed rolls dice: those come from the global stream then.
+
+        Raises:
+            ValueError: a seed is BLENDING.
+        """
+        return to_plain(self.host, self.slots, self._paths)
 
     # ------------------------------------------------------------------ saving
 
@@ -240,7 +260,7 @@ class MorphogeneticModel(nn.Module):
         return seen[0]
 
 
-def _slot_paths(
+def slot_paths(
     host: nn.Module, slots: Sequence[str] | Mapping[str, str] | None, has_own: bool
 ) -> dict[str, str]:
     """Slot name to submodule path, checked."""
@@ -262,6 +282,9 @@ def _slot_paths(
             raise ValueError(
                 f"slots: expected injection points of {type(host).__name__} ({there}), got {unknown}"
             )
+        twice = sorted({name for name in slots if list(slots).count(name) > 1})
+        if twice:
+            raise ValueError(f"slots: expected each injection point once, got {twice} more than once")
         paths = {name: points[name] for name in slots}
     modules = dict(host.named_modules())
     for name, path in paths.items():

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tolaria.nn.randomness import StreamName, preserve_random_state, random_state, streams_drawn
+
+_GROUP_NORMS = (F.group_norm, torch.group_norm, torch.native_group_norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +27,8 @@ class SeedTraits:
     """The global random streams that its forward draws from."""
     is_identity: bool = False
     """At birth, in eval mode, it returned its input bit for bit."""
+    needs_contiguous: bool = False
+    """It group-normalises channels_last features that want no gradient: torch's backward of that crashes."""
 
 
 def probe_seed(seed: nn.Module, features: Tensor, *, where: str) -> SeedTraits:
@@ -40,6 +48,10 @@ def probe_seed(seed: nn.Module, features: Tensor, *, where: str) -> SeedTraits:
             input, or the forward raised.
     """
     probe = _stand_in(features)
+    needs_contiguous = _crashes_backward(seed, probe)
+    if needs_contiguous:
+        probe = probe.contiguous()
+        seed.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     with preserve_random_state(), torch.no_grad():
         was_training = seed.training
         seed.eval()
@@ -51,7 +63,47 @@ def probe_seed(seed: nn.Module, features: Tensor, *, where: str) -> SeedTraits:
         version = given._version
         _check_output(_try(trial, given, where), probe, where)
         mutates = given._version != version or not torch.equal(given, probe)
-        return SeedTraits(mutates, streams_drawn(before), is_identity)
+        return SeedTraits(mutates, streams_drawn(before), is_identity, needs_contiguous)
+
+
+class _GroupNorms(TorchFunctionMode):
+    """Notes whether the backward of a group norm would end the process.
+
+    That of torch (2.9 to 2.14) writes through a null pointer where its input is channels_last and wants no
+    gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crashes = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        named = dict(kwargs or {})
+        if func in _GROUP_NORMS:
+            given = args[0] if args else named.get("input")
+            if isinstance(given, Tensor) and not given.requires_grad and not given.is_contiguous():
+                self.crashes = True
+        return func(*args, **named)
+
+
+def _crashes_backward(seed: nn.Module, probe: Tensor) -> bool:
+    """Whether torch's backward would crash if features like ``probe`` came in channels_last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if probe.dim() not in formats:
+        return False
+    given = probe.clone(memory_format=formats[probe.dim()])
+    with preserve_random_state(), torch.enable_grad(), _GroupNorms() as norms:
+        try:
+            copy.deepcopy(seed).train()(given)
+        except Exception:  # (a seed need not take this layout; what it is for is tried below)
+            return bool(norms.crashes)
+    return bool(norms.crashes)
 
 
 def _try(seed: nn.Module, features: Tensor, where: str) -> object:

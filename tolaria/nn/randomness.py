@@ -17,6 +17,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from tolaria.nn.recomputation import is_backward, replayed
+
 StreamName = str
 """``"torch"``, ``"python"``, ``"numpy"`` or ``"cuda:<index>"``."""
 
@@ -110,9 +112,9 @@ def derive_seed(*parts: object) -> int:
 class RandomStream:
     """The random numbers of one seed: swapped in around its forward, so that the host's stay where they are.
 
-    During a backward pass (activation checkpointing re-runs the forward there) the stream replays what the
-    latest forward drew, so that both runs see the same dropout masks. A module called several times in one
-    forward and checkpointed as one is the case this does not cover. Generators are swapped on the host, so a
+    Where activation checkpointing runs a forward anew (torch's, or any by a Python ``autograd.Function``) the
+    stream replays what that very forward drew, however many came in between. A forward that is run anew in a
+    backward pass in another way replays what the latest one drew. Generators are swapped on the host, so a
     seed that draws random numbers cannot be recorded in a CUDA graph.
 
     Args:
@@ -123,7 +125,7 @@ class RandomStream:
     def __init__(self, names: frozenset[StreamName], rng_seed: int) -> None:
         self.names = names
         self._states = self._initial_states(names, rng_seed)
-        self._replay: dict[StreamName, object] | None = None
+        self._latest: dict[StreamName, object] | None = None
 
     @staticmethod
     def _initial_states(names: frozenset[StreamName], rng_seed: int) -> dict[StreamName, object]:
@@ -141,12 +143,14 @@ class RandomStream:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within this context the global streams are the seed's; afterwards they are as found."""
-        replaying = torch._C._current_graph_task_id() != -1 and self._replay is not None
         host = random_state(self.names)
-        if not replaying:
-            self._replay = dict(self._states)
-        assert self._replay is not None
-        set_random_state(self._replay)
+        again = replayed(self, dict(self._states))
+        if again is None and is_backward():
+            again = self._latest
+        replaying = again is not None
+        if again is None:
+            again = self._latest = dict(self._states)
+        set_random_state(again)
         try:
             yield
         finally:
@@ -161,4 +165,4 @@ class RandomStream:
     def load_state(self, states: Mapping[StreamName, object]) -> None:
         """Continue from a result of :meth:`state`."""
         self._states = dict(states)
-        self._replay = None
+        self._latest = None

@@ -2,7 +2,7 @@
 
 A built-in seed is the identity at birth: ``x + f(x)`` (or ``x * g(x)``) whose last layer starts at zero, so
 that ``seed(x) == x`` when it is grafted. One of your own is what you make it. Blueprints for images read
-``(B, C, H, W)``, blueprints for sequences ``(B, T, C)``.
+``(B, C, H, W)``, blueprints for sequences ``(B, T, C)``, blueprints for vectors ``(B, C)``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Layout = Literal["image", "sequence", "any"]
+Layout = Literal["image", "sequence", "vector", "any"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,14 @@ class Blueprint:
     factory: Callable[..., nn.Module]
     """``factory(channels, **options)``, or ``factory(features, **options)`` when ``layout`` is ``"any"``."""
     layout: Layout
-    """``"image"`` for (B, C, H, W), ``"sequence"`` for (B, T, C), ``"any"`` for a factory that looks for
-    itself."""
+    """``"image"`` for (B, C, H, W), ``"sequence"`` for (B, T, C), ``"vector"`` for (B, C), ``"any"`` for a
+    factory that looks for itself."""
     summary: str
     """One line for people."""
 
 
 _BLUEPRINTS: dict[str, Blueprint] = {}
+_SHAPES = {"image": (4, 1, "(B, C, H, W)"), "sequence": (3, 2, "(B, T, C)"), "vector": (2, 1, "(B, C)")}
 
 
 def register_blueprint(
@@ -151,7 +152,7 @@ def _call_factory(
     known = get_blueprint(blueprint)
     if known.layout == "any":
         return _built(known, features, options, where)
-    dims, channel_dim, shape = (4, 1, "(B, C, H, W)") if known.layout == "image" else (3, 2, "(B, T, C)")
+    dims, channel_dim, shape = _SHAPES[known.layout]
     if features.dim() != dims:
         raise ValueError(
             f"{where}: blueprint {blueprint!r} expected features {shape}, got shape {tuple(features.shape)}; "
@@ -254,7 +255,7 @@ class MLPResidual(nn.Module):
         _zero(self.project)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        """Same shape in and out."""
+        """(B, T, C), or (B, C): same shape in and out."""
         return x_BTC + self.project(self.dropout(F.gelu(self.expand(self.norm(x_BTC)))))  # type: ignore[no-any-return]
 
 
@@ -268,7 +269,7 @@ class LowRank(nn.Module):
         _zero(self.up)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        """Same shape in and out."""
+        """(B, T, C), or (B, C): same shape in and out."""
         return x_BTC + self.up(self.down(x_BTC))  # type: ignore[no-any-return]
 
 
@@ -320,3 +321,5 @@ register_blueprint("low_rank", LowRank, layout="sequence", summary="low-rank cha
 register_blueprint(
     "attention", AttentionResidual, layout="sequence", summary="causal self-attention, residual"
 )
+register_blueprint("dense", MLPResidual, layout="vector", summary="two-layer perceptron, residual")
+register_blueprint("dense_low_rank", LowRank, layout="vector", summary="low-rank channel mixing, residual")

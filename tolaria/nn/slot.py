@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,31 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from tolaria import ops
+from tolaria._fossils import tell_fossilized
 from tolaria.nn.features import features_of, with_strides_of
 from tolaria.nn.probe import SeedTraits, probe_seed
 from tolaria.nn.randomness import RandomStream, check_rng_seed, derive_seed, preserve_random_state
 from tolaria.nn.schedule import AlphaSchedule, ScheduleKind
 from tolaria.nn.seeds import build_seed
+from tolaria.nn.slot_state import SlotState
 from tolaria.nn.stage import IllegalTransitionError, SeedStage, check_transition
 from tolaria.nn.structure import check_structure
 
 SeedFactory = Callable[[Tensor], nn.Module]
 """Builds a seed for features like the given ones (values are meaningless; shape, dtype and device count)."""
 
-_OF_A_SEED = (
-    "seed",
-    "_stage",
-    "schedule",
-    "blueprint",
-    "options",
-    "rng_seed",
-    "generation",
-    "_traits",
-    "_stream",
-)
+_NEARLY_ONE = 0.95
 
 
-class SeedSlot(nn.Module):
+class SeedSlot(SlotState):
     """An injection point: features in, features out, with at most one seed between them.
 
     What it computes is set by its stage:
@@ -58,28 +51,6 @@ class SeedSlot(nn.Module):
         blueprint: registered name of the seed's blueprint, or None for a seed that came from a callable.
     """
 
-    alpha: Tensor
-    alpha_limit: Tensor
-    alpha_position: Tensor
-
-    def __init__(self, name: str = "slot") -> None:
-        super().__init__()
-        self.name = name
-        self.seed: nn.Module | None = None
-        self.blueprint: str | None = None
-        self.options: dict[str, object] = {}
-        self.rng_seed: int | None = None
-        self.generation = 0
-        self.schedule: AlphaSchedule | None = None
-        self._stage = SeedStage.DORMANT
-        self._traits = SeedTraits()
-        self._stream: RandomStream | None = None
-        self.register_buffer("alpha", torch.zeros((), dtype=torch.float32))
-        # What a device-side rollback zeroes beside alpha, so that a schedule that still runs cannot raise it
-        # again.
-        self.register_buffer("alpha_limit", torch.ones((), dtype=torch.float32), persistent=False)
-        self.register_buffer("alpha_position", torch.zeros((), dtype=torch.int64), persistent=False)
-
     # ------------------------------------------------------------------ forward
 
     def forward(self, features: Tensor) -> Tensor:
@@ -92,6 +63,8 @@ class SeedSlot(nn.Module):
                 return features
             beside = ops.straight_through(features, self._run(seed, features.detach()))
             return with_strides_of(features, beside)
+        if self._shares is not None:
+            return self._by_sample(seed, features, self._shares)
         if stage is SeedStage.FOSSILIZED and not features.is_cuda:
             return self._run(seed, features).to(features.dtype)  # which may differ under autocast
         grown = self._run(seed, ops.seed_gate(features, self.alpha))
@@ -108,12 +81,36 @@ class SeedSlot(nn.Module):
         return type(output)(*changed) if hasattr(output, "_fields") else changed
 
     def _run(self, seed: nn.Module, features: Tensor) -> Tensor:
+        if self._traits.needs_contiguous:
+            features = features.contiguous()
         if self._traits.mutates_input:
             features = features.clone()
         if self._stream is None:
             return seed(features)  # type: ignore[no-any-return]
         with self._stream.swapped_in():
             return seed(features)  # type: ignore[no-any-return]
+
+    def _by_sample(self, seed: nn.Module, features: Tensor, shares: Tensor) -> Tensor:
+        if not features.dim() or features.shape[0] != shares.shape[0]:
+            raise ValueError(
+                f"slot {self.name!r}: expected features whose first dimension is the batch of "
+                f"{shares.shape[0]}, got shape {tuple(features.shape)}"
+            )
+        alpha = (self.alpha * shares).view(-1, *[1] * (features.dim() - 1))
+        return ops.blend(features, self._run(seed, features), alpha)
+
+    @contextmanager
+    def shared(self, shares: Tensor) -> Iterator[None]:
+        """Inside, each sample of a batch has its own share of alpha (to measure what the seed contributes).
+
+        Args:
+            shares: (B,) float32, 0 to 1; at 0 a sample passes as if there were no seed, bit for bit.
+        """
+        self._shares = shares
+        try:
+            yield
+        finally:
+            self._shares = None
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
@@ -128,14 +125,14 @@ class SeedSlot(nn.Module):
     # ------------------------------------------------------------------ life
 
     @property
-    def stage(self) -> SeedStage:
-        """Where the seed stands."""
-        return self._stage
-
-    @property
     def born_as_identity(self) -> bool:
         """Whether the seed gave example features back bit for bit when it was grafted."""
         return self._traits.is_identity
+
+    @property
+    def traits(self) -> SeedTraits:
+        """What the seed does beside computing its output."""
+        return self._traits
 
     @property
     def is_active(self) -> bool:
@@ -200,23 +197,69 @@ class SeedSlot(nn.Module):
         check_transition(self.name, self._stage, SeedStage.TRAINING)
         self._stage = SeedStage.TRAINING
 
-    def start_blending(self, steps: int, kind: ScheduleKind = "cosine", *, end: float = 1.0) -> AlphaSchedule:
-        """TRAINING -> BLENDING: alpha is 0 and rises to ``end`` over ``steps`` calls of what is returned."""
+    def start_blending(
+        self, steps: int, kind: ScheduleKind = "cosine", *, start: float = 0.0, end: float = 1.0
+    ) -> AlphaSchedule:
+        """TRAINING -> BLENDING: alpha goes from ``start`` to ``end`` in ``steps`` steps of the schedule."""
         check_transition(self.name, self._stage, SeedStage.BLENDING)
-        schedule = AlphaSchedule(
-            self.alpha, steps, kind, end=end, position=self.alpha_position, limit=self.alpha_limit
-        )
+        schedule = self._schedule(steps, kind, start, end)
         self.schedule, self._stage = schedule, SeedStage.BLENDING
         return schedule
 
+    def ramp(self, target: float, steps: int, kind: ScheduleKind = "cosine") -> AlphaSchedule:
+        """While BLENDING: alpha goes from where it is to ``target`` over ``steps`` calls of what is returned.
+
+        To 0 before a cull, so that the host does not lose the seed from one step to the next; or to a share
+        at which the seed is to stay for a while. Reads alpha.
+
+        Raises:
+            IllegalTransitionError: the seed is in another stage.
+            ValueError: ``target`` is no number from 0 to 1, or ``steps`` or ``kind`` is wrong.
+        """
+        if self._stage is not SeedStage.BLENDING:
+            raise IllegalTransitionError(
+                f"slot {self.name!r}: ramp: expected a seed in stage BLENDING, got {self._stage.name}"
+            )
+        if isinstance(target, bool) or not isinstance(target, int | float) or not 0.0 <= target <= 1.0:
+            raise ValueError(
+                f"slot {self.name!r}: ramp: target: expected a number from 0 to 1, got {target!r}"
+            )
+        now = min(1.0, max(0.0, float(self.alpha)))  # sync: a person or an agent steers
+        self.schedule = self._schedule(steps, kind, now, float(target))
+        return self.schedule
+
+    def _schedule(self, steps: int, kind: ScheduleKind, start: float, end: float) -> AlphaSchedule:
+        return AlphaSchedule(
+            self.alpha, steps, kind, start=start, end=end,
+            position=self.alpha_position, limit=self.alpha_limit,
+        )  # fmt: skip
+
     def fossilize(self) -> None:
-        """BLENDING -> FOSSILIZED: the seed is part of the network from now on, alpha is 1."""
+        """BLENDING -> FOSSILIZED: the seed is part of the network from now on, alpha is 1.
+
+        A governor of the model orders a capture, after which a rollback keeps the seed. Below an alpha of
+        0.95 the host has not learnt to live with all of the seed: the jump is a UserWarning. Reads alpha.
+        """
         check_transition(self.name, self._stage, SeedStage.FOSSILIZED)
+        alpha = float(self.alpha)  # sync: once in the life of a seed
+        if alpha < _NEARLY_ONE:
+            warnings.warn(
+                f"slot {self.name!r}: fossilize: alpha jumps from {alpha:.3g} to 1; blend to the end first",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._become_fossil()
+        tell_fossilized(self)
+
+    def _become_fossil(self) -> None:
         self._set_alpha(1.0, limit=1.0)
         self.schedule, self._stage = None, SeedStage.FOSSILIZED
 
     def cull(self) -> None:
-        """GERMINATED, TRAINING or BLENDING -> CULLED: the seed is taken out, alpha is 0."""
+        """GERMINATED, TRAINING or BLENDING -> CULLED: the seed is taken out, alpha is 0.
+
+        From one step to the next; :meth:`ramp` to 0 before, if the host leans on it.
+        """
         check_transition(self.name, self._stage, SeedStage.CULLED)
         self._drop(SeedStage.CULLED)
 
@@ -244,66 +287,6 @@ class SeedSlot(nn.Module):
             self.fossilize()
         else:
             self._drop(target)
-
-    def _drop(self, stage: SeedStage) -> None:
-        self.seed, self._stream, self.schedule = None, None, None
-        self._traits = SeedTraits()
-        self.blueprint, self.options, self.rng_seed = None, {}, None
-        self._set_alpha(0.0, limit=1.0)
-        self._stage = stage
-
-    def _set_alpha(self, value: float, *, limit: float) -> None:
-        self.alpha.fill_(value)
-        self.alpha_limit.fill_(limit)
-        self.alpha_position.zero_()
-
-    # ------------------------------------------------------------------ rollback protocol (see
-    # tolaria.governor)
-
-    def rollback_state(self) -> dict[str, object]:
-        """What a snapshot keeps of this slot beside its tensors."""
-        return {
-            "stage": self._stage,
-            "generation": self.generation,
-            "stream": self._stream.state() if self._stream is not None else None,
-            "seed": {name: getattr(self, name) for name in _OF_A_SEED},
-        }
-
-    def load_rollback_state(self, captured: dict[str, object] | None, *, keep_seed: bool = False) -> None:
-        """Follow a restore of the tensors: a seed that was not FOSSILIZED at capture is dropped.
-
-        Args:
-            captured: what :meth:`rollback_state` returned at capture; None if the slot was not known then.
-            keep_seed: the seed of then comes back at its stage instead, whatever that was.
-        """
-        if keep_seed and captured is not None:
-            for name, value in captured["seed"].items():  # type: ignore[attr-defined]
-                setattr(self, name, value)
-            if self._stream is not None:
-                self._stream.load_state(captured["stream"])  # type: ignore[arg-type]
-            return
-        stage = captured["stage"] if captured is not None else SeedStage.DORMANT
-        same_seed = (
-            captured is not None and captured["generation"] == self.generation and self.seed is not None
-        )
-        if stage is SeedStage.FOSSILIZED and same_seed:
-            assert captured is not None
-            self.alpha_limit.fill_(1.0)
-            self.schedule, self._stage = None, SeedStage.FOSSILIZED
-            if self._stream is not None and captured["stream"] is not None:
-                self._stream.load_state(captured["stream"])  # type: ignore[arg-type]
-            return
-        self._drop(SeedStage.DORMANT if stage is SeedStage.DORMANT else SeedStage.CULLED)
-
-    def zero_alpha_tensors(self) -> list[Tensor]:
-        """What a capture taken now restores as 0: alpha and its limit, unless the seed is a fossil."""
-        return [] if self._stage is SeedStage.FOSSILIZED else [self.alpha, self.alpha_limit]
-
-    def incubating_tensors(self) -> list[Tensor]:
-        """Tensors of a seed that cannot reach the loss yet; a non-finite value there culls it alone."""
-        if self.seed is None or self._stage not in (SeedStage.GERMINATED, SeedStage.TRAINING):
-            return []
-        return [*self.seed.parameters(), *self.seed.buffers()]
 
     # ------------------------------------------------------------------ saving
 
@@ -354,30 +337,39 @@ class SeedSlot(nn.Module):
             self._resume(stage, structure["schedule"])
         self.generation = int(structure["generation"])
 
+    def return_to(self, structure: Mapping[str, Any]) -> None:
+        """Take the seed that is in place to the stage that ``structure`` describes for it.
+
+        Args:
+            structure: what :meth:`structure` returned of this very seed.
+
+        Raises:
+            ValueError: a field is wrong. Nothing has changed then.
+        """
+        named = {**structure, "blueprint": structure["blueprint"] or "", "generation": self.generation}
+        stage = check_structure(self.name, named)
+        self._stage, self.schedule = SeedStage.GERMINATED, None
+        self._set_alpha(0.0, limit=1.0)
+        self._resume(stage, structure["schedule"])
+
+    def clear(self) -> None:
+        """Take whatever is in place out, a fossil, too: another state is about to be loaded."""
+        self._drop(SeedStage.DORMANT)
+
     def _resume(self, stage: SeedStage, schedule: Mapping[str, Any] | None) -> None:
         if stage is SeedStage.GERMINATED:
             return
         self.start_training()
         if stage is SeedStage.TRAINING:
             return
-        settings = schedule or {"steps": 1, "kind": "linear", "end": 1.0}
-        blending = self.start_blending(settings["steps"], settings["kind"], end=settings["end"])
+        settings = schedule or {"steps": 1, "kind": "linear", "start": 0.0, "end": 1.0}
+        blending = self.start_blending(
+            settings["steps"], settings["kind"], start=settings["start"], end=settings["end"]
+        )
         if stage is SeedStage.FOSSILIZED:
-            self.fossilize()
+            self._become_fossil()
         elif schedule is not None:
             blending.load_state_dict(schedule)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
-        """``.to``, ``.half`` and friends move alpha but leave it float32."""
-        kept = {name: getattr(self, name) for name in ("alpha", "alpha_limit")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        if self.schedule is not None:
-            self.schedule.rebind(self.alpha, self.alpha_position, self.alpha_limit)
-        return self
 
     def extra_repr(self) -> str:
         """Name, stage and blueprint."""

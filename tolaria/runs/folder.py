@@ -317,6 +317,8 @@ def summarize(result: GrowthResult) -> dict[str, Any]:
         "host_test_step": None if result.host_test is None else result.phases[0].end_step,
         "host_test_note": "at an earlier step of this run, before a seed; no control that took all the steps",
         "test": None if result.test is None else result.test._asdict(),
+        "control_test": None if result.control_test is None else result.control_test._asdict(),
+        "control_test_note": "the host alone for the same steps, from where the seed began to be blended in",
         "phases": [asdict(phase) for phase in result.phases],
         "seed": [{**asdict(seed), "stage": seed.stage.name} for seed in result.seeds],
     }

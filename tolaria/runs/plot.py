@@ -164,7 +164,12 @@ def _draw_accuracy(axis: Any, run: RunRecord) -> None:  # noqa: ANN401
     _draw_validations(axis, run, np.array(values, dtype=np.float64))
     ends = [phase["end_step"] for phase in run.summary["phases"]]
     tests: list[tuple[float, float, str]] = []
-    for key, last, text in (("host_test", ends[:1], "at step {}"), ("test", ends[-1:], "at the end")):
+    looks = (
+        ("host_test", ends[:1], "at step {}"),
+        ("control_test", ends[-1:], "host alone"),
+        ("test", ends[-1:], "at the end"),
+    )
+    for key, last, text in looks:
         figures = run.summary.get(key)
         if figures is not None and last:
             tests.append((float(last[0]), float(figures["val_accuracy"]), f"test, {text.format(last[0])}"))
@@ -317,7 +322,10 @@ def _subtitle(run: RunRecord) -> str:
     host, end = summary.get("host_test"), summary.get("test")
     if end is not None:
         accuracy = f"test accuracy {float(end['val_accuracy']):.2f}%"
-        if host is not None and summary["phases"]:
+        alone = summary.get("control_test")
+        if alone is not None:
+            accuracy += f" (host alone for the same steps: {float(alone['val_accuracy']):.2f}%)"
+        elif host is not None and summary["phases"]:
             accuracy += f" (at step {summary['phases'][0]['end_step']}: {float(host['val_accuracy']):.2f}%)"
         said.append(accuracy)
     seeds, hosts = summary["seed_parameters"], summary["host_parameters"]

@@ -162,7 +162,7 @@ def _check_unguarded(**given: object) -> None:
 
 def default_folder(task: str) -> Path:
     """``runs/<task>-<time>-<process>``, with a number behind it where that exists already."""
-    base = Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    base = Path("runs") / f"{task.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     chosen, number = base, 1
     while chosen.exists():
         number += 1
@@ -205,6 +205,7 @@ def _stretched(settings: TrainSettings, steps: int) -> TrainSettings:
     parts["finish_steps"] = steps - sum(parts.values())
     if parts["finish_steps"] < 0:  # so few that the ramp alone is too long
         parts = {"host_steps": 0, "incubate_steps": 0, "blend_steps": steps, "finish_steps": 0}
+    parts["trial_steps"] = round(settings.trial_steps * share)
     warmup = min(settings.warmup_steps, steps // 4)
     every = max(1, min(settings.validate_every, round(settings.validate_every * share) or 1, steps))
     if steps >= settings.total_steps:

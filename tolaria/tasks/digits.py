@@ -66,6 +66,7 @@ def make_spec() -> TaskSpec:
             incubate_steps=200,
             blend_steps=200,
             finish_steps=1500,
+            trial_steps=200,
             lr=1e-2,
             seed_lr=1e-2,
             slot="stage0",

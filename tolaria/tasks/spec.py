@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,10 @@ class TrainSettings:
     blend_steps: int = 100
     """Steps over which alpha rises from 0 to 1."""
     finish_steps: int = 300
-    """Steps after the seed was fossilised (or culled)."""
+    """Steps after alpha has arrived at 1."""
+    trial_steps: int = 0
+    """How many of these are taken before the verdict on the seed, whose evidence comes from them; none if
+    that were more than half of them (then it comes from the second half of the ramp)."""
     lr: float = 3e-3
     """Peak learning rate of the host (AdamW, cosine to nearly nothing over all the steps)."""
     seed_lr: float = 3e-3
@@ -75,9 +79,9 @@ class TrainSettings:
     """Steps between looks at the validation data."""
     accumulation_steps: int = 1
     """Batches per optimizer step."""
-    min_gain: float = 0.0
-    """A seed is kept if blending it in lowered the validation loss by this share of it, and it does
-    contribute."""
+    min_gain: float = 0.01
+    """A seed is kept if the training loss is by more than this share below that of the host alone on the same
+    batches, and the validation loss is not above it, both with a confidence of 95%."""
     max_germinations: int = 2
     """Seeds to try, should a rollback take one away; 0: the host stays alone."""
 
@@ -86,7 +90,15 @@ class TrainSettings:
         counts = dict.fromkeys(positive, 1)
         counts.update(
             dict.fromkeys(
-                ("host_steps", "incubate_steps", "finish_steps", "warmup_steps", "max_germinations"), 0
+                (
+                    "host_steps",
+                    "incubate_steps",
+                    "finish_steps",
+                    "trial_steps",
+                    "warmup_steps",
+                    "max_germinations",
+                ),
+                0,
             )
         )
         bad = [
@@ -229,13 +241,19 @@ def register_task(spec: TaskSpec, *, replace: bool = False) -> TaskSpec:
 
 
 def get_task(name: str) -> TaskSpec:
-    """The task called ``name``.
+    """The task called ``name``; ``"module:attribute"`` names one in a module of your own.
+
+    The attribute is a TaskSpec, or is called without arguments and returns one; the task then has this name,
+    by which a run is resumed.
 
     Raises:
-        TypeError: not a string.  ValueError: no such task; the message lists those there are.
+        TypeError: not a string.  ValueError: no such task; the message lists those there are, or says what is
+            wrong with the module.
     """
     if not isinstance(name, str):
         raise TypeError(f"task: expected the name of a task or a TaskSpec, got {type(name).__name__}")
+    if name not in _TASKS and ":" in name:
+        _TASKS[name] = _imported(name)
     if name not in _TASKS:
         if name not in _BUILT_IN:
             close = difflib.get_close_matches(name, list_tasks(), n=1)
@@ -243,6 +261,23 @@ def get_task(name: str) -> TaskSpec:
             raise ValueError(f"task: expected one of {', '.join(list_tasks())}, got {name!r}{hint}")
         _TASKS[name] = importlib.import_module(_BUILT_IN[name]).make_spec()
     return _TASKS[name]
+
+
+def _imported(name: str) -> TaskSpec:
+    module, _, attribute = name.partition(":")
+    try:
+        found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"task: expected 'module:attribute', importable from here, got {name!r} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    spec = found if isinstance(found, TaskSpec) or not callable(found) else found()
+    if not isinstance(spec, TaskSpec):
+        raise ValueError(  # noqa: TRY004  (a name that was typed)
+            f"task: expected {name!r} to be a TaskSpec, or to return one, got {type(spec).__name__}"
+        )
+    return replace(spec, name=name)
 
 
 def list_tasks() -> list[str]:

@@ -130,6 +130,7 @@ def make_spec() -> TaskSpec:
             incubate_steps=100,
             blend_steps=100,
             finish_steps=700,
+            trial_steps=100,
             lr=8e-3,
             seed_lr=8e-3,
             slot="block0",

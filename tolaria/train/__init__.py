@@ -1,5 +1,6 @@
 """Training: one step, three loops, validation, and the whole story of a growing network."""
 
+from tolaria.train.contributions import seed_contributions
 from tolaria.train.epochs import (
     EpochStats,
     train_epoch_blended,
@@ -7,6 +8,7 @@ from tolaria.train.epochs import (
     train_epoch_normal,
 )
 from tolaria.train.faults import Fault, InjectedFault, list_faults, parse_fault
+from tolaria.train.learner import Learner
 from tolaria.train.observers import (
     GrowthObserver,
     PhaseRecord,
@@ -15,13 +17,15 @@ from tolaria.train.observers import (
     StoryContext,
     ValidationRecord,
 )
-from tolaria.train.step import Learner, StepHooks, StepPlan, train_step
+from tolaria.train.samples import Gain
+from tolaria.train.step import StepHooks, StepPlan, StepResult, train_step
 from tolaria.train.story import GrowthResult, governor_config_for, grow
 from tolaria.train.validate import Metrics, validate_and_get_metrics
 
 __all__ = [
     "EpochStats",
     "Fault",
+    "Gain",
     "GrowthObserver",
     "GrowthResult",
     "InjectedFault",
@@ -32,12 +36,14 @@ __all__ = [
     "StepHooks",
     "StepPlan",
     "StepRecord",
+    "StepResult",
     "StoryContext",
     "ValidationRecord",
     "governor_config_for",
     "grow",
     "list_faults",
     "parse_fault",
+    "seed_contributions",
     "train_epoch_blended",
     "train_epoch_incubator_mode",
     "train_epoch_normal",

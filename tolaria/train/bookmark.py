@@ -62,6 +62,8 @@ class Bookmark:
     """Where the random numbers of the seed stand."""
     data: dict[str, Any]
     """For :meth:`BatchStream.go_to`."""
+    control: dict[str, Tensor] | None = None
+    """For :meth:`Control.load`; None before a seed is blended in."""
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values and tensors, for :meth:`from_plain`."""

@@ -21,7 +21,9 @@ from tolaria.nn.slot import SeedSlot
 from tolaria.nn.stage import SeedStage
 from tolaria.tasks.spec import TaskType
 from tolaria.train import arguments
-from tolaria.train.step import Criterion, GovernorLike, Learner, StepHooks, StepPlan, train_step
+from tolaria.train.learner import Learner
+from tolaria.train.step import Criterion, GovernorLike, StepHooks, StepPlan, StepResult, train_step
+from tolaria.train.weights import is_summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,23 +31,38 @@ class EpochStats:
     """What an epoch did. Tensors stay on the device until somebody reads them."""
 
     losses: Tensor
-    """(steps,): the mean micro-batch loss of each step."""
+    """(steps,): the loss of each step, the mean over its labels that are not ignored."""
     mean_loss: Tensor
-    """0-dim float64: mean over the steps, weighted by sample; NaN if there was no step."""
+    """0-dim float64: mean over the epoch, weighted by sample (by label that is not ignored where there are
+    several for a sample), as :func:`validate_and_get_metrics` has it; NaN if there was none."""
     steps: int
     """Optimizer steps."""
     samples: int
     """Samples seen."""
+    accuracy: Tensor
+    """0-dim float64: percent of the labels guessed right, each before the step that learnt from it; NaN where
+    the labels are no classes, or there was none."""
 
     @classmethod
-    def of(cls, losses: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> EpochStats:
-        """Gather the steps of an epoch."""
-        if not losses:
-            nothing = torch.full((), float("nan"), dtype=torch.float64, device=device)
-            return cls(torch.empty(0, device=device), nothing, 0, 0)
-        stacked = torch.stack(list(losses)).detach()
-        weights = torch.tensor(rows, dtype=torch.float64, device="cpu").to(stacked.device, non_blocking=True)
-        return cls(stacked, (stacked.double() * weights).sum() / weights.sum(), len(losses), sum(rows))
+    def of(cls, steps: Sequence[StepResult], device: torch.device, *, summed: bool = False) -> EpochStats:
+        """Gather the steps of an epoch.
+
+        Args:
+            steps: what each saw.
+            device: where figures of no step go.
+            summed: the losses are sums over the labels, no means.
+        """
+        nothing = torch.full((), float("nan"), dtype=torch.float64, device=device)
+        if not steps:
+            return cls(torch.empty(0, device=device), nothing, 0, 0, nothing)
+        losses = torch.stack([step.loss for step in steps]).detach()
+        counts = torch.stack([step.count for step in steps])
+        sums = losses.double() if summed else torch.where(counts > 0, losses.double() * counts, 0.0)
+        hits = [step.correct for step in steps if step.correct is not None]
+        is_complete = len(hits) == len(steps)
+        accuracy = 100.0 * torch.stack(hits).sum() / counts.sum() if is_complete else nothing
+        mean = sums.sum() / counts.sum()
+        return cls(losses, mean, len(steps), sum(step.rows for step in steps), accuracy)
 
 
 def train_epoch_normal(
@@ -102,7 +119,7 @@ def train_epoch_incubator_mode(
     trainloader: Iterable[object],
     criterion: Criterion,
     host_optimizer: Optimizer,
-    seed_optimizer: Optimizer,
+    seed_optimizer: Optimizer | Sequence[Optimizer],
     device: str | torch.device,
     task_type: TaskType = "classification",
     *,
@@ -128,13 +145,15 @@ def train_epoch_incubator_mode(
         trainloader: as in :func:`train_epoch_normal`.
         criterion: as in :func:`train_epoch_normal`.
         host_optimizer: over the host's parameters.
-        seed_optimizer: over the seed's parameters.
+        seed_optimizer: over the seed's parameters; of several seeds one over all, or one for each. Seeds do
+            not touch each other either way, as long as the optimizer itself couples no parameters; with a
+            ``scaler``, one over several seeds reads the device once a step.
         device: as in :func:`train_epoch_normal`.
         task_type: as in :func:`train_epoch_normal`.
         governor: as in :func:`train_epoch_normal`.
         accumulation_steps: as in :func:`train_epoch_normal`.
         max_grad_norm: clip the norm over the host optimizer's parameters.
-        seed_max_grad_norm: clip the norm over the seed optimizer's parameters.
+        seed_max_grad_norm: clip the norm over the parameters of each seed.
         amp_dtype: as in :func:`train_epoch_normal`.
         scaler: the host's; the seed is unscaled by the same scale but its overflows only skip its own step.
         schedulers: of either optimizer.
@@ -148,7 +167,10 @@ def train_epoch_incubator_mode(
         ValueError: no slot is in TRAINING, a parameter is in both optimizers, or a bad option.
         TypeError: a batch or a scheduler of the wrong kind.
     """
-    _check_apart(host_optimizer, seed_optimizer)
+    optimizers = [seed_optimizer] if seed_optimizer is None else _listed(seed_optimizer)
+    if not optimizers:
+        raise ValueError("seed_optimizer: expected a torch optimizer, or one for each seed, got none")
+    _check_apart(host_optimizer, optimizers)
     slots = [module for module in model.modules() if isinstance(module, SeedSlot)]
     if slots and not any(slot.stage is SeedStage.TRAINING for slot in slots):
         stages = ", ".join(f"{slot.name}: {slot.stage.name}" for slot in slots)
@@ -159,7 +181,7 @@ def train_epoch_incubator_mode(
     plan = _plan(
         model, criterion, device, task_type, amp_dtype, schedulers, governor, hooks,
         host=Learner(host_optimizer, max_grad_norm, scaler),
-        seed=_seed_learner(seed_optimizer, seed_max_grad_norm, scaler, device),
+        seeds=_seed_learners(optimizers, seed_max_grad_norm, scaler, device),
     )  # fmt: skip
     return _run_epoch(plan, trainloader, accumulation_steps, max_steps)
 
@@ -169,7 +191,7 @@ def train_epoch_blended(
     trainloader: Iterable[object],
     criterion: Criterion,
     host_optimizer: Optimizer,
-    seed_optimizer: Optimizer | None,
+    seed_optimizer: Optimizer | Sequence[Optimizer] | None,
     device: str | torch.device,
     task_type: TaskType = "classification",
     *,
@@ -191,15 +213,15 @@ def train_epoch_blended(
         trainloader: as in :func:`train_epoch_normal`.
         criterion: as in :func:`train_epoch_normal`.
         host_optimizer: over the host's parameters, or over all of them if there is no seed optimizer.
-        seed_optimizer: over the seed's parameters; None if the host's optimizer has them or they stay as they
-            are.
+        seed_optimizer: as in :func:`train_epoch_incubator_mode`; None if the host's optimizer has the seeds'
+            parameters or they stay as they are.
         device: as in :func:`train_epoch_normal`.
         task_type: as in :func:`train_epoch_normal`.
         governor: as in :func:`train_epoch_normal`.
         alpha_schedules: stepped before each forward; the schedules of the model's BLENDING slots if None.
         accumulation_steps: as in :func:`train_epoch_normal`.
         max_grad_norm: clip the norm over the host optimizer's parameters.
-        seed_max_grad_norm: clip the norm over the seed optimizer's parameters.
+        seed_max_grad_norm: clip the norm over the parameters of each seed.
         amp_dtype: as in :func:`train_epoch_normal`.
         scaler: as in :func:`train_epoch_incubator_mode`.
         schedulers: of either optimizer.
@@ -213,15 +235,14 @@ def train_epoch_blended(
         ValueError: a parameter is in both optimizers, or a bad option.
         TypeError: a batch or a scheduler of the wrong kind.
     """
-    if seed_optimizer is not None:
-        _check_apart(host_optimizer, seed_optimizer)
+    optimizers = _listed(seed_optimizer)
+    _check_apart(host_optimizer, optimizers)
     if alpha_schedules is None:
-        slots = [module for module in model.modules() if isinstance(module, SeedSlot)]
-        alpha_schedules = [slot.schedule for slot in slots if slot.schedule is not None]
+        alpha_schedules = [slot.schedule for slot in _slots_of(model) if slot.schedule is not None]
     plan = _plan(
         model, criterion, device, task_type, amp_dtype, schedulers, governor, hooks,
         host=Learner(host_optimizer, max_grad_norm, scaler),
-        seed=_seed_learner(seed_optimizer, seed_max_grad_norm, scaler, device),
+        seeds=_seed_learners(optimizers, seed_max_grad_norm, scaler, device),
         alpha_schedules=alpha_schedules,
     )  # fmt: skip
     return _run_epoch(plan, trainloader, accumulation_steps, max_steps)
@@ -238,15 +259,15 @@ def _plan(
     hooks: StepHooks | None,
     *,
     host: Learner,
-    seed: Learner | None = None,
+    seeds: Sequence[Learner] = (),
     alpha_schedules: Sequence[AlphaSchedule] = (),
 ) -> StepPlan:
     """Check the options that the loops share and put them together."""
     arguments.check_task_type(task_type)
     arguments.check_model_and_criterion(model, criterion)
-    arguments.check_optimizer("optimizer" if seed is None else "host_optimizer", host.optimizer)
+    arguments.check_optimizer("host_optimizer" if seeds else "optimizer", host.optimizer)
     arguments.check_norm("max_grad_norm", host.max_grad_norm)
-    if seed is not None:
+    for seed in seeds:
         arguments.check_norm("seed_max_grad_norm", seed.max_grad_norm)
     if amp_dtype not in (None, torch.float16, torch.bfloat16):
         raise ValueError(f"amp_dtype: expected torch.float16, torch.bfloat16 or None, got {amp_dtype!r}")
@@ -258,10 +279,13 @@ def _plan(
     checked = validate_device(device)
     if host.scaler is not None and not host.scaler.is_enabled():
         host.scaler = None
+    host.is_host = True
+    for learner in (host, *seeds):
+        learner.slots = _slots_of(model)
     if governor is not None:
-        _cover(governor, [learner.optimizer for learner in (host, seed) if learner is not None])
+        _cover(governor, [learner.optimizer for learner in (host, *seeds)])
     return StepPlan(
-        model, criterion, checked, task_type, host, seed, amp_dtype, schedulers, alpha_schedules, governor,
+        model, criterion, checked, task_type, host, seeds, amp_dtype, schedulers, alpha_schedules, governor,
         hooks if hooks is not None else StepHooks(),
     )  # fmt: skip
 
@@ -274,28 +298,50 @@ def _cover(governor: GovernorLike, optimizers: Sequence[object]) -> None:
             add(optimizer)
 
 
-def _seed_learner(
-    optimizer: Optimizer | None, max_norm: float | None, scaler: GradScaler | None, device: str | torch.device
-) -> Learner | None:
+def _slots_of(model: nn.Module) -> list[SeedSlot]:
+    return [module for module in model.modules() if isinstance(module, SeedSlot)]
+
+
+def _listed(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """The seeds' optimizers, however they were given."""
+    if optimizers is None:
+        return []
+    return list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]  # type: ignore[list-item]
+
+
+def _seed_learners(
+    optimizers: Sequence[Optimizer],
+    max_norm: float | None,
+    scaler: GradScaler | None,
+    device: str | torch.device,
+) -> list[Learner]:
     arguments.check_scaler(scaler)
-    if optimizer is None:
-        return None
     if scaler is None or not scaler.is_enabled():
-        return Learner(optimizer, max_norm)
-    return Learner(optimizer, max_norm, GradScaler(validate_device(device).type, init_scale=1.0))
+        return [Learner(optimizer, max_norm) for optimizer in optimizers]
+    kind = validate_device(device).type
+    return [Learner(optimizer, max_norm, GradScaler(kind, init_scale=1.0)) for optimizer in optimizers]
 
 
-def _check_apart(host: Optimizer, seed: Optimizer) -> None:
+def _check_apart(host: Optimizer, seeds: Sequence[Optimizer]) -> None:
+    if not seeds:
+        return  # the host's is checked with the other arguments
     arguments.check_optimizer("host_optimizer", host)
-    arguments.check_optimizer("seed_optimizer", seed)
-    of_host = {id(p) for group in host.param_groups for p in group["params"]}
-    shared = sum(id(p) in of_host for group in seed.param_groups for p in group["params"])
-    if shared:
-        raise ValueError(
-            f"seed_optimizer: expected parameters that host_optimizer does not have, "
-            f"got {shared} that are in both; "
-            "use model.host_parameters() and model.seed_parameters()"
-        )
+    of_host, of_seeds = _parameters_of(host), set[int]()
+    for optimizer in seeds:
+        arguments.check_optimizer("seed_optimizer", optimizer)
+        own = _parameters_of(optimizer)
+        for taken, by in ((of_host, "host_optimizer does"), (of_seeds, "other seeds' optimizers do")):
+            if own & taken:
+                raise ValueError(
+                    f"seed_optimizer: expected parameters that {by} not have, "
+                    f"got {len(own & taken)} that are in both; "
+                    "use model.host_parameters() and model.seed_parameters()"
+                )
+        of_seeds |= own
+
+
+def _parameters_of(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _left_out_after_rollbacks(loader: Iterable[object], governor: object) -> Iterable[object]:
@@ -313,14 +359,11 @@ def _run_epoch(
     arguments.check_count("accumulation_steps", accumulation_steps, 1)
     arguments.check_count("max_steps", max_steps, 1, optional=True)
     plan.model.train()
-    losses: list[Tensor] = []
-    rows: list[int] = []
+    steps: list[StepResult] = []
     batches = iter(_left_out_after_rollbacks(trainloader, plan.governor))
-    while max_steps is None or len(losses) < max_steps:
+    while max_steps is None or len(steps) < max_steps:
         micro_batches = list(itertools.islice(batches, accumulation_steps))
         if not micro_batches:
             break
-        loss, count = train_step(plan, micro_batches)
-        losses.append(loss)
-        rows.append(count)
-    return EpochStats.of(losses, rows, plan.device)
+        steps.append(train_step(plan, micro_batches))
+    return EpochStats.of(steps, plan.device, summed=is_summed(plan.criterion))

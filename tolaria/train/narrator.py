@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tolaria.errors import TrainingDivergedError
 from tolaria.nn.model import MorphogeneticModel
@@ -18,6 +18,7 @@ from tolaria.nn.slot import SeedSlot
 from tolaria.tasks.data import Batch, TaskData
 from tolaria.tasks.spec import TaskSpec, TrainSettings
 from tolaria.train.bookmark import Bookmark, Resumption, seed_bytes
+from tolaria.train.control import Control
 from tolaria.train.epochs import train_epoch_blended, train_epoch_incubator_mode, train_epoch_normal
 from tolaria.train.faults import Fault, FaultHooks
 from tolaria.train.interrupt import Interrupts
@@ -80,6 +81,8 @@ class Narrator:
         self.needs_seed = False
         self.germinations, self.seed_start = 0, 0
         self.before: Metrics | None = None
+        self.control: Control | None = None
+        self._step_batches: list[Batch] = []
         self.step = 0
         self.is_stepping = False
         self._began = self._phase_began = time.perf_counter()
@@ -103,6 +106,7 @@ class Narrator:
             seeds=list(result.seeds), slot=self.slot.structure(on_device=True), seed=seed_bytes(self.slot),
             stream=self.slot.rollback_state()["stream"],  # type: ignore[arg-type]
             data=self.trained.stream.place(),
+            control=None if self.control is None else self.control.state(),
         )  # fmt: skip
 
     def go_to(self, resumption: Resumption) -> None:
@@ -113,6 +117,9 @@ class Narrator:
         """
         mark, result, now = resumption.bookmark, self.result, time.perf_counter()
         self.trained.load(resumption.state, mark)
+        if mark.control is not None:
+            self.control = self._new_control()
+            self.control.load(mark.control)
         self._past_events = resumption.events
         self.step, self.phase = mark.step, mark.phase
         self.phase_start, self.phase_end, self.needs_seed = mark.phase_start, mark.phase_end, mark.needs_seed
@@ -170,6 +177,8 @@ class Narrator:
             self._turn()
             self._tell_phase()
         self.result.test = self._metrics(on_test=True)
+        if self.control is not None:
+            self.result.control_test = self._metrics(on_test=True, model=self.control.model)
 
     @property
     def _left(self) -> int:
@@ -194,7 +203,7 @@ class Narrator:
     def _may_germinate(self) -> bool:
         settings = self.settings
         is_settled = self.result.outcome in ("fossilized", "culled")
-        fits = self._left >= settings.incubate_steps + settings.blend_steps
+        fits = self._left >= settings.incubate_steps + settings.blend_steps + self._trial_steps
         return fits and not is_settled and self.germinations < settings.max_germinations
 
     def _incubate(self) -> None:
@@ -218,18 +227,33 @@ class Narrator:
         settings = self.settings
         if settings.incubate_steps:
             self.before = self._metrics()
+        self.control = self._new_control()
         self.slot.start_blending(settings.blend_steps, settings.alpha_kind)
         self._tell_seed("alpha rises")
-        self._enter("blend", settings.blend_steps)
+        self._enter("blend", settings.blend_steps + self._trial_steps)
+
+    @property
+    def _trial_steps(self) -> int:
+        """None where the verdict would come too late for the rest of the run to follow from it."""
+        settings = self.settings
+        return settings.trial_steps if 2 * settings.trial_steps <= settings.finish_steps else 0
+
+    def _new_control(self) -> Control:
+        window = self._trial_steps or self.settings.blend_steps // 2
+        return Control(self.trained, self.criterion, self.spec, self.amp_dtype, window=window)
 
     def _judge_seed(self) -> None:
-        """Keep the seed that was blended in, or take it out."""
-        assert self.before is not None, "it was measured when the seed was grafted"
-        before, after = self.before.val_loss, self._metrics().val_loss
-        with self.slot.bypassed():
-            without = self._metrics().val_loss
-        figures = f"validation loss {before:.4f} -> {after:.4f} ({without:.4f} without it)"
-        if before - after >= self.settings.min_gain * before and without - after > 0:
+        """Keep the seed that was blended in, or take it out: by the host alone after as many steps."""
+        assert self.control is not None, "it is there from where a seed begins to be blended in"
+        fit = self.control.gain_in_training()
+        held_out = self.control.gain_of(self.model, self.data.validation)
+        share = self.settings.min_gain
+        figures = (
+            f"beside the host alone for the same steps, training loss {fit.loss:.4f} to {fit.other:.4f} "
+            f"({fit.mean:+.4f} +- {fit.error:.4f} better), validation {held_out.loss:.4f} to "
+            f"{held_out.other:.4f} ({held_out.mean:+.4f} +- {held_out.error:.4f})"
+        )
+        if fit.is_at_least(share) and held_out.upper >= min(share, 0.0) * abs(held_out.other):
             self.slot.fossilize()
             self.result.outcome = "fossilized"
             self._tell_seed(f"earned its place: {figures}")
@@ -237,8 +261,11 @@ class Narrator:
             if self.governor is not None:  # soon a rollback no longer takes the seed away
                 self.governor.snapshot()
         else:
+            if self.governor is not None:
+                self.governor.wait()  # for a capture that reads what is written to
             self.slot.cull()
-            self._release_seed("culled", f"did not earn its place: {figures}")
+            self.control.give_back(self.trained)
+            self._release_seed("culled", f"did not earn its place: {figures}; the host goes on as if alone")
             self._move_on()
 
     def _is_dropped(self) -> bool:
@@ -248,6 +275,8 @@ class Narrator:
     def _release_seed(self, outcome: str, reason: str) -> None:
         """The seed is gone."""
         self.trained.release_seed()
+        if outcome == "dropped":  # the host is back where it was, and the control is not
+            self.control = None
         self.result.outcome = outcome
         self._tell_seed(reason)
 
@@ -288,7 +317,7 @@ class Narrator:
 
     def _train(self, steps: int) -> None:
         settings = self.settings
-        batches: Iterator[Batch] = iter(self.trained.stream)
+        batches: Iterator[Batch] = self._batches()
         trained, schedulers = self.trained, self.trained.schedulers
         if self.needs_seed:
             batches = itertools.takewhile(lambda _: not self._is_dropped(), batches)
@@ -309,14 +338,26 @@ class Narrator:
             hooks=self.hooks,
         )  # fmt: skip
 
+    def _batches(self) -> Iterator[Batch]:
+        """Those of the stream; what the coming step has taken is noted for the control."""
+        for batch in self.trained.stream:
+            if self.control is not None:
+                self._step_batches.append(batch)
+            yield batch
+
     def begin_step(self) -> int:
         """Called by the hooks; returns the number of the step."""
         self.is_stepping = True
+        if self.control is not None:
+            self.control.step(self._step_batches)
+            self._step_batches.clear()
         return self.step + 1
 
     def after_step(self, loss: Tensor, lr: float) -> None:
         """Called by the hooks: count, and tell."""
         self.step, self.is_stepping = self.step + 1, False
+        if self.control is not None:
+            self.control.note(loss)
         record = StepRecord(
             step=self.step, phase=self.phase, loss=loss, alpha=self.slot.alpha, stage=self.slot.stage, lr=lr
         )
@@ -343,10 +384,11 @@ class Narrator:
         for observer in self.observers:
             observer.on_seed(record)
 
-    def _metrics(self, *, on_test: bool = False) -> Metrics:
+    def _metrics(self, *, on_test: bool = False, model: nn.Module | None = None) -> Metrics:
         return validate_and_get_metrics(
-            self.model, self.data.train, self.data.test if on_test else self.data.validation, self.criterion,
-            self.device, task_type=self.spec.task_type, train_batches=0, amp_dtype=self.amp_dtype,
+            model or self.model, self.data.train, self.data.test if on_test else self.data.validation,
+            self.criterion, self.device, task_type=self.spec.task_type, train_batches=0,
+            amp_dtype=self.amp_dtype,
         )  # fmt: skip
 
     def _validate(self) -> None:

@@ -142,9 +142,12 @@ class GrowthResult:
     """What happened to the seeds."""
     host_test: Metrics | None = None
     """On the test data, when the host had trained alone: an earlier step of this run (the end of the first
-    phase), no control that took all the steps."""
+    phase), no control that took all the steps; that is ``control_test``."""
     test: Metrics | None = None
     """On the test data, at the end."""
+    control_test: Metrics | None = None
+    """On the test data, of the host alone for the same steps (see :class:`tolaria.train.control.Control`);
+    None where no seed was blended in to the end."""
 
 
 class GrowthObserver:

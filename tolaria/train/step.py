@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.nn.nest import to_device
 from tolaria.nn.schedule import AlphaSchedule
 from tolaria.tasks.spec import TaskType
 from tolaria.train.batch import batch_rows, call_model, for_criterion, split_batch
+from tolaria.train.learner import Learner
+from tolaria.train.weights import count_and_correct, is_summed, weight_of_mean
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -71,40 +71,6 @@ class StepHooks:
 
 
 @dataclass(slots=True)
-class Learner:
-    """An optimizer with its clipping and its scaler: the host's, or a seed's."""
-
-    optimizer: Optimizer
-    """Whose parameters are clipped and stepped."""
-    max_grad_norm: float | None = None
-    """Clip the norm over its own parameters to this; None: leave it."""
-    scaler: GradScaler | None = None
-    """Its own; a scaler is never shared, so that an overflow here changes nothing there."""
-
-    def finish(self) -> Tensor | None:
-        """Unscale, clip, step; nothing if no parameter has a gradient. The norm before it clips."""
-        with_grad = [
-            p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
-        if not with_grad:
-            return None
-        norm = self.prepare(with_grad)
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)
-        else:
-            self.optimizer.step()
-        return norm
-
-    def prepare(self, with_grad: Sequence[Tensor]) -> Tensor | None:
-        """Unscale and clip; the norm before, if it clips."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        if self.max_grad_norm is None:
-            return None
-        return nn.utils.clip_grad_norm_(with_grad, self.max_grad_norm)
-
-
-@dataclass(slots=True)
 class StepPlan:
     """Everything a step needs beside its batches."""
 
@@ -118,8 +84,8 @@ class StepPlan:
     """``"lm"`` flattens tokens for the criterion."""
     host: Learner
     """Steps first."""
-    seed: Learner | None = None
-    """Steps after the host, from the same backward pass."""
+    seeds: Sequence[Learner] = ()
+    """Step after the host, from the same backward pass; none touches another."""
     amp_dtype: torch.dtype | None = None
     """Run forwards under autocast with this dtype."""
     schedulers: Sequence[LRScheduler] = ()
@@ -138,24 +104,39 @@ class StepPlan:
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
 
-def train_step(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor, int]:
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step saw. Tensors are 0-dim, detached, on the device."""
+
+    loss: Tensor
+    """That of the whole batch: the micro-batches' mean, weighted by label; for a criterion that sums,
+    the sum."""
+    rows: int
+    """Samples."""
+    count: Tensor
+    """Labels that are not ignored, float64."""
+    correct: Tensor | None
+    """How many of them were guessed right, float64; None if the labels are no classes."""
+
+
+def train_step(plan: StepPlan, micro_batches: Sequence[object]) -> StepResult:
     """Forward and backward over the micro-batches, then a step of each optimizer. Never waits for the device.
+
+    The step is that of one batch of all of them: a micro-batch counts by its labels that are not ignored.
+    (What a criterion ignores is read from its ``ignore_index``; a function's cannot be.)
 
     Args:
         plan: how.
-        micro_batches: at least one batch; the loss is the mean over them.
-
-    Returns:
-        The mean micro-batch loss (0-dim, detached, on the device) and the number of samples.
+        micro_batches: at least one batch.
     """
     for schedule in plan.alpha_schedules:
         schedule.step()
     plan.hooks.before_forward()
     _zero_grad(plan)
-    loss, rows = _accumulate(plan, micro_batches)
+    result = _accumulate(plan, micro_batches)
     plan.hooks.after_backward()
 
-    verdict = None
+    loss, verdict = result.loss, None
     if plan.governor is not None and plan.governor.config.skip_anomalous_steps:
         verdict = plan.governor.check_vital_signs(
             loss
@@ -167,31 +148,50 @@ def train_step(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor,
         else:
             plan.governor.step(loss if verdict is None else verdict)
     plan.hooks.after_step(loss)
-    return loss, rows
+    return result
 
 
 def _zero_grad(plan: StepPlan) -> None:
-    plan.host.optimizer.zero_grad(set_to_none=True)
-    if plan.seed is not None:
-        plan.seed.optimizer.zero_grad(set_to_none=True)
+    for learner in (plan.host, *plan.seeds):
+        learner.optimizer.zero_grad(set_to_none=True)
 
 
-def _accumulate(plan: StepPlan, micro_batches: Sequence[object]) -> tuple[Tensor, int]:
-    """Gradients of the mean loss over the micro-batches; that loss, and the number of samples."""
-    count, rows = len(micro_batches), 0
-    losses: list[Tensor] = []
-    for batch in micro_batches:
-        inputs, targets = split_batch(batch)
-        inputs, targets = to_device(inputs, plan.device), to_device(targets, plan.device)
+def _accumulate(plan: StepPlan, micro_batches: Sequence[object]) -> StepResult:
+    """Gradients of the whole batch's loss; what there was to see."""
+    pairs = [split_batch(batch) for batch in micro_batches]
+    pairs = [(inputs, to_device(targets, plan.device)) for inputs, targets in pairs]
+    is_mean = len(pairs) > 1 and not is_summed(plan.criterion)
+    shares = _shares([targets for _, targets in pairs], plan.criterion) if is_mean else None
+    rows, losses, seen = 0, list[Tensor](), list[tuple[Tensor, Tensor | None]]()
+    for index, (inputs, targets) in enumerate(pairs):
+        inputs = to_device(inputs, plan.device)
         with plan.autocast():
             logits, labels = for_criterion(call_model(plan.model, inputs), targets, plan.task_type)
             loss = plan.hooks.on_loss(_scalar(plan.criterion(logits, labels)))
-        share = loss / count if count > 1 else loss
-        scaled = share if plan.host.scaler is None else plan.host.scaler.scale(share)
+        if shares is not None:
+            share = shares[index].to(loss.dtype)
+            loss = torch.where(share == 0, 0.0, loss) * share / len(pairs)  # the mean over nothing is NaN
+        scaled = loss if plan.host.scaler is None else plan.host.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
+        seen.append(count_and_correct(logits, labels, plan.criterion))
         rows += batch_rows(inputs, targets)
-    return (losses[0] if count == 1 else torch.stack(losses).mean()), rows
+    return StepResult(_sum(losses), rows, _sum([count for count, _ in seen]), _sum_or_none(seen))
+
+
+def _shares(targets: Sequence[Tensor], criterion: Criterion) -> Tensor:
+    """(count,): what each micro-batch's mean counts, in units of the average one; of equal ones exactly 1."""
+    weights = torch.stack([weight_of_mean(each, criterion) for each in targets])
+    return weights * len(targets) / weights.sum()
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).sum()
+
+
+def _sum_or_none(seen: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    hits = [hit for _, hit in seen if hit is not None]
+    return _sum(hits) if len(hits) == len(seen) else None
 
 
 def _scalar(loss: object) -> Tensor:
@@ -202,20 +202,17 @@ def _scalar(loss: object) -> Tensor:
 
 
 def _step_optimizers(plan: StepPlan) -> Tensor | None:
-    """Host first, then seed; each unscaled, clipped and stepped on its own.
+    """Host first, then seeds; each unscaled, clipped and stepped on its own.
 
-    Returns the norm of the host's gradient before clipping, if it clips; the seed's is not part of it.
+    Returns the norm of the host's gradient before clipping, if it clips; the seeds' are not part of it.
     """
-    seed, scaler = plan.seed, plan.host.scaler
-    if seed is not None and seed.scaler is not None and scaler is not None:
-        # The gradients carry the host's scale. The seed's scaler takes it over and keeps its own record of
-        # overflows.
-        one = torch.ones((), device=plan.device)
-        seed.scaler.scale(one)
-        seed.scaler.update(new_scale=scaler.scale(one))
+    scaler = plan.host.scaler
+    if scaler is not None:
+        for learner in plan.seeds:
+            learner.follow(scaler)
     norm = plan.host.finish()
-    if seed is not None:
-        seed.finish()
+    for learner in plan.seeds:
+        learner.finish()
     if scaler is not None:
         scaler.update()
     with warnings.catch_warnings() if scaler is not None and plan.schedulers else nullcontext():

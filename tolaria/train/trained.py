@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -120,6 +121,15 @@ class Trained:
             return min(1.0, (step + 1) / (warmup + 1)) * (_LR_FLOOR + (1.0 - _LR_FLOOR) * cosine)
 
         return LambdaLR(optimizer, factor)
+
+    def twin_of_host(self, twin: MorphogeneticModel) -> tuple[AdamW, LambdaLR]:
+        """Optimizer and schedule for a copy of the host, as far as the host's are."""
+        settings = self.settings
+        optimizer = AdamW(twin.host_parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        scheduler = self._scheduler(optimizer, start=0)
+        optimizer.load_state_dict(copy.deepcopy(self.host_optimizer.state_dict()))
+        scheduler.load_state_dict(self.host_scheduler.state_dict())
+        return optimizer, scheduler
 
     def train_seed(self, start: int) -> None:
         """Make optimizer and schedule for the seed that was grafted after ``start`` steps."""

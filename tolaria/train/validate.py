@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -20,9 +19,9 @@ from tolaria.ops import MetricsField
 from tolaria.tasks.spec import TaskType
 from tolaria.train import arguments
 from tolaria.train.batch import call_model, for_criterion, split_batch
+from tolaria.train.loaders import undisturbed
 from tolaria.train.step import Criterion
-
-_IGNORE = -100
+from tolaria.train.weights import ignore_index_of, is_summed
 
 
 class Metrics(NamedTuple):
@@ -60,7 +59,8 @@ def validate_and_get_metrics(
     The loss is ``criterion``'s own, computed by the fused op where that is plain cross entropy (unweighted,
     unsmoothed, mean); otherwise each batch's mean counts by its samples. Train/eval mode of every submodule
     and every random stream (torch's, CUDA's, Python's, numpy's, and generators that a DataLoader or its
-    sampler owns) are left as found. One transfer from the device, at the end.
+    sampler owns) are left as found, and so is an epoch that is under way over either loader, with persistent
+    workers, too. One transfer from the device, at the end.
 
     Args:
         model: inputs to logits (B, C), or (B, T, C) for language models.
@@ -90,12 +90,14 @@ def validate_and_get_metrics(
     arguments.check_count("num_classes", num_classes, 1)
     arguments.check_count("train_batches", train_batches, 0, optional=True)
     where = validate_device(device)
-    generators = [*_own_generators(trainloader), *_own_generators(testloader)]
+    generators = [*own_generators(trainloader), *own_generators(testloader)]
     autocast = torch.autocast(where.type, dtype=amp_dtype) if amp_dtype is not None else nullcontext()
-    with preserve_random_state(*generators), _eval_mode(model), torch.no_grad(), autocast:
-        test = _Tally(criterion, task_type).over(model, testloader, where)
-        few = itertools.islice(trainloader, train_batches) if train_batches != 0 else ()
-        train = _Tally(criterion, task_type).over(model, few, where)
+    with preserve_random_state(*generators), eval_mode(model), torch.no_grad(), autocast:
+        with undisturbed(testloader) as batches:
+            test = _Tally(criterion, task_type).over(model, batches, where)
+        with undisturbed(trainloader) as batches:
+            few = itertools.islice(batches, train_batches) if train_batches != 0 else ()
+            train = _Tally(criterion, task_type).over(model, few, where)
     test_sums, train_sums = _fetch(test, train)
     val_loss, val_accuracy = _mean_and_accuracy(test_sums)
     return Metrics(
@@ -126,7 +128,7 @@ class _Tally:
 
     def __init__(self, criterion: Criterion, task_type: TaskType) -> None:
         self.criterion, self.task_type = criterion, task_type
-        self.ignore_index = _ignore_index(criterion)
+        self.ignore_index = ignore_index_of(criterion)
         self.is_plain = is_plain_cross_entropy(criterion)
         self.metrics: ops.MetricsAccumulator | None = None
 
@@ -152,7 +154,7 @@ class _Tally:
         self.metrics.update(logits, classes)
         loss = self.criterion(logits, labels).double()
         counted = (classes != self.ignore_index).sum()
-        if loss.dim() or getattr(self.criterion, "reduction", "mean") == "sum":
+        if loss.dim() or is_summed(self.criterion):
             share = loss.sum()
         else:  # selected, since the mean over nothing is NaN
             share = torch.where(counted > 0, loss * counted, 0.0)
@@ -169,12 +171,6 @@ def _class_labels(logits: Tensor, labels: Tensor) -> Tensor:
         "targets: expected integer labels, or probabilities of at least two classes in the logits' shape "
         f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
     )
-
-
-def _ignore_index(criterion: object) -> int:
-    """The label that the criterion leaves out; ``functools.partial`` of a function is looked into."""
-    keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}
-    return int(keywords.get("ignore_index", getattr(criterion, "ignore_index", _IGNORE)))
 
 
 def _fetch(*tallies: _Tally) -> list[list[float]]:
@@ -215,7 +211,7 @@ def _perplexity(loss: float) -> float:
         return math.inf
 
 
-def _own_generators(loader: object) -> list[torch.Generator]:
+def own_generators(loader: object) -> list[torch.Generator]:
     """Generators that a DataLoader, its sampler or its batch sampler draws from."""
     samplers = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
     inner = getattr(samplers[2], "sampler", None)
@@ -224,7 +220,7 @@ def _own_generators(loader: object) -> list[torch.Generator]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every submodule's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
