@@ -153,8 +153,10 @@ class TolariaCallback(FabricHooks, parts.callback_class()):  # type: ignore[misc
     def verify(self) -> bool:
         """Whether the state was finite; else it has been rolled back."""
         is_fine = super().verify()
-        if not is_fine and self._results is not None:
-            self._results.free()
+        if not is_fine:
+            self._has_loss = False  # a rollback has dropped what was added
+            if self._results is not None:
+                self._results.free()
         return bool(is_fine)
 
     # -- state, and the end ----------------------------------------------------------------------------------
