@@ -92,7 +92,10 @@ from tolaria import _moved
 from tolaria.governor import GovernorReport, PanicReason, RollbackEvent
 for module in pkgutil.walk_packages(tolaria.__path__, "tolaria."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except tolaria.MissingDependencyError:  # a class of an adapter is one of its trainer's
+            assert module.name.startswith("tolaria.integrations.")
 assert not _moved.MOVED.keys() & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], check=True)

@@ -237,7 +237,8 @@ TOLARIA_LANEWISE void remember_shift(const Column& g, const double* c, const Shi
   const Real heard = select(t.is_ready & (usual > 0.0) & (norm > loudest), loudest, norm);
   const Real tuned = select(usual > 0.0, usual + (heard - usual) / count, heard);
   const auto fits = is_bounded(moved) & is_bounded(wider) & is_bounded(faster) & is_bounded(farther);
-  const auto climbs = is_climbing(c, t.sum), moves = joins & !climbs & fits;
+  const auto climbs = is_climbing(c, t.sum);
+  const auto moves = joins & !climbs & fits;
   const auto follows = joins & climbs & fits & (level < 0.0);
   g.live(memory::shift_count) = select(t.found, zero, select(moves, count, before));
   g.live(memory::shift_level) = select(moves, moved, select(follows, level + kShiftBelowZero * (d / count), level));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,7 +26,10 @@ def measured(tmp_path_factory):
     """The JSON of ``pytest bench --smoke``."""
     path = tmp_path_factory.mktemp("bench") / "smoke.json"
     command = [sys.executable, "-m", "pytest", "bench", "--smoke", "-q", f"--benchmark-json={path}"]
-    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=alone, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return path
 

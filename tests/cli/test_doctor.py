@@ -89,7 +89,7 @@ def test_extras_are_those_of_the_project():
                 found[name] = least
         return found
 
-    assert {extra: packages(extra) for extra in said if extra not in ("dev", "all")} == EXTRAS
+    assert {extra: packages(extra) for extra in said if extra not in ("trainers", "dev", "all")} == EXTRAS
 
 
 def test_missing_and_old_packages_are_named(monkeypatch):

@@ -20,11 +20,22 @@ from tolaria.errors import BuildMismatchError, ExtensionMissingError
 
 _TRAIN = {"rich": "13", "matplotlib": "3.8", "scikit-learn": "1.4", "safetensors": "0.4"}
 _TENSORBOARD = {"tensorboard": "2.16"}
+_REPORT = {"plotly": "6"}
 _PYTEST = {"pytest": "8.2", "pytest-benchmark": "5"}
 EXTRAS: dict[str, dict[str, str]] = {
     "train": _TRAIN,
     "tensorboard": _TENSORBOARD,
-    "test": {**_TRAIN, **_TENSORBOARD, **_PYTEST, "hypothesis": "6.100", "expecttest": "0.2"},
+    "lightning": {"lightning": "2.6"},
+    "pytorch-lightning": {"pytorch-lightning": "2.6"},
+    "accelerate": {"accelerate": "1.15"},
+    "transformers": {"transformers": "5", "accelerate": "1.15"},
+    "ignite": {"pytorch-ignite": "0.5"},
+    "sb3": {"stable-baselines3": "2.9", "gymnasium": "1"},
+    "wandb": {"wandb": "0.20"},
+    "trackio": {"trackio": "0.20"},
+    "report": _REPORT,
+    "browser": {"websocket-client": "1.6"},
+    "test": {**_TRAIN, **_TENSORBOARD, **_REPORT, **_PYTEST, "hypothesis": "6.100", "expecttest": "0.2"},
     "bench": {
         **_PYTEST, "matplotlib": "3.8", "lightning-fabric": "2.4", "torchmetrics": "1", "river": "0.21",
         "pytorch-ignite": "0.5", "trainpulse": "0.4",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,10 @@ def count_and_correct(logits: Tensor, labels: Tensor, criterion: object) -> tupl
     dim = min(logits.dim() - 1, 1)
     fits = dim >= 0 and logits.shape[:dim] + logits.shape[dim + 1 :] == labels.shape
     if fits and _are_classes(labels) and logits.is_floating_point() and logits.shape[dim]:
+        if _function(criterion) not in _WEIGHTED:  # its integers may be no classes, which the op would refuse
+            kept = labels != ignore_index_of(criterion)
+            hits = kept & (logits.detach().argmax(dim) == labels)
+            return kept.sum(dtype=torch.float64), hits.sum(dtype=torch.float64)
         values = torch.zeros(len(MetricsField), dtype=torch.float64, device=logits.device)
         ops.classification_metrics_(values, logits.detach(), labels, ignore_index_of(criterion), 1)
         return values[MetricsField.COUNT], values[MetricsField.CORRECT]
@@ -73,9 +78,15 @@ def weight_of_mean(labels: Tensor, criterion: object) -> Tensor:
 
 
 def _class_weights(criterion: object) -> Tensor | None:
-    function = criterion.func if isinstance(criterion, functools.partial) else type(criterion)
-    weight = _setting(criterion, "weight", None) if function in _WEIGHTED else None
+    weight = _setting(criterion, "weight", None) if _function(criterion) in _WEIGHTED else None
     return weight if isinstance(weight, Tensor) else None
+
+
+def _function(criterion: object) -> object:
+    """What it is: a function, or the class of an object."""
+    if isinstance(criterion, functools.partial):
+        return criterion.func
+    return criterion if inspect.isfunction(criterion) else type(criterion)
 
 
 def _are_classes(labels: Tensor) -> bool:
