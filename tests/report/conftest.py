@@ -5,7 +5,7 @@ import pytest
 from tolaria.runs import run_task
 
 LENGTH = 400
-FAULTS = ("nan-loss@120", "nan-buffer@210", "spike@320")
+FAULTS = ("nan-loss@120", "nan-buffer@246", "spike@320")
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def point_at(page, plot, step, height):
 def test_a_stranger_reads_what_happened(opened):
     cards = opened.js("[...document.querySelectorAll('.card')].map(e => e.innerText)")
     assert len(cards) == 3
-    told = (("120: nan-loss", "NaN"), ("210: nan-buffer", "running_mean"), ("320: spike", "1,0"))
+    told = (("120: nan-loss", "NaN"), ("246: nan-buffer", "running_mean"), ("320: spike", "1,0"))
     for text, (fault, found) in zip(cards, told, strict=True):
         assert f"injected on purpose at step {fault}" in text
         assert found in text

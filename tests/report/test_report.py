@@ -49,7 +49,7 @@ def test_what_happened_what_was_lost_whether_it_mattered(digits):
     assert "(capture 3)" in first["what"]
     assert first["lost"] == "20 steps of training, 5.0% of the run."
     assert re.search(r"NaN or infinity was found in host\.\S*running_mean", second["what"])
-    assert "24 steps after the fault" in second["what"]
+    assert "20 steps after the fault" in second["what"]
     assert "The loss was 1," in third["what"]
     assert "after 2 bad verdicts" in third["what"]
     for incident in (first, second, third):
