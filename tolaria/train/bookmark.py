@@ -45,8 +45,6 @@ class Bookmark:
     """As in :class:`GrowthResult`."""
     validations: int
     """Looks at the validation data so far."""
-    before: Metrics | None
-    """What the seed is measured by."""
     host_test: Metrics | None
     """As in :class:`GrowthResult`."""
     phases: list[PhaseRecord]
@@ -68,8 +66,7 @@ class Bookmark:
     def to_plain(self) -> dict[str, Any]:
         """Plain values and tensors, for :meth:`from_plain`."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name in ("before", "host_test"):
-            values[name] = None if values[name] is None else values[name]._asdict()
+        values["host_test"] = None if self.host_test is None else self.host_test._asdict()
         values["phases"] = [asdict(phase) for phase in self.phases]
         values["seeds"] = [{**asdict(seed), "stage": seed.stage.name} for seed in self.seeds]
         return values
@@ -87,8 +84,8 @@ class Bookmark:
             if schedule is not None:
                 schedule = {**schedule, "position": int(schedule["position"])}
             values["slot"] = {**values["slot"], "schedule": schedule}
-            for name in ("before", "host_test"):
-                values[name] = None if values[name] is None else Metrics(**values[name])
+            host_test = values["host_test"]
+            values["host_test"] = None if host_test is None else Metrics(**host_test)
             values["phases"] = [PhaseRecord(**phase) for phase in values["phases"]]
             values["seeds"] = [
                 SeedRecord(**{**seed, "stage": SeedStage[seed["stage"]]}) for seed in values["seeds"]

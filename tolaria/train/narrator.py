@@ -80,7 +80,6 @@ class Narrator:
         self.phase_start, self.phase_end = 0, 0
         self.needs_seed = False
         self.germinations, self.seed_start = 0, 0
-        self.before: Metrics | None = None
         self.control: Control | None = None
         self._step_batches: list[Batch] = []
         self.step = 0
@@ -102,7 +101,7 @@ class Narrator:
             phase_end=self.phase_end, phase_seconds=now - self._phase_began, seconds=now - self._began,
             needs_seed=self.needs_seed, germinations=self.germinations, seed_start=self.seed_start,
             outcome=result.outcome, validations=len(result.validations),
-            before=self.before, host_test=result.host_test, phases=list(result.phases),
+            host_test=result.host_test, phases=list(result.phases),
             seeds=list(result.seeds), slot=self.slot.structure(on_device=True), seed=seed_bytes(self.slot),
             stream=self.slot.rollback_state()["stream"],  # type: ignore[arg-type]
             data=self.trained.stream.place(),
@@ -123,7 +122,7 @@ class Narrator:
         self._past_events = resumption.events
         self.step, self.phase = mark.step, mark.phase
         self.phase_start, self.phase_end, self.needs_seed = mark.phase_start, mark.phase_end, mark.needs_seed
-        self.germinations, self.seed_start, self.before = mark.germinations, mark.seed_start, mark.before
+        self.germinations, self.seed_start = mark.germinations, mark.seed_start
         self._began, self._phase_began = now - mark.seconds, now - mark.phase_seconds
         result.outcome, result.host_test = mark.outcome, mark.host_test
         before = [event["step"] for event in resumption.events if event["kind"] == "resume"]
@@ -208,7 +207,6 @@ class Narrator:
 
     def _incubate(self) -> None:
         settings = self.settings
-        self.before = self._metrics()
         self.model.germinate(
             self.slot.name,
             settings.blueprint,
@@ -225,8 +223,6 @@ class Narrator:
 
     def _blend(self) -> None:
         settings = self.settings
-        if settings.incubate_steps:
-            self.before = self._metrics()
         self.control = self._new_control()
         self.slot.start_blending(settings.blend_steps, settings.alpha_kind)
         self._tell_seed("alpha rises")
